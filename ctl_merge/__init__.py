@@ -1,0 +1,40 @@
+"""Merge Hugging Face checkpoints that share a base model: streaming, exact, at the pace of the disk.
+
+>>> import ctl_merge                                    # doctest: +SKIP
+>>> ctl_merge.merge("recipe.yaml", "merged")            # doctest: +SKIP
+
+A recipe is a lazy checkpoint: `open_merge` gives one whose tensors are merged when they are read.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ctl_merge.errors import CtlMergeError as CtlMergeError
+    from ctl_merge.merge import MergeResult as MergeResult
+    from ctl_merge.merge import merge as merge
+    from ctl_merge.merge import open_merge as open_merge
+    from ctl_merge.methods import PerModel as PerModel
+    from ctl_merge.methods import merge_method as merge_method
+    from ctl_merge.recipe import Recipe as Recipe
+    from ctl_merge.recipe import load_recipe as load_recipe
+    from ctl_merge.recipe import parse_recipe as parse_recipe
+
+_PUBLIC = {
+    "CtlMergeError": "errors", "MergeResult": "merge", "merge": "merge", "open_merge": "merge", "PerModel": "methods",
+    "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe", "parse_recipe": "recipe",
+}  # fmt: skip
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are resolved when they are used: importing the package loads no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ctl_merge' has no attribute {name!r}")
+    return getattr(import_module(f"ctl_merge.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

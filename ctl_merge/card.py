@@ -1,0 +1,104 @@
+"""The model card: what was merged, how, and how to make it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import ctl_merge
+from ctl_merge.plan import Plan
+from ctl_merge.reference import ModelRef
+
+RECIPE = "ctl_merge_recipe.yaml"
+
+
+def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str) -> str:
+    """README.md of the merged model: the Hub's metadata, then text. `licences`: each source's, None if it states none."""
+    agreed = set(licences.values())
+    licence = agreed.pop() if len(agreed) == 1 else None
+    metadata: dict[str, Any] = {
+        "base_model": list(dict.fromkeys(ref.repo_id for ref in plan.recipe.refs if ref.repo_id)),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "ctl-merge", plan.method.name],
+        "license": licence,
+    }
+    front = yaml.safe_dump({k: v for k, v in metadata.items() if v}, sort_keys=False, allow_unicode=True)
+    if not metadata["base_model"]:
+        front = front.replace("base_model_relation: merge\n", "")  # it says what the relation to base_model is
+    licence_note = "" if licence else _licence_note(licences)
+    return f"---\n{front}---\n\n" + "\n".join(
+        [
+            f"# {title}\n",
+            f"A merge of language models made with ctl-merge {ctl_merge.__version__} by `{plan.method.name}`"
+            f"{_paper(plan)}: {_lower(plan.method.summary)}\n",
+            "## Models\n",
+            *_table(plan, manifest),
+            licence_note,
+            "## Recipe\n",
+            f"```yaml\n{plan.recipe.text.rstrip()}\n```\n",
+            "## How it was made\n",
+            *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
+            f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
+            "\n## Make it again\n",
+            f"The recipe above is the file `{RECIPE}`; `merge_manifest.json` lists the sources' commits and every "
+            "file's sha256.\n",
+            f"```console\n$ pip install ctl-merge=={ctl_merge.__version__}\n$ ctl-merge {RECIPE} -o merged\n```\n",
+        ]
+    )
+
+
+def _paper(plan: Plan) -> str:
+    paper = plan.method.paper
+    return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
+
+
+def _licence_note(licences: dict[ModelRef, str | None]) -> str:
+    stated = sorted({licence for licence in licences.values() if licence})
+    if not stated:
+        return "\nThe sources state no licence.\n"
+    return f"\nThe sources' licences differ ({', '.join(stated)}, or none stated): see each model.\n"
+
+
+def _table(plan: Plan, manifest: dict[str, Any]) -> list[str]:
+    """A Markdown table of the sources: role, name linked to its pinned commit, parameters."""
+    names = [name for name, p in plan.method.parameters.items() if p.per_model]
+    lines = [f"| model | role |{''.join(f' {name} |' for name in names)}", "|---|---|" + "---|" * len(names)]
+    parameters = _described(plan)
+    for source, ref in zip(manifest["sources"], plan.recipe.refs, strict=True):
+        name = f"`{source['model']}`"
+        if "commit" in source:
+            link = f"https://huggingface.co/{source['model']}/tree/{source['commit']}"
+            name = f"[{source['model']}]({link}) at `{source['commit'][:12]}`"
+        role = "base" if ref == plan.recipe.base else "merged"
+        lines.append(f"| {name} | {role} |" + "".join(f" {parameters.get((ref, n), '')} |" for n in names))
+    return lines
+
+
+def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:
+    from ctl_merge.summary import parameter_ranges
+
+    ranges = parameter_ranges(plan)
+    return {
+        (source.ref, name): str(ranges[name][index])
+        for name, parameter in plan.method.parameters.items()
+        if parameter.per_model
+        for index, source in enumerate(plan.recipe.models)
+    }
+
+
+def stated_licence(folder: Path | None) -> str | None:
+    """The licence in the metadata of a model's own card, if it is there."""
+    try:
+        text = (folder / "README.md").read_text("utf-8") if folder else ""
+        _, front, _ = text.split("---", 2)
+        licence = yaml.safe_load(front).get("license")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None

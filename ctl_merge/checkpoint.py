@@ -1,0 +1,93 @@
+"""Checkpoints: a table of tensors known from headers alone, and one way to read them.
+
+Everything that has weights is a Checkpoint: files in a folder or on the Hub (`stored.py`), a recipe's merge
+(`merged.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctl_merge.errors import CheckpointError
+from ctl_merge.header import TensorSpec, dtype_name
+from ctl_merge.hub import HubSnapshot
+from ctl_merge.reference import ModelRef
+
+CHUNK = 1 << 18  # elements of a tensor that are worked on at once: several float32 copies of it stay in cache
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors code that is mergeable or plain data; CheckpointError for a quantised one."""
+    if code in _DTYPES:
+        return _DTYPES[code]
+    try:
+        return getattr(torch, dtype_name(code))
+    except KeyError:
+        raise CheckpointError(f"dtype {code} is a quantised format: dequantise the checkpoint first") from None
+
+
+class Checkpoint(ABC):
+    """A table `name -> (dtype, shape)` known without reading weights, and `read`."""
+
+    name: str  # as messages call it
+    tensors: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+
+    @abstractmethod
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        """Fill the contiguous 1-D `out` with the tensor's elements from `start` on, converted to its dtype.
+
+        Thread-safe. Raises CheckpointError where the weights cannot be read.
+        """
+
+    def read(self, tensor: str) -> Tensor:
+        """The whole tensor, in the dtype and shape of its spec, in memory of its own."""
+        spec = self.tensors[tensor]
+        out = torch.empty(spec.numel, dtype=torch_dtype(spec.dtype))
+        self.read_into(tensor, out)
+        return out.view(spec.shape)
+
+    def block(self, tensor: str) -> int:
+        """How many elements are best read at once; partial reads begin at multiples of it."""
+        return CHUNK
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in files.
+
+    `folder` holds config and tokenizer, and after `fetch` the weights. `snapshot` is the Hub's pinned state, None for a
+    local folder. `file_sizes`: bytes of each weight file.
+    """
+
+    ref: ModelRef
+    folder: Path
+    snapshot: HubSnapshot | None
+    file_sizes: Mapping[str, int]
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Make the weights local: downloads what the cache lacks."""
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def chunks(count: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) pairs that cut `count` elements into chunks."""
+    for begin in range(0, count, CHUNK):
+        yield begin, min(begin + CHUNK, count)

@@ -1,0 +1,201 @@
+"""The command line: arguments in, exit code out. Each command imports what it needs, so that help is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import ctl_merge
+from ctl_merge.errors import CtlMergeError
+
+
+class RecipeFirst(TyperGroup):
+    """`ctl-merge RECIPE …` is `ctl-merge merge RECIPE …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version", *self.commands}
+        if args and args[0] not in own and not args[0].startswith(("--install-", "--show-")):
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RecipeFirst, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` merges; it is `ctl-merge merge`.",
+)  # fmt: skip
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ctl-merge {ctl_merge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("merge")
+def merge_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: see the README, or `ctl-merge schema`.", metavar="RECIPE")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. Default: the recipe's name.", metavar="FOLDER"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Do all arithmetic there: cpu, cuda, cuda:1.", metavar="DEVICE")
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help='auto, cpu, cuda:N, or JSON {"prefix": device} as in transformers.', metavar="MAP"),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory that may be used, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads that read, merge and write. Default: the CPU cores.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.", metavar="SIZE")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge, once the new one is whole.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Do not hash local sources and output for the manifest.")
+    ] = False,
+    as_json: JsonFlag = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Merge what RECIPE describes into a folder that transformers loads."""
+    _configure_logging(verbose, quiet)
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map say the same: give one of them")
+    if not recipe.is_file():
+        raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
+    from ctl_merge.merge import Merge
+
+    opened = Merge(
+        recipe, device_map=device or device_map, max_memory=max_memory, num_workers=num_workers,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+    if dry_run:
+        _show_plan(opened.summary(), as_json)
+        return
+    for warning in opened.plan.warnings:
+        logging.getLogger("ctl_merge").warning(warning)
+    result = opened.write(
+        output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
+        meter=_no_bar if quiet or not sys.stderr.isatty() else _progress_bar,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps({"output": str(result.folder), **result.manifest}, indent=2, ensure_ascii=False))
+    elif not quiet:
+        _show_result(result)
+
+
+@app.command()
+def methods(as_json: JsonFlag = False) -> None:
+    """List the merge methods with their parameters, defaults and papers."""
+    from ctl_merge.methods import registry
+    from ctl_merge.methods.table import as_rows, render
+
+    rows = as_rows(registry().values())
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        _print(render(rows))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML."""
+    from ctl_merge.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
+    try:
+        app()
+    except CtlMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _no_recipe(path: Path) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(str(path), ["merge", "methods", "schema"], n=1)
+    hint = f" (did you mean the command `{near[0]}`?)" if near else ""
+    return f"there is no file {str(path)!r}{hint}"
+
+
+def _configure_logging(verbose: bool, quiet: bool) -> None:
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logger = logging.getLogger("ctl_merge")
+    logger.setLevel(level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+def _no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    from ctl_merge.merge import no_meter
+
+    return no_meter(what, total)
+
+
+@contextmanager
+def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    scaled = what == "merging"
+    unit = "B" if scaled else "tensor"
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=False).print(what)
+
+
+def _show_plan(data: dict[str, Any], as_json: bool) -> None:
+    from ctl_merge.summary import render
+
+    if as_json:
+        print(json.dumps(data, indent=2, ensure_ascii=False))
+    else:
+        _print(render(data))
+
+
+def _show_result(result: Any) -> None:
+    manifest = result.manifest
+    tensors = manifest["tensors"]
+    again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
+    print(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
+    for line in manifest["decisions"]:
+        print(f"· {line}")
+    print(f"→ {result.folder}")

@@ -1,0 +1,263 @@
+"""Which tensors of the models belong together, and what is done where they do not.
+
+The first model (the base, if there is one) names the output's tensors. Another model's tensor corresponds to it by
+name; where names differ, by the module parameter that both stand for; where a model ties a tensor, by the one that is
+stored in its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctl_merge.architecture import ModuleMap, block_index, ties_embeddings
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.errors import MismatchError
+from ctl_merge.header import TensorSpec
+from ctl_merge.recipe import Recipe
+from ctl_merge.reference import ModelRef
+from ctl_merge.tokenizer import Difference, compare, read_vocabulary
+
+# Buffers that models compute from their config: older checkpoints store them, and no reader needs them.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_bias|bias)$|embeddings\.position_ids$")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One model's part in one output tensor."""
+
+    model: ModelRef
+    tensor: str
+    foreign_rows: tuple[int, ...] = ()  # rows (of dim 0) whose token only the first model has: its row is used
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """The output's tensors with each model's part in them, and what was decided on the way, in words."""
+
+    inputs: Mapping[str, Mapping[ModelRef, Input]]
+    specs: Mapping[str, TensorSpec]  # the first model's
+    tied: Mapping[str, str]  # output tensors that models may tie, with the one stored in their place
+    computed: frozenset[str]  # buffers that follow from the config
+    decisions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def correspond(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Correspondence:
+    """Match the tensors of all models. Raises MismatchError where the recipe does not say what to do."""
+    _check_architectures(recipe.refs, checkpoints)
+    matcher = _Matcher(recipe, checkpoints)
+    matcher.match_names()
+    matcher.match_shapes()
+    return matcher.result()
+
+
+def _check_architectures(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    first, *others = refs
+    expected = checkpoints[first].config.get("model_type")
+    for ref in (first, *others):
+        config = checkpoints[ref].config
+        if config.get("quantization_config"):
+            raise MismatchError(f"{ref} is quantised (its config.json says so): name the unquantised model")
+        if config.get("model_type") != expected:
+            raise MismatchError(
+                f"different architectures: {first} is {expected!r}, {ref} is {config.get('model_type')!r}. "
+                "Only checkpoints that share a base model can be merged."
+            )
+
+
+def few(names: Iterable[str], limit: int = 5) -> str:
+    """The first names of a list and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class _Matcher:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+        self.recipe, self.checkpoints = recipe, checkpoints
+        self.first, *self.others = recipe.refs
+        self.config = checkpoints[self.first].config
+        self.inputs = {name: {self.first: Input(self.first, name)} for name in checkpoints[self.first].tensors}
+        self.tied: dict[str, str] = {}
+        self.decisions: list[str] = []
+        self.warnings: list[str] = []
+        self._modules: ModuleMap | None = None
+
+    @property
+    def modules(self) -> ModuleMap:
+        """The model's own view of names: made only where names or ties leave a question, as it loads transformers."""
+        if self._modules is None:
+            self._modules = ModuleMap(self.config)
+        return self._modules
+
+    def result(self) -> Correspondence:
+        own = self.checkpoints[self.first].tensors
+        computed = {name for name in self.inputs if _COMPUTED.search(name) and "F" in self._spec(name).dtype}
+        return Correspondence(
+            inputs=self.inputs, specs={n: own[parts[self.first].tensor] for n, parts in self.inputs.items()},
+            tied=self.tied, computed=frozenset(computed), decisions=tuple(self.decisions), warnings=tuple(self.warnings),
+        )  # fmt: skip
+
+    def _spec(self, name: str, ref: ModelRef | None = None) -> TensorSpec:
+        part = self.inputs[name][ref or self.first]
+        return self.checkpoints[part.model].tensors[part.tensor]
+
+    # ---- names
+
+    def match_names(self) -> None:
+        """Give every output tensor a part of every model."""
+        self._find_ties()
+        for ref in self.others:
+            self._match(ref)
+        for name in list(self.inputs):
+            missing = [ref for ref in self.recipe.refs if ref not in self.inputs[name]]
+            if missing:
+                self._settle_missing(name, missing)
+        self._report_missing()
+
+    def _find_ties(self) -> None:
+        """Tensors that some model ties to another and some model stores apart become tensors of the output."""
+        tables = {ref: self.checkpoints[ref].tensors for ref in self.recipe.refs}
+        differ = any(set(table) != set(tables[self.first]) for table in tables.values())
+        rows = [
+            s.shape for n, s in tables[self.first].items() if len(s.shape) == 2 and s.shape[0] == self._vocabulary()
+        ]
+        if not differ and not (ties_embeddings(self.config) and len(rows) > len(set(rows))):
+            return
+        names = {ref: self.modules.parameters(table) for ref, table in tables.items()}
+        stored = {ref: {parameter: name for name, parameter in own.items()} for ref, own in names.items()}
+        for target, source in self.modules.tied().items():
+            holders = [ref for ref in tables if target in stored[ref]]
+            if not holders or any(source not in stored[ref] for ref in tables):
+                continue
+            name = stored[holders[0]][target]
+            self.inputs[name] = {
+                ref: Input(ref, stored[ref].get(target, stored[ref][source])) for ref in self.recipe.refs
+            }
+            if ties_embeddings(self.config):
+                self.tied[name] = stored[self.first][source]
+        self._stored = stored
+
+    def _match(self, ref: ModelRef) -> None:
+        table = self.checkpoints[ref].tensors
+        unmatched = []
+        for name, parts in self.inputs.items():
+            if ref not in parts and name in table:
+                parts[ref] = Input(ref, name)
+            elif ref not in parts:
+                unmatched.append(name)
+        if unmatched:
+            parameters = self.modules.parameters(unmatched)
+            for name in unmatched:
+                other = self._stored[ref].get(parameters[name])
+                if other is not None:
+                    self.inputs[name][ref] = Input(ref, other)
+            renamed = [name for name in unmatched if ref in self.inputs[name]]
+            if renamed:
+                self.decisions.append(
+                    f"{ref} names {len(renamed)} tensors differently: matched by module ({renamed[0]}, …)"
+                )
+
+    def _settle_missing(self, name: str, missing: list[ModelRef]) -> None:
+        """What the recipe says of a tensor that only some models have."""
+        if self.recipe.missing == "base":
+            for ref in missing:
+                self.inputs[name][ref] = Input(self.first, self.inputs[name][self.first].tensor)
+        elif self.recipe.missing == "skip" or _COMPUTED.search(name):
+            del self.inputs[name]
+        if self.recipe.missing != "error":
+            what = "the base's is used" if self.recipe.missing == "base" else "left out"
+            self.decisions.append(
+                f"{name} is missing in {few(map(str, missing))}: {what} (missing: {self.recipe.missing})"
+            )
+
+    def _report_missing(self) -> None:
+        """Refuse what is left: no tensor of any input goes without a word."""
+        problems = []
+        for ref in self.others:
+            used = {parts[ref].tensor for parts in self.inputs.values() if ref in parts}
+            extra = [name for name in self.checkpoints[ref].tensors if name not in used]
+            computed = [name for name in extra if _COMPUTED.search(name)]
+            extra = [name for name in extra if name not in set(computed)]
+            lacking = [name for name, parts in self.inputs.items() if ref not in parts]
+            if computed:
+                self.decisions.append(f"{ref}: {len(computed)} stored buffers that the model computes are left out")
+            if extra and self.recipe.missing != "error":
+                self.decisions.append(f"{ref}: left out, as {self.first} lacks them: {few(extra)}")
+            elif extra:
+                problems.append(f"{ref} has {len(extra)} tensors that {self.first} lacks: {few(extra)}")
+            if lacking:
+                problems.append(f"{ref} lacks {len(lacking)} tensors that {self.first} has: {few(lacking)}")
+        if problems:
+            raise MismatchError(
+                "the models do not have the same tensors:\n  " + "\n  ".join(problems) + "\nIf that is meant, set "
+                "`missing: base` (the base's tensors stand in) or `missing: skip` (only common tensors are written)."
+            )
+
+    # ---- shapes and vocabulary
+
+    def _vocabulary(self, ref: ModelRef | None = None) -> int | None:
+        config: Mapping[str, Any] = self.checkpoints[ref or self.first].config
+        text = config.get("text_config")
+        size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+        return size if isinstance(size, int) else None
+
+    def match_shapes(self) -> None:
+        """Check every model's shapes; where the rows of a vocabulary differ, do what the recipe says."""
+        in_blocks = block_index(self.inputs, self.config)
+        rows = {name for name in self.inputs if name not in in_blocks and self._has_rows(name)}
+        differences = {ref: self._compare_tokens(ref) for ref in self.others} if rows else {}
+        for ref in self.others:
+            resized = [name for name in self.inputs if self._spec(name).shape != self._spec(name, ref).shape]
+            for name in resized:
+                if name not in rows or self._spec(name).shape[1:] != self._spec(name, ref).shape[1:]:
+                    raise MismatchError(
+                        f"{name} has shape {list(self._spec(name).shape)} in {self.first} and "
+                        f"{list(self._spec(name, ref).shape)} in {ref}: they do not come from the same base"
+                    )
+            if resized or (rows and differences[ref].conflicting):
+                self._settle_vocabulary(ref, sorted(rows), differences[ref])
+
+    def _has_rows(self, name: str) -> bool:
+        shape = self._spec(name).shape
+        return len(shape) in (1, 2) and shape[0] >= (self._vocabulary() or 1 << 62)
+
+    def _compare_tokens(self, ref: ModelRef) -> Difference:
+        ours, theirs = (self._tokens(r) for r in (self.first, ref))
+        difference = compare(ours, theirs)
+        if not difference.compared and (ours.known or theirs.known):
+            self.warnings.append(f"the tokenizers of {self.first} and {ref} cannot be compared: taken to be the same")
+        return difference
+
+    def _tokens(self, ref: ModelRef):
+        folder = getattr(self.checkpoints[ref], "folder", None)
+        return read_vocabulary(folder, str(ref))
+
+    def _settle_vocabulary(self, ref: ModelRef, names: list[str], difference: Difference) -> None:
+        own, theirs = self._spec(names[0]).shape[0], self._spec(names[0], ref).shape[0]
+        if not self.recipe.keep_base_vocabulary:
+            what = f"{own} rows in {self.first}, {theirs} in {ref}"
+            if own == theirs:
+                what = f"{len(difference.conflicting)} ids stand for other tokens in {ref} than in {self.first}"
+            raise MismatchError(
+                f"different vocabularies ({names[0]}): {what}. Set `tokenizer_source: base` to keep the vocabulary of "
+                f"{self.first}: rows and tokens that only {ref} has are then left out."
+            )
+        if difference.moved or not difference.compared:
+            why = f"{few(difference.moved)} stand at other ids" if difference.compared else "its tokenizer is unknown"
+            raise MismatchError(
+                f"the embedding rows of {ref} cannot be matched with those of {self.first}: {why}. "
+                "Moving rows is not supported yet."
+            )
+        foreign = tuple(sorted({i for i in difference.conflicting if i < own} | set(range(theirs, own))))
+        for name in names:
+            part = self.inputs[name][ref]
+            self.inputs[name][ref] = Input(part.model, part.tensor, foreign)
+        dropped = f"{max(theirs - own, 0)} rows past the base's vocabulary are left out"
+        replaced = f", {len(foreign)} rows whose token it lacks are taken from the base" if foreign else ""
+        self.decisions.append(
+            f"vocabulary of {self.first} ({own} rows) is kept; {ref} has {theirs}: {dropped}{replaced}"
+        )

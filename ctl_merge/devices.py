@@ -1,0 +1,104 @@
+"""Where arithmetic happens: accelerate's device maps and memory limits, read for tensors instead of modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ctl_merge.errors import DeviceError
+from ctl_merge.header import TensorSpec
+from ctl_merge.sizes import parse_size
+
+
+def assign_devices(
+    specs: Mapping[str, TensorSpec], device_map: str | None = None, max_memory: str | None = None
+) -> dict[str, str]:
+    """The device of each tensor's arithmetic.
+
+    `device_map`: `cpu` (default), `cuda:N` or another torch device, `auto` (all accelerators that are there, tensors
+    spread by bytes; the CPU if there is none), or JSON `{"module or tensor prefix": device}` as in transformers: the
+    longest prefix wins and `""` is the rest. Raises DeviceError for a device that is not there.
+    """
+    if device_map is None or device_map == "cpu":
+        return dict.fromkeys(specs, "cpu")
+    if device_map == "auto":
+        return _spread(specs, _accelerators(parse_max_memory(max_memory)))
+    if device_map.lstrip().startswith("{"):
+        table = _parse_table(device_map)
+        return {name: _by_prefix(name, table) for name in specs}
+    return dict.fromkeys(specs, _checked(device_map))
+
+
+def parse_max_memory(text: str | None) -> dict[int | str, int]:
+    """`0=20GiB,cpu=60GiB` as bytes per device, the form that accelerate takes. Raises DeviceError."""
+    if not text:
+        return {}
+    found: dict[int | str, int] = {}
+    for item in text.split(","):
+        device, _, size = item.partition("=")
+        device = device.strip().removeprefix("cuda:")
+        try:
+            found[int(device) if device.isdigit() else device] = parse_size(size)
+        except ValueError:
+            raise DeviceError(f"--max-memory: {item!r} is not device=size, such as 0=20GiB or cpu=60GiB") from None
+    return found
+
+
+def _accelerators(limits: dict[int | str, int]) -> list[str]:
+    """The accelerators that are there and that the limits do not rule out."""
+    if not torch.accelerator.is_available():
+        return []
+    from accelerate.utils import get_max_memory
+
+    kind = torch.accelerator.current_accelerator()
+    allowed = get_max_memory(limits or None)
+    numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
+    return [f"{kind.type}:{number}" for number in numbers] if kind else []
+
+
+def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, str]:
+    """Largest first, each to the device with the least to do."""
+    if not devices:
+        return dict.fromkeys(specs, "cpu")
+    load = dict.fromkeys(devices, 0)
+    found = {}
+    for name in sorted(specs, key=lambda n: (-specs[n].nbytes, n)):
+        found[name] = min(devices, key=lambda device: load[device])
+        load[found[name]] += specs[name].nbytes
+    return found
+
+
+def _parse_table(text: str) -> dict[str, str]:
+    try:
+        table: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise DeviceError(f"--device-map is not valid JSON: {error}") from None
+    return {prefix: _checked(device) for prefix, device in table.items()}
+
+
+def _by_prefix(name: str, table: Mapping[str, str]) -> str:
+    matching = [p for p in table if p == "" or name == p or name.startswith(f"{p}.")]
+    if not matching:
+        raise DeviceError(f'--device-map says nothing of {name}: add a prefix that covers it, or "" for the rest')
+    return table[max(matching, key=len)]
+
+
+def _checked(device: Any) -> str:
+    """A device's full name, if it is there. `disk` is where weights are anyway: their arithmetic is the CPU's."""
+    if device == "disk":
+        return "cpu"
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    kind = torch.accelerator.current_accelerator().type if count else "cuda"  # type: ignore[union-attr]
+    try:
+        wanted = torch.device(kind, device) if isinstance(device, int) else torch.device(str(device))
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"{device!r} is no device: use auto, cpu, cuda:0 or a JSON map") from None
+    if wanted.type == "cpu":
+        return "cpu"
+    if wanted.type != kind or (wanted.index or 0) >= count:
+        there = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
+        raise DeviceError(f"there is no device {device!r} here; there are: {there}")
+    return f"{wanted.type}:{wanted.index or 0}"

@@ -1,0 +1,101 @@
+"""A YAML document that remembers where each value stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctl_merge.errors import RecipeError
+
+_MAX_BYTES = 1_000_000  # real recipes have a few KB
+_MAX_NODES = 100_000  # aliases expanded: a few lines of nested aliases can otherwise stand for billions of values
+
+
+@dataclass(frozen=True)
+class Document:
+    """The data of one YAML file, its text, and the line of each value."""
+
+    name: str
+    text: str
+    data: Any
+    _root: yaml.Node | None
+
+    @classmethod
+    def load(cls, path: Path) -> Document:
+        """Read a file. Raises RecipeError if it is missing, no text, no YAML, several documents, or abusive."""
+        try:
+            raw = path.read_bytes()[: _MAX_BYTES + 1]
+        except OSError as error:
+            raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error.strerror or error}") from None
+        if len(raw) > _MAX_BYTES:
+            raise RecipeError(f"{path}: larger than {_MAX_BYTES:,} bytes, which is no recipe")
+        try:
+            return cls.parse(raw.decode("utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+    @classmethod
+    def parse(cls, text: str, name: str = "recipe") -> Document:
+        """Read YAML text. Raises RecipeError as `load` does."""
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+            if root is not None:
+                _Guard(name).visit(root, ())
+            data = loader.construct_document(root) if root is not None else None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}" if mark else ""
+            reason = getattr(error, "problem", None) or str(error)
+            if "expected a single document" in str(error):
+                reason = "several YAML documents in one file (mergekit-multi) are not supported yet: one recipe a file"
+            raise RecipeError(f"{name}{place}: not a YAML recipe: {reason}") from None
+        except (RecursionError, ValueError) as error:
+            raise RecipeError(f"{name}: not a YAML recipe: {error}") from None
+        finally:
+            loader.dispose()
+        return cls(name, text, data, root)
+
+    def line(self, path: Sequence[str | int]) -> int:
+        """The line (from 1) of the value at `path`, or of the deepest part of the path that exists."""
+        node, line = self._root, 1
+        for step in path:
+            child = None
+            if isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    if key.value == step:
+                        line, child = key.start_mark.line + 1, value
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                child = node.value[step]
+                line = child.start_mark.line + 1
+            if child is None:
+                break
+            node = child
+        return line
+
+
+class _Guard:
+    """Walks the node graph before anything is built from it: duplicate keys, recursion, explosion of aliases."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen = name, 0
+
+    def visit(self, node: yaml.Node, above: tuple[int, ...]) -> None:
+        self.seen += 1
+        if self.seen > _MAX_NODES or id(node) in above or len(above) > 100:
+            raise RecipeError(f"{self.name}: the YAML expands without end (aliases or nesting): write it out plainly")
+        above = (*above, id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for child in node.value:
+                self.visit(child, above)
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise RecipeError(f"{self.name}, line {key.start_mark.line + 1}: {key.value!r} is given twice")
+                keys.add(str(key.value))
+                self.visit(value, above)

@@ -1,0 +1,68 @@
+"""What a plan costs: bytes to read, download and write, and memory, all from headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ctl_merge import hub
+from ctl_merge.checkpoint import CHUNK, FileCheckpoint
+from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.plan import Plan, TensorPlan
+from ctl_merge.reference import ModelRef
+from ctl_merge.writer import Shard
+
+# Interpreter and torch, before the first tensor: measured as anonymous memory (benchmarks/memory.py).
+INTERPRETER_BYTES = 200_000_000
+# Float32 copies of a chunk that a method holds besides its inputs, as a multiple of their number (TIES is the largest).
+_TEMPORARIES = 5
+_HISTOGRAM_BYTES = 8 * ((1 << 15) + (1 << 16))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `memory` is a bound on anonymous memory, whatever the size of the model."""
+
+    read: int
+    download: int
+    write: int
+    memory: int
+    passes: int  # over all inputs, before the merge itself
+
+
+def estimate(
+    plan: Plan,
+    merged: MergedCheckpoint,
+    checkpoints: Mapping[ModelRef, FileCheckpoint],
+    shards: tuple[Shard, ...],
+    workers: int,
+) -> Estimate:
+    """What carrying out the plan with so many workers takes."""
+    inputs = sum(_input_bytes(tensor, checkpoints) for tensor in plan.tensors.values())
+    passes = merged.model_passes
+    return Estimate(
+        read=inputs * (1 + passes), passes=passes, download=sum(_missing_bytes(c) for c in checkpoints.values()),
+        write=sum(shard.nbytes for shard in shards), memory=memory_bound(plan, workers),
+    )  # fmt: skip
+
+
+def memory_bound(plan: Plan, workers: int) -> int:
+    """Anonymous memory at most: workers × chunk × 4 bytes × (temporaries × models + base), and histograms if any."""
+    models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
+    largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
+    entries = largest if plan.method.grain == "tensor" else min(CHUNK, largest)
+    states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
+    noise = 2 * models if plan.method.random else 0
+    return INTERPRETER_BYTES + workers * (4 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK)
+
+
+def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
+    parts = (*tensor.inputs, tensor.base) if tensor.base else tensor.inputs
+    return sum(checkpoints[part.model].tensors[part.tensor].nbytes for part in parts)
+
+
+def _missing_bytes(checkpoint: FileCheckpoint) -> int:
+    if checkpoint.snapshot is None:
+        return 0
+    there = hub.cached(checkpoint.snapshot, checkpoint.file_sizes)
+    return sum(size for file, size in checkpoint.file_sizes.items() if file not in there)

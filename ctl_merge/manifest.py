@@ -1,0 +1,92 @@
+"""merge_manifest.json: what the output was made of, by what, and what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ctl_merge
+from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.reference import ModelRef
+from ctl_merge.writer import Shard
+
+Map = Callable[[Callable[[Path], str], Iterable[Path]], Iterator[str]]
+
+
+def build_manifest(
+    merged: MergedCheckpoint,
+    checkpoints: Mapping[ModelRef, FileCheckpoint],
+    folder: Path,
+    shards: tuple[Shard, ...],
+    devices: Mapping[str, str],
+    hash_with: Map | None,
+) -> dict[str, Any]:
+    """The manifest of a written merge. `hash_with` maps a function over files, maybe in parallel; None hashes none."""
+    plan = merged.plan
+    output = [folder / shard.file for shard in shards]
+    hashes = _hashes(_to_hash(checkpoints, output), hash_with)
+    operations = Counter(tensor.operation for tensor in plan.tensors.values())
+    tensors = {
+        "merged": operations["merge"], "copied": operations["copy"],
+        "parameters": sum(spec.numel for spec in plan.specs.values()),
+        "dtypes": dict(Counter(spec.dtype for spec in plan.specs.values())),
+    }  # fmt: skip
+    return {
+        "format": 1,
+        "versions": {
+            "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "python": platform.python_version()
+        },
+        "method": plan.method.name, "seed": plan.recipe.seed,
+        "recipe_sha256": hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
+        "sources": [_source(ref, checkpoint, hashes) for ref, checkpoint in checkpoints.items()],
+        "tensors": tensors, "devices": dict(Counter(devices.values())),
+        "decisions": [*plan.decisions, *method_notes(merged)], "warnings": list(plan.warnings),
+        "output": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": hashes.get(path)} for path in output
+        ],
+    }  # fmt: skip
+
+
+def method_notes(merged: MergedCheckpoint) -> list[str]:
+    """What the method has to say of its measures, now that they are taken."""
+    note = merged.method.report(merged.measured())
+    return [note] if note else []
+
+
+def dump(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+
+
+def _to_hash(checkpoints: Mapping[ModelRef, FileCheckpoint], output: list[Path]) -> list[Path]:
+    """The output's files and local sources; the Hub has published the hashes of its own."""
+    local = [c for c in checkpoints.values() if c.snapshot is None]
+    return [*output, *(c.folder / file for c in local for file in c.file_sizes)]
+
+
+def _hashes(paths: list[Path], hash_with: Map | None) -> dict[Path, str]:
+    return dict(zip(paths, hash_with(_sha256, paths), strict=True)) if hash_with else {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _source(ref: ModelRef, checkpoint: FileCheckpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    snapshot = checkpoint.snapshot
+    published = {file.path: file.sha256 for file in snapshot.files} if snapshot else {}
+    files = [
+        {"file": file, "bytes": size, "sha256": published.get(file) or hashes.get(checkpoint.folder / file)}
+        for file, size in sorted(checkpoint.file_sizes.items())
+    ]
+    if snapshot:
+        return {"model": snapshot.repo_id, "revision": snapshot.revision, "commit": snapshot.commit, "files": files}
+    return {"model": Path(ref.text).name, "local": True, "files": files}

@@ -1,0 +1,234 @@
+"""The whole way: recipe, plan, weights, folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctl_merge.architecture import ties_embeddings
+from ctl_merge.card import RECIPE, build_card, stated_licence
+from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
+from ctl_merge.companions import is_companion
+from ctl_merge.correspondence import Input
+from ctl_merge.devices import assign_devices, parse_max_memory
+from ctl_merge.errors import DeviceError, RecipeError
+from ctl_merge.estimate import estimate, memory_bound
+from ctl_merge.manifest import build_manifest, dump
+from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.model_config import patch_config
+from ctl_merge.output import MANIFEST, OutputFolder
+from ctl_merge.plan import Plan, make_plan
+from ctl_merge.recipe import Recipe, load_recipe
+from ctl_merge.reference import ModelRef
+from ctl_merge.sizes import format_size, parse_size
+from ctl_merge.stored import open_checkpoint
+from ctl_merge.summary import as_json
+from ctl_merge.writer import INDEX, ShardWriter, plan_shards, pool, write_index
+
+logger = logging.getLogger("ctl_merge")
+
+Meter = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge: its folder, and the manifest that lies in it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    resumed_tensors: int
+
+
+def no_meter(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Progress that nobody sees."""
+    return nullcontext(lambda count: None)
+
+
+class Merge:
+    """A recipe with its checkpoints open: planned from headers, ready to be looked at or written.
+
+    `device_map` and `max_memory` as in `ctl_merge.devices`; `max_shard_size` such as `5GB`; `num_workers` threads (the
+    CPU cores if None). None of them changes the weights.
+    """
+
+    def __init__(
+        self, recipe: Recipe | str | Path, *, device_map: str | None = None, max_memory: str | None = None,
+        num_workers: int | None = None, max_shard_size: str = "5GB",
+    ) -> None:  # fmt: skip
+        self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        self.shard_bytes = _shard_bytes(max_shard_size)
+        self.device_map, self.max_memory = device_map, max_memory
+        self.checkpoints: dict[ModelRef, FileCheckpoint] = {ref: open_checkpoint(ref) for ref in self.recipe.refs}
+        self.workers = num_workers or len(os.sched_getaffinity(0))
+        self._use(make_plan(self.recipe, self.checkpoints))
+        self._limit_memory(parse_max_memory(max_memory).get("cpu"))
+
+    def _use(self, plan: Plan) -> None:
+        self.plan = plan
+        self.devices = assign_devices(plan.specs, self.device_map, self.max_memory)
+        self.merged = MergedCheckpoint(plan, self.checkpoints, self.devices)
+        self.shards = plan_shards(plan.specs, self.shard_bytes)
+
+    def _limit_memory(self, limit: int | None) -> None:
+        """Fewer workers where the CPU's share of `max_memory` is small."""
+        while limit is not None and memory_bound(self.plan, self.workers) > limit:
+            if self.workers == 1:
+                needed = format_size(memory_bound(self.plan, 1))
+                raise DeviceError(
+                    f"--max-memory: the merge takes {needed} of cpu memory with one worker, more than allowed"
+                )
+            self.workers -= 1
+
+    def summary(self) -> dict[str, Any]:
+        """The plan and its cost as plain data, from headers alone."""
+        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self.workers)
+        return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
+
+    def write(
+        self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
+        meter: Meter = no_meter,
+    ) -> MergeResult:  # fmt: skip
+        """Merge into the folder `output`, which appears whole or not at all.
+
+        Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
+        `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes.
+        """
+        target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
+        target.check(sum(shard.nbytes for shard in self.shards))
+        self.fetch()
+        folder = target.open(self._fingerprint())
+        try:
+            with pool(self.workers) as mapped:
+                passes = self.merged.model_passes
+                with meter("measuring", passes * len(self.plan.tensors)) if passes else nullcontext() as told:
+                    self.merged.measure(_telling(mapped, told))
+            with meter("merging", sum(shard.nbytes for shard in self.shards)) as told:
+                resumed = ShardWriter(folder, self.shards, self.merged).write(self.workers, told)
+            manifest = self._finish(folder, hash_files)
+            target.commit()
+        finally:
+            target.close()
+        return MergeResult(target.final, manifest, resumed)
+
+    def fetch(self) -> None:
+        """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""
+        for checkpoint in self.checkpoints.values():
+            checkpoint.fetch()
+        for target, source in self.plan.tied.items():
+            if target in self.plan.tensors:
+                self._settle_tie(target, source)
+
+    def _settle_tie(self, target: str, source: str) -> None:
+        heads, embeddings = (self.plan.tensors[name].inputs for name in (target, source))
+        apart = [h.model for h, e in zip(heads, embeddings, strict=True) if not self._same(h, e)]
+        if apart:
+            logger.info("%s differs from %s in %s: written apart, not tied", target, source, apart[0])
+            return
+        logger.info("%s is the same as %s in every model: tied, not written", target, source)
+        self._use(self.plan.without({target}, f"{target} is tied to {source} in every model: it is not written"))
+
+    def _same(self, one: Input, other: Input) -> bool:
+        if one == other:
+            return True
+        checkpoint = self.checkpoints[one.model]
+        spec = checkpoint.tensors[one.tensor]
+        if spec != checkpoint.tensors[other.tensor]:
+            return False
+        buffers = torch.empty(2, min(CHUNK, spec.numel), dtype=torch_dtype(spec.dtype))
+        for start in range(0, spec.numel, CHUNK):
+            pair = buffers[:, : min(CHUNK, spec.numel - start)]
+            for row, part in zip(pair, (one, other), strict=True):
+                checkpoint.read_into(part.tensor, row, start)
+            if not torch.equal(pair[0], pair[1]):
+                return False
+        return True
+
+    def _fingerprint(self) -> str:
+        """What an unfinished output belongs to: the plan, the sources' state, the cut into shards."""
+        sources = [
+            {file: _state(c.folder / file) for file in c.file_sizes} if c.snapshot is None else c.snapshot.commit
+            for c in self.checkpoints.values()
+        ]
+        tensors = [
+            (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
+        ]
+        shards = [(shard.file, list(shard.specs)) for shard in self.shards]
+        content = json.dumps([self.recipe.text, sources, tensors, shards], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _finish(self, folder: Path, hash_files: bool) -> dict[str, Any]:
+        """All that is not weights; index and config last, as readers look for those first."""
+        first = self.checkpoints[self.recipe.refs[0]]
+        _copy_companions(first.folder, folder)
+        (folder / RECIPE).write_text(self.recipe.text, "utf-8")
+        with pool(self.workers) as mapped:
+            manifest = build_manifest(
+                self.merged, self.checkpoints, folder, self.shards, self.devices, mapped if hash_files else None
+            )
+        licences = {ref: stated_licence(c.folder) for ref, c in self.checkpoints.items()}
+        name = folder.name.removesuffix(".partial")
+        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name), "utf-8")
+        (folder / MANIFEST).write_text(dump(manifest), "utf-8")
+        (folder / INDEX).unlink(missing_ok=True)
+        write_index(folder, self.shards)
+        untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
+        config = patch_config((first.folder / "config.json").read_bytes(), self.recipe.dtype, untie)
+        (folder / "config.json").write_bytes(config)
+        return manifest
+
+
+def merge(
+    recipe: Recipe | str | Path, output: str | Path, *, overwrite: bool = False, resume: bool = False, **machine: Any
+) -> MergeResult:
+    """Merge a recipe (a file's path, or a Recipe) into a folder; `machine` as `Merge` takes it."""
+    return Merge(recipe, **machine).write(output, overwrite=overwrite, resume=resume)
+
+
+def open_merge(recipe: Recipe | str | Path, **machine: Any) -> MergedCheckpoint:
+    """A recipe as a lazy checkpoint: `read(name)` merges one tensor, nothing is written."""
+    opened = Merge(recipe, **machine)
+    opened.fetch()
+    return opened.merged
+
+
+def _shard_bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise RecipeError(f"--max-shard-size: {error}") from None
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable:
+    """A map that tells progress, one for each item."""
+
+    def telling(function: Callable, items: Any) -> Iterator[Any]:
+        for result in mapped(function, items):
+            if told:
+                told(1)
+            yield result
+
+    return telling
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, templates, licence, custom code: as they are. config.json comes last, by the caller."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_file() and is_companion(relative.as_posix()) and relative.name not in ("config.json", RECIPE):
+            (target / relative.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / relative)

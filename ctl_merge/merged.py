@@ -1,0 +1,241 @@
+"""A plan as a lazy checkpoint: reading a tensor merges it."""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.correspondence import Input
+from ctl_merge.errors import MismatchError, NonFiniteError
+from ctl_merge.header import TensorSpec
+from ctl_merge.methods.noise import uniform
+from ctl_merge.methods.registry import Measure
+from ctl_merge.plan import Plan, TensorPlan
+from ctl_merge.reference import ModelRef
+
+# An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
+_DEVICE_CHUNK = 32 * CHUNK
+_LARGEST_FLOAT16 = 65504.0
+
+Results = dict[str, Tensor]
+
+
+class MergedCheckpoint(Checkpoint):
+    """The merge that a plan describes. Nothing is kept but a few numbers per tensor.
+
+    Reads are float32 arithmetic on chunks, rounded once to the output's dtype. Thread-safe: every thread has buffers
+    of its own. `devices` says where the arithmetic of each tensor happens; the CPU if it does not name the tensor.
+    """
+
+    def __init__(
+        self, plan: Plan, checkpoints: Mapping[ModelRef, Checkpoint], devices: Mapping[str, str] | None = None
+    ) -> None:
+        self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
+        self.tensors: Mapping[str, TensorSpec] = plan.specs
+        self.config = checkpoints[plan.recipe.refs[0]].config
+        self._checkpoints, self._devices = checkpoints, devices or {}
+        self._accepted = inspect.signature(self.method.function).parameters
+        self._columns: dict[int, dict[str, Any]] = {}
+        self._of_model: Results = {}
+        self._of_tensor: dict[str, Results] = {}
+        self._lock = threading.RLock()
+        self._buffers = threading.local()
+
+    def block(self, tensor: str) -> int:
+        if self.method.grain == "tensor":
+            return max(1, self.tensors[tensor].numel)
+        return CHUNK if self._device(tensor).type == "cpu" else _DEVICE_CHUNK
+
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        plan = self.plan.tensors[tensor]
+        if plan.operation == "copy":
+            self._copy(plan, out, start)
+            return
+        if self.method.grain == "tensor" and out.numel() < plan.spec.numel:
+            out.copy_(self.read(tensor).view(-1)[start : start + out.numel()])
+            return
+        results = self._results(plan)
+        step = self.block(tensor)
+        for begin in range(0, out.numel(), step):
+            piece = out[begin : begin + step]
+            merged = self._merge(plan, start + begin, piece.numel(), results)
+            self._check_result(plan, merged)
+            piece.copy_(merged.view(-1))
+
+    # ---- one chunk
+
+    def _merge(self, plan: TensorPlan, start: int, count: int, results: Results) -> Tensor:
+        """Float32 values of the entries [start, start + count) of a tensor."""
+        stack, base = self._stack(plan, start, count)
+        wanted = {name: result for name, result in results.items() if name in self._accepted}
+        if self.method.grain == "tensor":
+            stack = stack.view(-1, *plan.spec.shape)
+        merged = self.method.function(stack, **self._arguments(plan, stack, start), **wanted)
+        return merged.flatten().add_(base) if base is not None else merged.flatten()
+
+    def _stack(self, plan: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """The inputs' entries, float32 on the tensor's device: (models, count), and the base's (count,).
+
+        For methods that work on task vectors the base is subtracted. Both are views of this thread's buffer.
+        """
+        parts = (*plan.inputs, plan.base) if plan.base else plan.inputs
+        device = self._device(plan.name)
+        buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
+        for row, part in zip(buffer, parts, strict=True):
+            self._fill(row, part, plan, start)
+        if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
+            self._refuse_nonfinite(buffer, parts, start)
+        if device.type != "cpu":
+            buffer = buffer.to(device, non_blocking=True)
+        if plan.base is None:
+            return buffer, None
+        return buffer[:-1].sub_(buffer[-1]), buffer[-1]
+
+    def _fill(self, row: Tensor, part: Input, plan: TensorPlan, start: int) -> None:
+        """Read one model's entries; rows whose token it lacks are the first model's."""
+        checkpoint = self._checkpoints[part.model]
+        stored = checkpoint.tensors[part.tensor].numel
+        own = row[: max(0, stored - start)]
+        if own.numel():
+            checkpoint.read_into(part.tensor, own, start)
+        if not part.foreign_rows:
+            return
+        first = next(p for p in (*plan.inputs, plan.base) if p and p.model == self.plan.recipe.refs[0])
+        width = plan.spec.numel // plan.spec.shape[0]
+        at = bisect.bisect_left(part.foreign_rows, start // width)
+        for foreign in part.foreign_rows[at:]:
+            begin, end = max(foreign * width - start, 0), min((foreign + 1) * width - start, row.numel())
+            if begin >= end:
+                break
+            self._checkpoints[first.model].read_into(first.tensor, row[begin:end], start + begin)
+
+    def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
+        """The method's parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
+        key = id(plan.parameters)
+        if key not in self._columns:
+            self._columns[key] = {
+                name: torch.tensor(value, dtype=torch.float64) if _numeric(value) else value
+                for name, value in plan.parameters.items()
+            }
+        ones = [1] * (stack.ndim - 1)
+        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns[key].items()}
+        if self.method.random:
+            seed, count = self.plan.recipe.seed, stack[0].numel()
+            rows = [uniform(seed, part.model.text, plan.name, start, count) for part in plan.inputs]
+            arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
+        return arguments
+
+    # ---- statistics beyond a chunk
+
+    def measure(
+        self, each: Callable[[Callable[[TensorPlan], Tensor], Iterable[TensorPlan]], Iterable[Tensor]] = map
+    ) -> None:
+        """Take the statistics that run over the whole model; `each` maps over tensors, in order, maybe in parallel.
+
+        Done on the first read if it was not called before.
+        """
+        with self._lock:
+            merged = [plan for plan in self.plan.tensors.values() if plan.operation == "merge" and plan.spec.numel]
+            if not merged:
+                return
+            scopes = self.method.scopes(merged[0].parameters)
+            numel = sum(plan.spec.numel for plan in merged)
+            for name in (n for n, scope in scopes.items() if scope == "model" and n not in self._of_model):
+                state: Tensor | None = None
+                for part in each(lambda plan, name=name: self._accumulate(plan, name, dict(self._of_model)), merged):
+                    state = part if state is None else state + part
+                assert state is not None
+                self._of_model[name] = self._conclude(merged[0], name, state, numel, dict(self._of_model))
+
+    @property
+    def model_passes(self) -> int:
+        """How many times all inputs are read before the merge itself."""
+        merged = next((plan for plan in self.plan.tensors.values() if plan.operation == "merge"), None)
+        return list(self.method.scopes(merged.parameters).values()).count("model") if merged else 0
+
+    def _results(self, plan: TensorPlan) -> Results:
+        """The measures' results for one tensor, those of the whole model included."""
+        scopes = self.method.scopes(plan.parameters)
+        if not scopes or not plan.spec.numel:
+            return {}
+        if any(scope == "model" and name not in self._of_model for name, scope in scopes.items()):
+            self.measure()
+        if plan.name not in self._of_tensor:
+            results = dict(self._of_model)
+            for name in (n for n, scope in scopes.items() if scope == "tensor"):
+                state = self._accumulate(plan, name, results)
+                results[name] = self._conclude(plan, name, state, plan.spec.numel, results)
+            self._of_tensor[plan.name] = results
+        return self._of_tensor[plan.name]
+
+    def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
+        measure, step = self.method.measures[name], self.block(plan.name)
+        state: Tensor | None = None
+        for start in range(0, plan.spec.numel, step):
+            stack, _ = self._stack(plan, start, min(step, plan.spec.numel - start))
+            part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
+            state = part if state is None else state.add_(part)
+        assert state is not None
+        return state
+
+    def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:
+        measure: Measure = self.method.measures[name]
+        arguments = {n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()}
+        return measure.conclude(state, numel, **arguments, **results)
+
+    def measured(self) -> dict[str, Results]:
+        """The measures' results for every merged tensor; those not read yet are measured now."""
+        return {n: self._results(plan) for n, plan in self.plan.tensors.items() if plan.operation == "merge"}
+
+    # ---- copies, checks, buffers
+
+    def _copy(self, plan: TensorPlan, out: Tensor, start: int) -> None:
+        first, *others = plan.inputs
+        self._checkpoints[first.model].read_into(first.tensor, out, start)
+        for part in others:
+            other = torch.empty_like(out)
+            self._checkpoints[part.model].read_into(part.tensor, other, start)
+            if not torch.equal(out, other):
+                raise MismatchError(
+                    f"{plan.name} ({plan.spec.dtype}) is not floating point and differs between {first.model} and "
+                    f"{part.model}: it cannot be merged. Use models that agree on it."
+                )
+
+    def _refuse_nonfinite(self, buffer: Tensor, parts: tuple[Input, ...], start: int) -> None:
+        for row, part in zip(buffer, parts, strict=True):
+            bad = torch.nonzero(~torch.isfinite(row))
+            if len(bad):
+                raise NonFiniteError(
+                    f"{part.model}: {part.tensor} holds {row[bad[0]].item()} at element {start + int(bad[0])}. "
+                    "Use an intact model, or set `nonfinite: allow` in the recipe to let it through."
+                )
+
+    def _check_result(self, plan: TensorPlan, merged: Tensor) -> None:
+        """Refuse a result that its dtype cannot hold; NaN and infinity of the inputs are dealt with before."""
+        if self.plan.recipe.allow_nonfinite:
+            return
+        if plan.spec.dtype == "F16" and merged.numel() and float(merged.abs().amax()) > _LARGEST_FLOAT16:
+            raise NonFiniteError(f"{plan.name}: the merged values overflow float16: set `dtype: bfloat16` or float32")
+        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
+            raise NonFiniteError(f"{plan.name}: the merge gives NaN or infinity: its parameters are too large")
+
+    def _device(self, tensor: str) -> torch.device:
+        return torch.device(self._devices.get(tensor, "cpu"))
+
+    def _buffer(self, rows: int, count: int, pinned: bool) -> Tensor:
+        """This thread's float32 memory, (rows, count): reused, since fresh pages cost more than the arithmetic."""
+        held = getattr(self._buffers, "held", None)
+        if held is None or held.numel() < rows * count:
+            held = self._buffers.held = torch.empty(rows * count, pin_memory=pinned)
+        return held[: rows * count].view(rows, count)
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)

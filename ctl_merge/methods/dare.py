@@ -1,0 +1,97 @@
+"""DARE: drop entries of the task vectors at random and rescale the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.linear import weights_cancel
+from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight, column
+from ctl_merge.methods.registry import Measure, Scope, merge_method
+from ctl_merge.methods.ties import merge_agreeing
+
+Rescale = Annotated[
+    bool | Literal["l1"],
+    Field(description="true: divide what is kept by the density (the paper); l1: to the L1 norm before (mergekit)"),
+]
+
+
+def _l1_scope(parameters: Parameters) -> Scope | None:
+    return "tensor" if parameters["rescale"] == "l1" else None
+
+
+def _l1_norms(deltas: Tensor, *, density: Tensor, noise: Tensor, **_: object) -> Tensor:
+    """L1 norm before and after dropping, float64: (models, n) -> (models, 2)."""
+    kept = torch.where(noise < column(density, deltas), deltas, 0.0)
+    return torch.stack([t.flatten(1).abs().sum(1, dtype=torch.float64) for t in (deltas, kept)], dim=1)
+
+
+def _ratio(norms: Tensor, numel: int, **_: object) -> Tensor:
+    """Norm before over norm after; 1 where nothing is left: (models, 1)."""
+    return torch.where(norms[:, 1] > 0, norms[:, 0] / safe_divisor(norms[:, 1]), 1.0).unsqueeze(1)
+
+
+L1_RATIO = {"l1_ratio": Measure(_l1_norms, _ratio, _l1_scope)}
+
+
+def drop_and_rescale(
+    deltas: Tensor, density: Tensor, rescale: bool | str, noise: Tensor, l1_ratio: Tensor | None = None
+) -> Tensor:
+    """Keep each entry with probability `density`, drop the rest, rescale what is kept.
+
+    deltas, noise (models, *shape), density (models, 1, ...) -> (models, *shape). An entry is kept where its number
+    falls below the density.
+    """
+    kept = torch.where(noise < column(density, deltas), deltas, 0.0)
+    if rescale == "l1":
+        if l1_ratio is None:
+            l1_ratio = _ratio(_l1_norms(deltas, density=density, noise=noise), deltas[0].numel())
+        return kept * column(l1_ratio.view(-1, *[1] * (deltas.ndim - 1)), deltas)
+    return kept / column(safe_divisor(density), deltas) if rescale else kept
+
+
+@merge_method(space="task_vectors", measures=L1_RATIO, check=weights_cancel, paper="2311.03099")
+def dare_linear(
+    deltas: Tensor,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Density] = 1.0,
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    lambda_: Scale = 1.0,
+    noise: Tensor,
+    l1_ratio: Tensor | None = None,
+) -> Tensor:
+    """Drop entries of the task vectors at random, rescale, then task arithmetic.
+
+    deltas (models, *shape), noise the same shape, uniform in [0, 1); weight, density (models, 1, ...) -> (*shape).
+    `rescale: true` divides by the density (arXiv 2311.03099); `l1` restores each tensor's L1 norm, as mergekit does:
+    equal in expectation for large tensors, wild for small ones.
+    """
+    kept = drop_and_rescale(deltas, density, rescale, noise, l1_ratio)
+    divisor = weight.sum() if normalize else 1.0
+    return weighted_sum(kept, weight * (lambda_ / divisor))
+
+
+@merge_method(space="task_vectors", measures=L1_RATIO, paper="2311.03099")
+def dare_ties(
+    deltas: Tensor,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Density] = 1.0,
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    lambda_: Scale = 1.0,
+    noise: Tensor,
+    l1_ratio: Tensor | None = None,
+) -> Tensor:
+    """Drop entries of the task vectors at random, rescale, then TIES' sign election.
+
+    Arguments as `dare_linear`; `normalize` divides by the sum of the agreeing weights.
+    """
+    kept = drop_and_rescale(deltas, density, rescale, noise, l1_ratio)
+    return lambda_ * merge_agreeing(kept, weight, divide="weights" if normalize else "none")

@@ -1,0 +1,33 @@
+"""Weighted averaging of weights (model soups)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctl_merge.methods.parameters import Normalize, Parameters, PerModel, Weight
+from ctl_merge.methods.registry import merge_method
+
+
+def weights_cancel(parameters: Parameters) -> str | None:
+    """The objection to weights that sum to zero where the sum is a divisor."""
+    if parameters["normalize"] and sum(parameters["weight"]) == 0:
+        return "the weights sum to zero, and `normalize` divides by their sum: change a weight or set normalize: false"
+    return None
+
+
+@merge_method(space="weights", base="optional", check=weights_cancel, paper="2203.05482")
+def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = True) -> Tensor:
+    """Weighted average Σ w x / Σ w; without `normalize` the weighted sum.
+
+    tensors (models, *shape), weight (models, 1, ...) -> (*shape). A base model that the recipe names is an ordinary
+    input here and needs a weight. Model soups, arXiv 2203.05482.
+    """
+    total = weight.sum(0, keepdim=True)
+    if normalize:
+        weight, total = weight / total, torch.ones_like(total)
+    # Anchored at the first model, so that copies of one model average to it bit for bit whatever the weights.
+    merged = tensors[0] * total.item()
+    for tensor, factor in zip(tensors[1:], weight.flatten().tolist()[1:], strict=True):
+        merged.add_(tensor - tensors[0], alpha=factor)
+    return merged

@@ -1,0 +1,22 @@
+"""One model's weights as they are, or scaled."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from ctl_merge.methods.parameters import PerModel, column
+from ctl_merge.methods.registry import merge_method
+
+Factor = Annotated[FiniteFloat, Field(description="factor of the tensor")]
+
+
+@merge_method(space="weights", models=(1, 1))
+def passthrough(tensors: Tensor, *, scale: PerModel[Factor] = 1.0) -> Tensor:
+    """The one input, times `scale`.
+
+    tensors (1, *shape), scale (1, 1, ...) -> (*shape).
+    """
+    return (tensors * column(scale, tensors))[0]

@@ -1,0 +1,156 @@
+"""The table of merge methods: a frozen row for each, filled in by the decorator `@merge_method`.
+
+Third parties add methods through the entry-point group `ctl_merge.methods`: the entry point names a module that uses
+the decorator.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from ctl_merge.errors import RecipeError
+from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
+
+Scope = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A statistic of more than one chunk: a map over chunks, summed, then concluded.
+
+    `accumulate(tensors, **arguments) -> Tensor` maps a chunk (models, n) to an additive state; states are summed over
+    all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the sum into the
+    value that the method receives under the measure's name. Both receive the method's parameters and the results of
+    the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.
+    """
+
+    accumulate: Callable[..., Tensor]
+    conclude: Callable[..., Tensor]
+    scope: Callable[[Parameters], Scope | None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the registry."""
+
+    name: str
+    function: Callable[..., Tensor]
+    space: Literal["weights", "task_vectors"]
+    base: Literal["required", "optional", "none"]
+    models: tuple[int, int | None]  # least and most tensors in the stack
+    random: bool  # takes `noise`, uniform in [0, 1), one number per entry
+    measures: Mapping[str, Measure]
+    parameters: Mapping[str, Parameter]
+    check: Callable[[Parameters], str | None]
+    report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None]
+    paper: str | None
+    grain: Literal["element", "tensor"] = "element"
+    summary: str = field(default="")
+
+    def scopes(self, parameters: Parameters) -> dict[str, Scope]:
+        """The measures that these parameters call for, each with its scope, in the order in which they are taken."""
+        found = {name: measure.scope(parameters) for name, measure in self.measures.items()}
+        return {name: scope for name, scope in found.items() if scope is not None}
+
+
+_REGISTRY: dict[str, Method] = {}
+_ENTRY_POINTS = "ctl_merge.methods"
+
+
+def no_objection(parameters: Parameters) -> str | None:
+    """The check of a method whose parameters need none beyond their types."""
+    return None
+
+
+def merge_method(
+    *,
+    space: Literal["weights", "task_vectors"],
+    base: Literal["required", "optional", "none"] | None = None,
+    models: tuple[int, int | None] = (1, None),
+    grain: Literal["element", "tensor"] = "element",
+    measures: Mapping[str, Measure] | None = None,
+    check: Callable[[Parameters], str | None] = no_objection,
+    report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
+    paper: str | None = None,
+    name: str | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a pure function of stacked float32 tensors as a merge method, and return it unchanged.
+
+    The first argument is the stack (models, *shape): of task vectors (x_i - base) if `space` says so, the engine then
+    adds the base to the result; else of weights, the base first if the method requires one. Keyword-only arguments are
+    the parameters; `noise` and the measures' names are filled in by the engine. `grain` says on what it may be called:
+    any chunk of a tensor's entries, or only whole tensors. `check(parameters)` returns an objection or None;
+    `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        key = name or function.__name__
+        if key in _REGISTRY:
+            raise ValueError(f"merge method {key!r} is registered twice")
+        keywords = inspect.signature(function).parameters
+        engine_made = {"noise", *(measures or {})}
+        _REGISTRY[key] = Method(
+            name=key, function=function, space=space, grain=grain, models=models, paper=paper, check=check,
+            report=report or no_objection,
+            base=base or ("required" if space == "task_vectors" else "none"),
+            random="noise" in keywords, measures=measures or {},
+            parameters={p.name: p for p in _declared(function) if p.name not in engine_made},
+            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+        )  # fmt: skip
+        return function
+
+    return register
+
+
+def _declared(function: Callable[..., Tensor]) -> list[Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    found = []
+    for keyword in inspect.signature(function).parameters.values():
+        if keyword.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        hint = hints[keyword.name]
+        marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        found.append(
+            Parameter(
+                name="lambda" if keyword.name == "lambda_" else keyword.name,
+                type=hint,
+                default=Parameter.REQUIRED if keyword.default is keyword.empty else keyword.default,
+                per_model=PER_MODEL in marks,
+                description=_description(hint),
+            )
+        )
+    return found
+
+
+def _description(hint: Any) -> str:
+    try:
+        return TypeAdapter(hint).json_schema().get("description", "")
+    except Exception:  # a Tensor, which the engine fills in: no schema, and none needed
+        return ""
+
+
+def registry() -> Mapping[str, Method]:
+    """All merge methods by name: the built-in ones and those of installed entry points."""
+    from ctl_merge.methods import builtin  # noqa: F401  fills the table
+
+    for point in entry_points(group=_ENTRY_POINTS):
+        if point.value not in _LOADED:
+            _LOADED.add(point.value)
+            try:
+                point.load()
+            except Exception as error:
+                raise RecipeError(
+                    f"the installed plugin {point.name!r} ({point.value}) does not load: {error}. "
+                    "Update or uninstall the package that provides it."
+                ) from error
+    return _REGISTRY
+
+
+_LOADED: set[str] = set()

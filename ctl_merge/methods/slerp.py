@@ -1,0 +1,71 @@
+"""Spherical linear interpolation between two models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from ctl_merge.methods.parameters import Parameters
+from ctl_merge.methods.registry import Measure, Scope, merge_method
+
+# Above this cosine the arc and the chord are the same to rounding, and sin(angle) divides by almost nothing.
+PARALLEL = 0.9995
+
+Place = Annotated[FiniteFloat, Field(description="place between the base (0) and the other model (1)")]
+
+
+def _whole_tensor(parameters: Parameters) -> Scope | None:
+    return "tensor"
+
+
+def _gram(tensors: Tensor, **_: object) -> Tensor:
+    """Inner products of the models' chunks in float64: (models, n) -> (models, models)."""
+    flat = tensors.flatten(1).double()
+    return flat @ flat.T
+
+
+def _cosine(gram: Tensor, numel: int, **_: object) -> Tensor:
+    """cos of the angle between the two tensors; 0 where one of them is zero."""
+    norms = gram.diagonal().sqrt()
+    product = norms[0] * norms[1]
+    return torch.where(product > 0, gram[0, 1] / product.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
+
+
+def _count_fallbacks(results: Mapping[str, Mapping[str, Tensor]]) -> str:
+    cosines = [float(result["cosine"]) for result in results.values() if result]
+    fell_back = sum(abs(cos) > PARALLEL for cos in cosines)
+    return (
+        f"{fell_back} of {len(cosines)} tensors were interpolated linearly, as their angle is too small for an arc "
+        f"(|cos| > {PARALLEL})"
+    )
+
+
+@merge_method(
+    space="weights",
+    base="required",
+    models=(2, 2),
+    measures={"cosine": Measure(_gram, _cosine, _whole_tensor)},
+    report=_count_fallbacks,
+)
+def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
+    """The point at `t` on the arc from the base (t = 0) to the other model (t = 1), tensor by tensor.
+
+    tensors (2, *shape), base first -> (*shape). `cosine`: of the angle between the two whole tensors; computed from
+    `tensors` if not given. The angle is that of the normalised tensors, the combination is of the tensors themselves.
+    Where |cos| > 0.9995, which is almost everywhere for finetunes of one base, it is linear interpolation.
+    """
+    if cosine is None:
+        cosine = _cosine(_gram(tensors), tensors[0].numel())
+    first, second = tensors
+    cos = float(cosine)
+    if abs(cos) > PARALLEL:
+        return first + t * (second - first)
+    angle = math.acos(cos)
+    return (first * (math.sin((1 - t) * angle) / math.sin(angle))).add_(
+        second, alpha=math.sin(t * angle) / math.sin(angle)
+    )

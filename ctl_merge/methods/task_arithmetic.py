@@ -1,0 +1,22 @@
+"""Task arithmetic: a weighted sum of task vectors on the base."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.linear import weights_cancel
+from ctl_merge.methods.parameters import Normalize, PerModel, Scale, Weight
+from ctl_merge.methods.registry import merge_method
+
+
+@merge_method(space="task_vectors", check=weights_cancel, paper="2212.04089")
+def task_arithmetic(
+    deltas: Tensor, *, weight: PerModel[Weight], normalize: Normalize = False, lambda_: Scale = 1.0
+) -> Tensor:
+    """Base plus λ Σ w d, d the task vectors; `normalize` divides by Σ w.
+
+    deltas (models, *shape), weight (models, 1, ...) -> (*shape). arXiv 2212.04089.
+    """
+    divisor = weight.sum() if normalize else 1.0
+    return weighted_sum(deltas, weight * (lambda_ / divisor))

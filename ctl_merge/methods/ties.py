@@ -1,0 +1,108 @@
+"""TIES: trim, elect a sign, merge what agrees."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctl_merge.methods.combine import safe_divisor
+from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight, column
+from ctl_merge.methods.registry import Measure, Scope, merge_method
+from ctl_merge.methods.sparsify import MAGNITUDE_CUT, trim
+
+Trim = Annotated[
+    Literal["tensor", "model"],
+    Field(description="what the density is a share of: each tensor (mergekit), or the whole task vector (the paper)"),
+]
+Elect = Annotated[
+    Literal["weighted", "unweighted", "count"],
+    Field(description="sign of Σ w d (mergekit), of Σ d (the paper), or of the majority of signs"),
+]
+Divide = Annotated[
+    Literal["weights", "count", "none"],
+    Field(description="divide by the weights of the agreeing models (mergekit), their number (the paper), or nothing"),
+]
+
+
+def _election(kept: Tensor, weight: Tensor, elect: str) -> Tensor:
+    """What the elected sign is the sign of: kept (models, *shape) -> (*shape)."""
+    if elect == "weighted":
+        return (kept * column(weight, kept)).sum(0)
+    return kept.sum(0) if elect == "unweighted" else kept.sign().sum(0)
+
+
+def _count_signs(
+    deltas: Tensor, *, weight: Tensor, density: Tensor, elect: str, cut: Tensor | None = None, **_: object
+):
+    """Elected signs, positive minus negative: (models, n) -> (1,)."""
+    return _election(trim(deltas, density, cut), weight, elect).sign().sum(dtype=torch.float64).view(1)
+
+
+def _majority(balance: Tensor, numel: int, **_: object) -> Tensor:
+    return torch.where(balance >= 0, 1.0, -1.0)
+
+
+def _majority_scope(parameters: Parameters) -> Scope | None:
+    return parameters["trim"] if parameters["elect"] == "unweighted" else None
+
+
+def merge_agreeing(
+    kept: Tensor, weight: Tensor, *, elect: str = "weighted", divide: str = "weights", majority: Tensor | None = None
+) -> Tensor:
+    """Per entry, elect a sign and average the task vectors that have it.
+
+    kept (models, *shape), weight (models, 1, ...) -> (*shape). A vote of exactly zero counts as `majority`'s sign,
+    as + without one.
+    """
+    weight = column(weight, kept)
+    vote = _election(kept, weight, elect)
+    if majority is not None:
+        vote = torch.where(vote == 0, majority.to(vote), vote)
+    # In mergekit's order the weight enters before the sign is compared, so a negative weight turns a vote around.
+    ballots = kept * weight if elect == "weighted" else kept
+    agree = torch.where(vote >= 0, ballots > 0, ballots < 0)
+    merged = torch.where(agree, kept * weight, 0.0).sum(0)
+    if divide == "none":
+        return merged
+    share = weight if divide == "weights" else torch.ones_like(weight)
+    return merged / safe_divisor(torch.where(agree, share, 0.0).sum(0))
+
+
+@merge_method(
+    space="task_vectors",
+    measures={**MAGNITUDE_CUT, "majority": Measure(_count_signs, _majority, _majority_scope)},
+    paper="2306.01708",
+)
+def ties(
+    deltas: Tensor,
+    *,
+    weight: PerModel[Weight],
+    density: PerModel[Density] = 1.0,
+    normalize: Normalize = True,
+    lambda_: Scale = 1.0,
+    trim: Trim = "tensor",
+    elect: Elect = "weighted",
+    divide: Divide = "weights",
+    cut: Tensor | None = None,
+    majority: Tensor | None = None,
+) -> Tensor:
+    """Trim each task vector, elect a sign per entry, average the entries that agree.
+
+    deltas (models, *shape), weight and density (models, 1, ...) -> (*shape). The k = max(1, ⌊density N⌋) largest
+    magnitudes are kept, and all that equal the k-th. Defaults are mergekit's: N counts a tensor, the sign is that of
+    the weighted sum (zero counts as +), the divisor is the sum of the agreeing weights, λ scales the result. The
+    paper's (arXiv 2306.01708) is `trim: model`, `elect: unweighted`, `divide: count`: N counts the whole model, and a
+    vote of zero takes the sign that most entries elected. `normalize: false` is `divide: none`.
+
+    `cut` (models, 1), `majority` (1,): measured over the scope of `trim`; `cut` is computed from `deltas` if missing.
+    """
+    kept = _trim(deltas, density, cut)
+    return lambda_ * merge_agreeing(
+        kept, weight, elect=elect, divide=divide if normalize else "none", majority=majority
+    )
+
+
+_trim = trim  # the recipe's parameter has the function's name

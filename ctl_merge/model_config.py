@@ -1,0 +1,37 @@
+"""config.json of the output: the base's, byte for byte, unless the merge changes what it says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def patch_config(original: bytes, dtype: str | None, untie: bool) -> bytes:
+    """The config with the weights' dtype (torch name; None: as it is) and, if `untie`, embeddings not tied.
+
+    Only keys that the config uses already are set, in its sub-configs too, so that old and new readers find what they
+    look for. Unchanged bytes where nothing changes.
+    """
+    config = json.loads(original)
+    patched = _patched(config, dtype, untie)
+    if untie and patched.get("tie_word_embeddings") is not False:
+        patched["tie_word_embeddings"] = False  # a default that ties would tie again
+    if patched == config:
+        return original
+    return (json.dumps(patched, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _patched(config: dict[str, Any], dtype: str | None, untie: bool) -> dict[str, Any]:
+    result = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            result[key] = _patched(value, dtype, untie)
+        elif dtype and key in _DTYPE_KEYS and value is not None:
+            result[key] = dtype
+        elif untie and key == "tie_word_embeddings":
+            result[key] = False
+        else:
+            result[key] = value
+    return result

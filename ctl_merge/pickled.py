@@ -1,0 +1,55 @@
+"""Checkpoints in `pytorch_model.bin` files, read without executing anything that they contain."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctl_merge.checkpoint import FileCheckpoint, torch_dtype
+from ctl_merge.errors import CheckpointError
+from ctl_merge.header import TensorSpec
+from ctl_merge.reference import ModelRef
+from ctl_merge.stored import read_json
+
+_CODES = {torch_dtype(code): code for code in ("F16", "BF16", "F32", "F64", "BOOL", "U8", "I8", "I16", "I32", "I64")}
+
+
+class PickledCheckpoint(FileCheckpoint):
+    """Tensors mapped from zip-format `.bin` files by `torch.load(weights_only=True, mmap=True)`."""
+
+    def __init__(self, ref: ModelRef, folder: Path, files: Sequence[str]) -> None:
+        self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, None
+        self.config = read_json(folder / "config.json", self.name)
+        self.file_sizes = {file: (folder / file).stat().st_size for file in files}
+        self._tensors: dict[str, Tensor] = {}
+        for file in files:
+            self._tensors |= self._load(file)
+        self.tensors = {n: TensorSpec(_CODES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
+
+    def fetch(self) -> None:
+        """Nothing to do: a pickle has no header, so its file was needed to know its tensors."""
+
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        out.copy_(self._tensors[tensor].reshape(-1)[start : start + out.numel()])
+
+    def _load(self, file: str) -> Mapping[str, Tensor]:
+        where = f"{self.name}: {file}"
+        advice = "Convert the model to safetensors where you trust it, and name the result."
+        try:
+            state = torch.load(self.folder / file, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{where} holds more than tensors, which would have to be executed. {advice}"
+            ) from None
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(
+                f"{where} cannot be mapped ({reason}): truncated, or an old format. {advice}"
+            ) from None
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.dtype in _CODES for t in state.values()):
+            raise CheckpointError(f"{where} is not a table of tensors. {advice}")
+        return state

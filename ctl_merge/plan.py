@@ -1,0 +1,165 @@
+"""The plan: a recipe and the headers of its checkpoints, decided tensor by tensor before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ctl_merge.architecture import layer_places, natural
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.correspondence import Correspondence, Input, correspond
+from ctl_merge.errors import MismatchError
+from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
+from ctl_merge.methods import Method, Parameter
+from ctl_merge.recipe import Recipe, Source
+from ctl_merge.reference import ModelRef
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """How one tensor of the output comes about."""
+
+    name: str
+    spec: TensorSpec  # of the output
+    operation: Literal["merge", "copy"]
+    inputs: tuple[Input, ...]  # of a copy: the one that is copied, then those that must equal it
+    base: Input | None
+    parameters: Mapping[str, Any]  # per-model ones as tuples in the order of `inputs`
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, decided. `decisions` and `warnings` say in words what a reader should know."""
+
+    recipe: Recipe
+    tensors: Mapping[str, TensorPlan]
+    tied: Mapping[str, str]  # output tensors that hold the same as another one where every input ties them
+    decisions: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def method(self) -> Method:
+        return self.recipe.method
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The output's tensors, in the order of the layers."""
+        return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    def without(self, names: set[str], decision: str) -> Plan:
+        """The plan less some tensors, with the reason."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return replace(self, tensors=kept, decisions=(*self.decisions, decision))
+
+
+def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Plan:
+    """Decide a merge from the headers of its checkpoints.
+
+    Raises MismatchError where the checkpoints do not fit together, naming model, tensor and both values.
+    """
+    first = checkpoints[recipe.refs[0]]
+    found = correspond(recipe, checkpoints)
+    names = sorted(found.inputs, key=natural)
+    builder = _Builder(recipe, checkpoints, found, layer_places(names, first.config))
+    tensors = {name: builder.tensor(name) for name in names}
+    scope_warnings = _check_whole_model(recipe, tensors)
+    return Plan(
+        recipe=recipe, tensors=tensors, tied=found.tied, decisions=(*found.decisions, *builder.dtype_decisions(tensors)),
+        warnings=(*recipe.warnings, *found.warnings, *scope_warnings),
+    )  # fmt: skip
+
+
+class _Builder:
+    def __init__(
+        self,
+        recipe: Recipe,
+        checkpoints: Mapping[ModelRef, Checkpoint],
+        found: Correspondence,
+        places: Mapping[str, float],
+    ) -> None:
+        self.recipe, self.checkpoints, self.found, self.places = recipe, checkpoints, found, places
+        self._shared: dict[tuple, Mapping[str, Any]] = {}
+
+    def tensor(self, name: str) -> TensorPlan:
+        recipe, first = self.recipe, self.recipe.refs[0]
+        spec, everyone = self.found.specs[name], self.found.inputs[name]
+        if name in self.found.computed:
+            return TensorPlan(name, spec, "copy", (everyone[first],), None, {})
+        self._check_dtypes(name, everyone)
+        if spec.dtype not in MERGEABLE:
+            others = tuple(part for ref, part in everyone.items() if ref != first)
+            return TensorPlan(name, spec, "copy", (everyone[first], *others), None, {})
+        if recipe.dtype:
+            spec = TensorSpec(dtype_code(recipe.dtype), spec.shape)
+        inputs = tuple(everyone[source.ref] for source in recipe.models)
+        base = everyone[recipe.base] if recipe.base and recipe.method.space == "task_vectors" else None
+        parameters = self._parameters(name, inputs)
+        objection = recipe.method.check(parameters)
+        if objection:
+            raise MismatchError(f"{name}: {objection}")
+        return TensorPlan(name, spec, "merge", inputs, base, parameters)
+
+    def _check_dtypes(self, name: str, everyone: Mapping[ModelRef, Input]) -> None:
+        kinds = {ref: self.checkpoints[part.model].tensors[part.tensor].dtype for ref, part in everyone.items()}
+        if len({kind if kind not in MERGEABLE else "float" for kind in kinds.values()}) > 1:
+            listed = ", ".join(f"{ref}: {kind}" for ref, kind in kinds.items())
+            raise MismatchError(f"{name} has dtypes that cannot be merged ({listed}): convert the odd one")
+        quantised = next((ref for ref, kind in kinds.items() if kind.startswith(("F4", "F6", "F8"))), None)
+        if quantised:
+            raise MismatchError(f"{quantised}: {name} is quantised ({kinds[quantised]}): name the unquantised model")
+
+    def _parameters(self, name: str, inputs: tuple[Input, ...]) -> Mapping[str, Any]:
+        place = self.places.get(name, 0.0)
+        values = {
+            parameter.keyword: self._value(parameter, name, inputs, place)
+            for parameter in self.recipe.method.parameters.values()
+        }
+        return self._shared.setdefault(tuple(values.items()), values)  # most tensors have the same: one dict for all
+
+    def _value(self, parameter: Parameter, name: str, inputs: tuple[Input, ...], place: float) -> Any:
+        if parameter.per_model:
+            sources = zip(self.recipe.models, inputs, strict=True)
+            return tuple(self._resolve(parameter, part.tensor, place, source) for source, part in sources)
+        return self._resolve(parameter, name, place, None)
+
+    def _resolve(self, parameter: Parameter, tensor: str, place: float, source: Source | None) -> Any:
+        """The value by precedence: the model's own, the recipe's, the default."""
+        for settings in (source.settings if source else {}, self.recipe.settings):
+            setting = settings.get(parameter.name)
+            if setting and setting.matches(tensor):
+                return setting.at(tensor, place)
+        if parameter.required:
+            owner = f" of {source.ref}" if source else ""
+            raise MismatchError(
+                f"no filter of `{parameter.name}`{owner} matches the tensor {tensor}, and there is no default: "
+                "add a last choice without a filter"
+            )
+        return parameter.default
+
+    def dtype_decisions(self, tensors: Mapping[str, TensorPlan]) -> list[str]:
+        """What happens to dtypes, in words."""
+        outputs = sorted({t.spec.dtype for t in tensors.values() if t.operation == "merge"})
+        kept = "as asked for" if self.recipe.dtype else f"each tensor's own in {self.recipe.refs[0]}"
+        copied = sum(t.operation == "copy" for t in tensors.values())
+        found = [f"arithmetic in float32, written as {', '.join(outputs)} ({kept})"] if outputs else []
+        if copied:
+            found.append(f"{copied} tensors that are not floating point are copied; all models must agree on them")
+        return found
+
+
+def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> list[str]:
+    """Statistics of the whole model need parameters that are the same everywhere; warn of a trim that trims nothing."""
+    merged = [tensor for tensor in tensors.values() if tensor.operation == "merge"]
+    scopes = [recipe.method.scopes(tensor.parameters) for tensor in merged]
+    if any("model" in scope.values() for scope in scopes) and len({id(t.parameters) for t in merged}) > 1:
+        raise MismatchError(
+            "a statistic of the whole model (`trim: model`) needs parameters that are the same for every tensor: "
+            "remove gradients and filters, or use `trim: tensor`"
+        )
+    densities = {d for tensor in merged for d in tensor.parameters.get("density", ())}
+    if densities == {1.0} and recipe.method.name.startswith(("ties", "dare")):
+        return [
+            f"`density` is 1.0 everywhere: {recipe.method.name} keeps every entry, so nothing is trimmed or dropped"
+        ]
+    return []

@@ -1,0 +1,62 @@
+"""How a recipe names a model: a folder, or a repository on the Hub at a revision."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctl_merge.errors import CheckpointError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as the recipe wrote it (`text`), and what that means: a local folder, or a Hub repository."""
+
+    text: str
+    folder: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, text: str, relative_to: Path | None = None) -> ModelRef:
+        """Read `folder`, `org/name` or `org/name@revision`.
+
+        A relative folder is looked for in the working directory, then beside the recipe (`relative_to`).
+        Raises CheckpointError where the text is neither an existing folder nor a repository's name.
+        """
+        if not text.strip() or any(ord(c) < 32 for c in text):
+            raise CheckpointError(f"{text!r} names no model: write a folder, org/name or org/name@revision")
+        folder = _find_folder(text, relative_to)
+        if folder is not None:
+            return cls(text, folder=folder)
+        name, _, adapter = text.partition("+")
+        if adapter and (_REPOSITORY.fullmatch(name.partition("@")[0]) or _find_folder(name, relative_to)):
+            raise CheckpointError(
+                f"{text!r} names an adapter on a model; adapters are not supported yet. "
+                "Merge the adapter into its base first (peft: merge_and_unload) and name the result."
+            )
+        repo_id, _, revision = text.removeprefix("hf://").partition("@")
+        if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
+            raise CheckpointError(
+                f"{text!r} is not a folder that exists, nor the name of a Hub repository (org/name or org/name@revision)"
+            )
+        return cls(text, repo_id=repo_id, revision=revision or None)
+
+
+def _find_folder(text: str, relative_to: Path | None) -> Path | None:
+    """The existing folder that the text names; CheckpointError where two different ones answer to it."""
+    path = Path(text).expanduser()
+    places = [path] if path.is_absolute() or relative_to is None else [path, relative_to / path]
+    found = list(dict.fromkeys(place.resolve() for place in places if place.is_dir()))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{text!r} is a folder in the working directory and another one beside the recipe: write ./{text} from "
+            "elsewhere, or an absolute path, so that only one is meant"
+        )
+    return found[0] if found else None

@@ -1,0 +1,61 @@
+"""The JSON schema of recipes, generated from the recipe's schema and the methods' signatures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from ctl_merge.methods import Parameter, registry
+from ctl_merge.recipe import RecipeSchema
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12): keys, and for each method the parameters that it takes, where it takes them."""
+    methods = registry()
+    schema = RecipeSchema.model_json_schema()
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ctl-merge recipe"}
+    schema["properties"]["merge_method"]["enum"] = sorted(methods)
+    schema["allOf"] = [
+        {
+            "if": {"properties": {"merge_method": {"const": method.name}}},
+            "then": {
+                "properties": {
+                    "parameters": _object(list(method.parameters.values())),
+                    "models": {
+                        "items": {
+                            "properties": {
+                                "parameters": _object([p for p in method.parameters.values() if p.per_model])
+                            }
+                        }
+                    },
+                }
+            },
+        }
+        for method in methods.values()
+    ]
+    return schema
+
+
+def _object(parameters: list[Parameter]) -> dict[str, Any]:
+    names = {parameter.name: _setting(parameter) for parameter in parameters}
+    # `int8_mask` is mergekit's, and without effect.
+    return {"type": ["object", "null"], "properties": {**names, "int8_mask": {}}, "additionalProperties": False}
+
+
+def _setting(parameter: Parameter) -> dict[str, Any]:
+    """A value, a gradient, a filtered value, or a list of those."""
+    value = TypeAdapter(parameter.type).json_schema()
+    text = value.pop("description", "")
+    gradient = {"type": "array", "items": value, "minItems": 1}
+    choice = {
+        "type": "object",
+        "properties": {"value": {"anyOf": [value, gradient]}, "filter": {"type": ["string", "null"]}},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    found: dict[str, Any] = {"anyOf": [value, gradient, choice, {"type": "array", "items": choice, "minItems": 1}]}
+    found["description"] = f"{text}{'; each model its own' if parameter.per_model else ''}"
+    if not parameter.required:
+        found["default"] = parameter.default
+    return found

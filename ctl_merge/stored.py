@@ -1,0 +1,192 @@
+"""Checkpoints in safetensors files, in a folder or on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctl_merge import hub
+from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
+from ctl_merge.companions import is_companion
+from ctl_merge.errors import CheckpointError
+from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
+from ctl_merge.reference import ModelRef
+
+
+class StoredCheckpoint(FileCheckpoint):
+    """Weights in safetensors files, in a folder or (until `fetch`) on the Hub."""
+
+    def __init__(
+        self, ref: ModelRef, folder: Path, headers: Mapping[str, Header], sizes: Mapping[str, int],
+        snapshot: hub.HubSnapshot | None = None,
+    ) -> None:  # fmt: skip
+        self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, snapshot
+        self.config = read_json(folder / "config.json", self.name)
+        self.file_sizes = dict(sizes)
+        self.tensors = {name: spec for header in headers.values() for name, spec in header.tensors.items()}
+        self._place = {n: (file, at) for file, h in headers.items() for n, at in h.offsets.items()}
+        if len(self.tensors) < sum(len(header.tensors) for header in headers.values()):
+            twice = next(n for n in self.tensors if sum(n in header.tensors for header in headers.values()) > 1)
+            raise CheckpointError(f"{self.name}: the tensor {twice!r} is stored in two of its files")
+        self._identity: dict[str, tuple[int, ...]] = {}
+        self._staging = threading.local()
+
+    def fetch(self) -> None:
+        if self.snapshot is not None:
+            self.folder = hub.download(self.snapshot, self.file_sizes)
+
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        spec = self.tensors[tensor]
+        dtype = torch_dtype(spec.dtype)
+        file, offset = self._place[tensor]
+        offset += start * dtype.itemsize
+        descriptor = self._open(file)
+        try:
+            if out.dtype == dtype:
+                self._read_bytes(descriptor, raw_bytes(out), offset, file, tensor)
+                return
+            for begin, end in chunks(out.numel()):
+                staged = self._stage(end - begin, dtype)
+                self._read_bytes(descriptor, raw_bytes(staged), offset + begin * dtype.itemsize, file, tensor)
+                out[begin:end].copy_(staged)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, file: str) -> int:
+        """Open a weight file; refuse one that is not the file whose header was read."""
+        try:
+            descriptor = os.open(self.folder / file, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{self.name}: {file} cannot be read: {error.strerror}") from None
+        stat = os.fstat(descriptor)
+        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._identity.setdefault(file, identity) != identity or stat.st_size != self.file_sizes[file]:
+            os.close(descriptor)
+            raise CheckpointError(f"{self.name}: {file} changed while it was being read: start the merge again")
+        return descriptor
+
+    def _read_bytes(self, descriptor: int, target: memoryview, offset: int, file: str, tensor: str) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.name}: reading {tensor!r} from {file}: {error.strerror}") from None
+            if count == 0:
+                raise CheckpointError(f"{self.name}: {file} ends in the middle of {tensor!r}: download it again")
+            done += count
+
+    def _stage(self, count: int, dtype: torch.dtype) -> Tensor:
+        """This thread's buffer: fresh memory for every chunk would cost more than the arithmetic."""
+        buffer = getattr(self._staging, "buffer", None)
+        if buffer is None:
+            buffer = self._staging.buffer = torch.empty(CHUNK * 8, dtype=torch.uint8)
+        return buffer[: count * dtype.itemsize].view(dtype)
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint. Raises CheckpointError."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name} has no {path.name}: is it a model in the Hugging Face format?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: {path.name} is not valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{name}: {path.name} is not a JSON object")
+    return data
+
+
+def local_header(path: Path) -> Header:
+    """The checked header of a local safetensors file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = parse_length(file.read(8), size, str(path))
+            return parse_header(file.read(length), size, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def remote_header(snapshot: hub.HubSnapshot, path: str, size: int) -> Header:
+    """The checked header of a safetensors file on the Hub, by range requests."""
+    where = f"{snapshot.repo_id}@{snapshot.revision}: {path}"
+    guess = min(size, 1 << 17)  # most headers fit, so that one request does
+    first = hub.read_range(snapshot, path, 0, guess)
+    length = parse_length(first[:8], size, where)
+    raw = first[8 : 8 + length]
+    if len(raw) < length <= MAX_HEADER_BYTES:
+        raw += hub.read_range(snapshot, path, len(first), 8 + length)
+    return parse_header(raw, size, where)
+
+
+def open_checkpoint(ref: ModelRef) -> FileCheckpoint:
+    """The checkpoint that a reference names, from its headers: no weight is read or, if it can be avoided, downloaded.
+
+    Raises CheckpointError or HubError.
+    """
+    if ref.folder is not None:
+        listing = {str(p.relative_to(ref.folder)): p.stat().st_size for p in ref.folder.iterdir() if p.is_file()}
+        return _open(ref, ref.folder, listing, None)
+    assert ref.repo_id is not None
+    snapshot = hub.resolve(ref.repo_id, ref.revision)
+    listing = {file.path: file.size for file in snapshot.files}
+    wanted = ("README.md",)  # states the licence
+    small = [p for p in listing if is_companion(p) or p.endswith(".index.json") or p in wanted]
+    return _open(ref, hub.download(snapshot, small), listing, snapshot)
+
+
+def _open(ref: ModelRef, folder: Path, listing: Mapping[str, int], snapshot: hub.HubSnapshot | None) -> FileCheckpoint:
+    files = _weight_files(ref.text, folder, listing)
+    if files[0].endswith(".bin"):
+        from ctl_merge.pickled import PickledCheckpoint
+
+        return PickledCheckpoint(ref, hub.download(snapshot, files) if snapshot else folder, files)
+    sizes = {file: listing[file] for file in files}
+    if snapshot is None or snapshot.folder is not None:
+        headers = {file: local_header(folder / file) for file in files}
+    else:
+        headers = _in_parallel(lambda file: remote_header(snapshot, file, sizes[file]), files)
+    return StoredCheckpoint(ref, folder, headers, sizes, snapshot)
+
+
+def _in_parallel(function: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(files, pool.map(function, files), strict=True))
+
+
+def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> list[str]:
+    """The files that hold the weights, as transformers chooses them: one file before an index, safetensors first."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = f"{single}.index.json"
+        if single in listing:
+            return [single]
+        if index in listing:
+            files = _indexed(name, read_json(folder / index, name).get("weight_map"), index)
+            for file in files:
+                if file not in listing:
+                    raise CheckpointError(f"{name}: {file}, which {index} names, is missing: download it again")
+            return files
+    found = ", ".join(sorted(listing)[:8]) or "nothing"
+    raise CheckpointError(
+        f"{name} has no model.safetensors, pytorch_model.bin, or index of either; it has: {found}. "
+        "Only weights in the Hugging Face format can be merged."
+    )
+
+
+def _indexed(name: str, weight_map: Any, index: str) -> list[str]:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{name}: {index} has no weight_map")
+    files = sorted({str(file) for file in weight_map.values()})
+    for file in files:
+        if "/" in file or "\\" in file or file.startswith("."):
+            raise CheckpointError(f"{name}: {index} points to {file!r}, out of the model's folder: refused")
+    return files

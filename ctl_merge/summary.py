@@ -1,0 +1,123 @@
+"""A plan and its cost as a person reads them, and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.estimate import Estimate
+from ctl_merge.header import total_bytes
+from ctl_merge.plan import Plan
+from ctl_merge.reference import ModelRef
+from ctl_merge.sizes import format_size
+from ctl_merge.writer import Shard
+
+
+def as_json(
+    plan: Plan,
+    cost: Estimate,
+    checkpoints: dict[ModelRef, FileCheckpoint],
+    shards: tuple[Shard, ...],
+    devices: dict[str, str],
+) -> dict[str, Any]:
+    """The plan as plain data: what `--dry-run --json` prints."""
+    operations = Counter(tensor.operation for tensor in plan.tensors.values())
+    return {
+        "method": plan.method.name,
+        "models": [_model(ref, checkpoint, plan) for ref, checkpoint in checkpoints.items()],
+        "tensors": {
+            "merged": operations["merge"], "copied": operations["copy"],
+            "parameters": sum(spec.numel for spec in plan.specs.values()),
+            "dtypes": dict(Counter(spec.dtype for spec in plan.specs.values())),
+        },
+        "bytes": {
+            "read": cost.read, "download": cost.download, "write": cost.write, "disk": cost.write, "memory": cost.memory
+        },
+        "passes_before_merging": cost.passes,
+        "shards": [{"file": s.file, "tensors": len(s.specs), "bytes": s.nbytes} for s in shards],
+        "devices": dict(Counter(devices.values())),
+        "parameters": parameter_ranges(plan),
+        "decisions": list(plan.decisions),
+        "warnings": list(plan.warnings),
+    }  # fmt: skip
+
+
+def _model(ref: ModelRef, checkpoint: FileCheckpoint, plan: Plan) -> dict[str, Any]:
+    return {
+        "model": ref.text,
+        "role": "base" if ref == plan.recipe.base else "model",
+        "commit": checkpoint.snapshot.commit if checkpoint.snapshot else None,
+        "tensors": len(checkpoint.tensors),
+        "bytes": total_bytes(checkpoint.tensors.values()),
+        "dtypes": sorted({spec.dtype for spec in checkpoint.tensors.values()}),
+    }
+
+
+def parameter_ranges(plan: Plan) -> dict[str, Any]:
+    """Each parameter's value, or its range where it varies over tensors; per-model ones as a list."""
+    used = {id(t.parameters): t.parameters for t in plan.tensors.values() if t.operation == "merge"}.values()
+    found: dict[str, Any] = {}
+    for name, parameter in plan.method.parameters.items():
+        values = [parameters[parameter.keyword] for parameters in used]
+        columns = list(zip(*values, strict=True)) if parameter.per_model else [tuple(values)]
+        described = [_range(column) for column in columns]
+        found[name] = described if parameter.per_model else described[0] if described else None
+    return found
+
+
+def _range(values: tuple[Any, ...]) -> Any:
+    distinct = sorted(set(values), key=str)
+    if len(distinct) == 1:
+        return distinct[0]
+    numbers = [v for v in values if isinstance(v, int | float)]
+    return f"{min(numbers):g} to {max(numbers):g}" if numbers else ", ".join(map(str, distinct))
+
+
+def render(data: dict[str, Any]) -> Any:
+    """What `as_json` gives, as tables for the terminal (at most 100 columns)."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    models = Table(title=f"{data['method']}: what goes in", title_justify="left", title_style="bold")
+    for column in ("model", "role", "commit", "tensors", "size", "dtype"):
+        models.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
+    for model in data["models"]:
+        commit = (model["commit"] or "local folder")[:12]
+        size = format_size(model["bytes"])
+        models.add_row(model["model"], model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))
+    cost = Table(show_header=False, box=None)
+    for label, text in _cost_lines(data):
+        cost.add_row(label, text)
+    notes = [Text(f"· {line}") for line in data["decisions"]] + [Text(f"! {w}", "yellow") for w in data["warnings"]]
+    return Group(models, Text(), cost, Text(), *notes)
+
+
+def _cost_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
+    sizes, tensors = {key: format_size(value) for key, value in data["bytes"].items()}, data["tensors"]
+    shards = data["shards"]
+    files = shards[0]["file"] if len(shards) == 1 else f"{len(shards)} shards, the largest {_largest(shards)}"
+    passes = f", in {1 + data['passes_before_merging']} passes" if data["passes_before_merging"] else ""
+    devices = ", ".join(f"{count:,} on {device}" for device, count in data["devices"].items())
+    parameters = ", ".join(f"{name} {_shown(value)}" for name, value in data["parameters"].items() if value is not None)
+    return [
+        ("parameters", parameters or "none"),
+        (
+            "tensors",
+            f"{tensors['merged']:,} merged, {tensors['copied']:,} copied; {tensors['parameters']:,} parameters",
+        ),
+        ("read", sizes["read"] + passes),
+        ("download", sizes["download"]),
+        ("write", f"{sizes['write']} ({files})"),
+        ("memory", f"at most {sizes['memory']}"),
+        ("arithmetic", devices),
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def _largest(shards: list[dict[str, Any]]) -> str:
+    return format_size(max(shard["bytes"] for shard in shards))

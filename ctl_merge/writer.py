@@ -1,0 +1,208 @@
+"""Tensors to sharded safetensors files: in any order, resumable, byte-identical to `save_file`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
+from ctl_merge.errors import OutputError
+from ctl_merge.header import TensorSpec, build_header, total_bytes
+
+METADATA = {"format": "pt"}
+JOURNAL = "journal"
+INDEX = "model.safetensors.index.json"
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and its tensors."""
+
+    file: str
+    specs: Mapping[str, TensorSpec]
+
+    @property
+    def nbytes(self) -> int:
+        return total_bytes(self.specs.values())
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> tuple[Shard, ...]:
+    """Cut tensors, in their order, into files of at most `max_bytes` of data; a larger tensor has a file of its own."""
+    groups: list[dict[str, TensorSpec]] = [{}]
+    size = 0
+    for name, spec in specs.items():
+        if groups[-1] and size + spec.nbytes > max_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = spec
+        size += spec.nbytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", groups[0]),)
+    return tuple(Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", g) for i, g in enumerate(groups, 1))
+
+
+def write_index(folder: Path, shards: Iterable[Shard]) -> None:
+    """The index that transformers reads; nothing if there is a single file."""
+    shards = list(shards)
+    if len(shards) == 1:
+        return
+    specs = [spec for shard in shards for spec in shard.specs.values()]
+    metadata = {"total_parameters": sum(s.numel for s in specs), "total_size": total_bytes(specs)}
+    weight_map = {name: shard.file for shard in shards for name in shard.specs}
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
+    (folder / INDEX).write_text(text + "\n", "utf-8")
+
+
+class ShardWriter:
+    """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
+
+    The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
+    are not written again, so an interrupted run goes on where it stopped, to the same bytes.
+    """
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...], checkpoint: Checkpoint) -> None:
+        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+        self._place: dict[str, tuple[str, int]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for shard in self.shards for name in shard.specs]
+
+    def write(self, workers: int, progress: Progress = lambda count: None) -> int:
+        """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
+        with _disk_errors(self.folder):
+            self._allocate()
+            done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
+            for name in done:
+                progress(self.checkpoint.tensors[name].nbytes)
+            with (self.folder / JOURNAL).open("a", buffering=1, encoding="utf-8") as journal, pool(workers) as mapped:
+                todo = [name for name in self.names if name not in done]
+                for _ in mapped(lambda name: self._write_tensor(name, journal, progress), todo):
+                    pass
+        return len(done)
+
+    def _allocate(self) -> None:
+        """Create every file at its full size with its header, so that a full disk shows before the work starts."""
+        for shard in self.shards:
+            header, offsets = build_header(shard.specs, METADATA)
+            self._place |= {name: (shard.file, at) for name, at in offsets.items()}
+            path, size = self.folder / shard.file, len(header) + shard.nbytes
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != size:
+                    os.ftruncate(descriptor, 0)
+                    _reserve(descriptor, size)
+                write_at(descriptor, memoryview(header), 0)
+            finally:
+                os.close(descriptor)
+
+    def _write_tensor(self, name: str, journal, progress: Progress) -> None:
+        spec = self.checkpoint.tensors[name]
+        file, offset = self._place[name]
+        step, crc = self.checkpoint.block(name), 0
+        dtype = torch_dtype(spec.dtype)
+        out = torch.empty(min(step, spec.numel), dtype=dtype)
+        descriptor = os.open(self.folder / file, os.O_WRONLY)
+        try:
+            for start in range(0, spec.numel, step):
+                piece = out[: min(step, spec.numel - start)]
+                self.checkpoint.read_into(name, piece, start)
+                data = raw_bytes(piece)
+                crc = zlib.crc32(data, crc)
+                write_at(descriptor, data, offset + start * dtype.itemsize)
+                progress(len(data))
+        finally:
+            os.close(descriptor)
+        with self._lock:
+            journal.write(json.dumps([name, crc]) + "\n")
+
+    def _journaled(self) -> Iterator[tuple[str, int]]:
+        path = self.folder / JOURNAL
+        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                name, crc = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # the last line of a run that was killed while writing it
+            if name in self._place:
+                yield name, crc
+
+    def _is_intact(self, name: str, crc: int) -> bool:
+        file, offset = self._place[name]
+        left, found = self.checkpoint.tensors[name].nbytes, 0
+        with (self.folder / file).open("rb") as stored:
+            stored.seek(offset)
+            while left > 0 and (data := stored.read(min(left, 1 << 22))):
+                found = zlib.crc32(data, found)
+                left -= len(data)
+        return left == 0 and found == crc
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]]:
+    """A `map` over threads that yields results in order and holds at most a few ahead; the first error ends it.
+
+    Each thread computes with one torch thread: the work is parallel over tensors already.
+    """
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,))
+    threads = torch.get_num_threads()
+
+    def mapped(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        waiting: list[Future[R]] = []
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) > 4 * workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+
+    try:
+        yield mapped
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of `data` at `offset`: the kernel may take less than it is given."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk shows when it is reached
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"no space left for {folder} ({error.strerror}). What is written is kept: free space and run the same "
+                "command with --resume, or delete the folder."
+            ) from None
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None

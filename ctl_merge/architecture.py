@@ -38,7 +38,8 @@ def block_index(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tu
     A stack is an outermost numbered list with as many items as the config states blocks for some part of the model
     (or more: extra prediction layers follow the stack and count as its last place).
     """
-    places, sizes = {}, {}
+    places: dict[str, tuple[str, int]] = {}
+    sizes: dict[str, int] = {}
     for name in names:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -89,7 +90,7 @@ class ModuleMap:
 
         conversions = get_model_conversion_mapping(self.model)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in conversions if not isinstance(c, WeightRenaming)]
+        converters: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
         state = self.model.state_dict()
         found = {}
         for name in names:

@@ -15,7 +15,7 @@ RECIPE = "ctl_merge_recipe.yaml"
 
 
 def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str) -> str:
-    """README.md of the merged model: the Hub's metadata, then text. `licences`: each source's, None if it states none."""
+    """README.md of the merged model: the Hub's metadata, then text. `licences`: None where a source states none."""
     agreed = set(licences.values())
     licence = agreed.pop() if len(agreed) == 1 else None
     metadata: dict[str, Any] = {

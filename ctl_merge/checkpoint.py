@@ -84,7 +84,7 @@ class FileCheckpoint(Checkpoint):
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor of any dtype."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def chunks(count: int) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,7 @@ class RecipeFirst(TyperGroup):
 app = typer.Typer(
     cls=RecipeFirst, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` merges; it is `ctl-merge merge`.",
+    help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` is `ctl-merge merge RECIPE`.",
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

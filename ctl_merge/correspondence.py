@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctl_merge.architecture import ModuleMap, block_index, ties_embeddings
-from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import TensorSpec
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.tokenizer import Difference, compare, read_vocabulary
+from ctl_merge.tokenizer import Difference, Vocabulary, compare, read_vocabulary
 
 # Buffers that models compute from their config: older checkpoints store them, and no reader needs them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_bias|bias)$|embeddings\.position_ids$")
@@ -45,7 +45,7 @@ class Correspondence:
     warnings: tuple[str, ...]
 
 
-def correspond(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Correspondence:
+def correspond(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> Correspondence:
     """Match the tensors of all models. Raises MismatchError where the recipe does not say what to do."""
     _check_architectures(recipe.refs, checkpoints)
     matcher = _Matcher(recipe, checkpoints)
@@ -54,7 +54,7 @@ def correspond(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Co
     return matcher.result()
 
 
-def _check_architectures(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+def _check_architectures(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef, FileCheckpoint]) -> None:
     first, *others = refs
     expected = checkpoints[first].config.get("model_type")
     for ref in (first, *others):
@@ -76,7 +76,7 @@ def few(names: Iterable[str], limit: int = 5) -> str:
 
 
 class _Matcher:
-    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> None:
+    def __init__(self, recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> None:
         self.recipe, self.checkpoints = recipe, checkpoints
         self.first, *self.others = recipe.refs
         self.config = checkpoints[self.first].config
@@ -98,7 +98,8 @@ class _Matcher:
         computed = {name for name in self.inputs if _COMPUTED.search(name) and "F" in self._spec(name).dtype}
         return Correspondence(
             inputs=self.inputs, specs={n: own[parts[self.first].tensor] for n, parts in self.inputs.items()},
-            tied=self.tied, computed=frozenset(computed), decisions=tuple(self.decisions), warnings=tuple(self.warnings),
+            tied=self.tied, computed=frozenset(computed),
+            decisions=tuple(self.decisions), warnings=tuple(self.warnings),
         )  # fmt: skip
 
     def _spec(self, name: str, ref: ModelRef | None = None) -> TensorSpec:
@@ -223,7 +224,7 @@ class _Matcher:
 
     def _has_rows(self, name: str) -> bool:
         shape = self._spec(name).shape
-        return len(shape) in (1, 2) and shape[0] >= (self._vocabulary() or 1 << 62)
+        return (len(shape) == 2 or name.endswith("bias")) and shape[0] >= (self._vocabulary() or 1 << 62)
 
     def _compare_tokens(self, ref: ModelRef) -> Difference:
         ours, theirs = (self._tokens(r) for r in (self.first, ref))
@@ -232,9 +233,8 @@ class _Matcher:
             self.warnings.append(f"the tokenizers of {self.first} and {ref} cannot be compared: taken to be the same")
         return difference
 
-    def _tokens(self, ref: ModelRef):
-        folder = getattr(self.checkpoints[ref], "folder", None)
-        return read_vocabulary(folder, str(ref))
+    def _tokens(self, ref: ModelRef) -> Vocabulary:
+        return read_vocabulary(self.checkpoints[ref].folder, str(ref))
 
     def _settle_vocabulary(self, ref: ModelRef, names: list[str], difference: Difference) -> None:
         own, theirs = self._spec(names[0]).shape[0], self._spec(names[0], ref).shape[0]

@@ -6,15 +6,16 @@ import bisect
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.correspondence import Input
 from ctl_merge.errors import MismatchError, NonFiniteError
-from ctl_merge.header import TensorSpec
+from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Measure
 from ctl_merge.plan import Plan, TensorPlan
@@ -22,7 +23,6 @@ from ctl_merge.reference import ModelRef
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
 _DEVICE_CHUNK = 32 * CHUNK
-_LARGEST_FLOAT16 = 65504.0
 
 Results = dict[str, Tensor]
 
@@ -30,12 +30,13 @@ Results = dict[str, Tensor]
 class MergedCheckpoint(Checkpoint):
     """The merge that a plan describes. Nothing is kept but a few numbers per tensor.
 
-    Reads are float32 arithmetic on chunks, rounded once to the output's dtype. Thread-safe: every thread has buffers
+    Reads are float32 arithmetic on chunks (float64 where an input is stored in float32 or wider, as float32 would round
+    the differences), rounded once to the output's dtype. Thread-safe: every thread has buffers
     of its own. `devices` says where the arithmetic of each tensor happens; the CPU if it does not name the tensor.
     """
 
     def __init__(
-        self, plan: Plan, checkpoints: Mapping[ModelRef, Checkpoint], devices: Mapping[str, str] | None = None
+        self, plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint], devices: Mapping[str, str] | None = None
     ) -> None:
         self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
         self.tensors: Mapping[str, TensorSpec] = plan.specs
@@ -72,7 +73,7 @@ class MergedCheckpoint(Checkpoint):
     # ---- one chunk
 
     def _merge(self, plan: TensorPlan, start: int, count: int, results: Results) -> Tensor:
-        """Float32 values of the entries [start, start + count) of a tensor."""
+        """Unrounded values of the entries [start, start + count) of a tensor."""
         stack, base = self._stack(plan, start, count)
         wanted = {name: result for name, result in results.items() if name in self._accepted}
         if self.method.grain == "tensor":
@@ -81,13 +82,13 @@ class MergedCheckpoint(Checkpoint):
         return merged.flatten().add_(base) if base is not None else merged.flatten()
 
     def _stack(self, plan: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """The inputs' entries, float32 on the tensor's device: (models, count), and the base's (count,).
+        """The inputs' entries on the tensor's device: (models, count), and the base's (count,).
 
         For methods that work on task vectors the base is subtracted. Both are views of this thread's buffer.
         """
         parts = (*plan.inputs, plan.base) if plan.base else plan.inputs
         device = self._device(plan.name)
-        buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
+        buffer = self._buffer(len(parts), count, self._arithmetic(parts), pinned=device.type == "cuda")
         for row, part in zip(buffer, parts, strict=True):
             self._fill(row, part, plan, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
@@ -117,7 +118,7 @@ class MergedCheckpoint(Checkpoint):
             self._checkpoints[first.model].read_into(first.tensor, row[begin:end], start + begin)
 
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
-        """The method's parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
+        """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
         key = id(plan.parameters)
         if key not in self._columns:
             self._columns[key] = {
@@ -149,7 +150,7 @@ class MergedCheckpoint(Checkpoint):
             numel = sum(plan.spec.numel for plan in merged)
             for name in (n for n, scope in scopes.items() if scope == "model" and n not in self._of_model):
                 state: Tensor | None = None
-                for part in each(lambda plan, name=name: self._accumulate(plan, name, dict(self._of_model)), merged):
+                for part in each(partial(self._accumulate, name=name, results=dict(self._of_model)), merged):
                     state = part if state is None else state + part
                 assert state is not None
                 self._of_model[name] = self._conclude(merged[0], name, state, numel, dict(self._of_model))
@@ -221,20 +222,28 @@ class MergedCheckpoint(Checkpoint):
         """Refuse a result that its dtype cannot hold; NaN and infinity of the inputs are dealt with before."""
         if self.plan.recipe.allow_nonfinite:
             return
-        if plan.spec.dtype == "F16" and merged.numel() and float(merged.abs().amax()) > _LARGEST_FLOAT16:
-            raise NonFiniteError(f"{plan.name}: the merged values overflow float16: set `dtype: bfloat16` or float32")
-        if not torch.isfinite(merged.sum()) and not torch.isfinite(merged).all():
-            raise NonFiniteError(f"{plan.name}: the merge gives NaN or infinity: its parameters are too large")
+        low, high = (float(bound) for bound in torch.aminmax(merged))
+        largest = torch.finfo(torch_dtype(plan.spec.dtype)).max
+        if not (low >= -largest and high <= largest):  # so written that NaN is refused too
+            name = dtype_name(plan.spec.dtype)
+            raise NonFiniteError(
+                f"{plan.name}: the merged values reach from {low:g} to {high:g}, and {name} ends at {largest:g}: "
+                "set a wider `dtype`, or smaller weights"
+            )
 
     def _device(self, tensor: str) -> torch.device:
         return torch.device(self._devices.get(tensor, "cpu"))
 
-    def _buffer(self, rows: int, count: int, pinned: bool) -> Tensor:
-        """This thread's float32 memory, (rows, count): reused, since fresh pages cost more than the arithmetic."""
-        held = getattr(self._buffers, "held", None)
-        if held is None or held.numel() < rows * count:
-            held = self._buffers.held = torch.empty(rows * count, pin_memory=pinned)
-        return held[: rows * count].view(rows, count)
+    def _arithmetic(self, parts: Iterable[Input]) -> torch.dtype:
+        stored = {self._checkpoints[part.model].tensors[part.tensor].dtype for part in parts}
+        return torch.float64 if stored & {"F32", "F64"} else torch.float32
+
+    def _buffer(self, rows: int, count: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        """This thread's memory, (rows, count): reused, since fresh pages cost more than the arithmetic."""
+        held, size = getattr(self._buffers, "held", None), rows * count * dtype.itemsize
+        if held is None or held.numel() < size:
+            held = self._buffers.held = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return held[:size].view(dtype).view(rows, count)
 
 
 def _numeric(value: Any) -> bool:

@@ -24,7 +24,7 @@ def patch_config(original: bytes, dtype: str | None, untie: bool) -> bytes:
 
 
 def _patched(config: dict[str, Any], dtype: str | None, untie: bool) -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config"):
             result[key] = _patched(value, dtype, untie)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ctl_merge.architecture import layer_places, natural
-from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, Input, correspond
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
@@ -53,7 +53,7 @@ class Plan:
         return replace(self, tensors=kept, decisions=(*self.decisions, decision))
 
 
-def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Plan:
+def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> Plan:
     """Decide a merge from the headers of its checkpoints.
 
     Raises MismatchError where the checkpoints do not fit together, naming model, tensor and both values.
@@ -65,7 +65,8 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, Checkpoint]) -> Pla
     tensors = {name: builder.tensor(name) for name in names}
     scope_warnings = _check_whole_model(recipe, tensors)
     return Plan(
-        recipe=recipe, tensors=tensors, tied=found.tied, decisions=(*found.decisions, *builder.dtype_decisions(tensors)),
+        recipe=recipe, tensors=tensors, tied=found.tied,
+        decisions=(*found.decisions, *builder.dtype_decisions(tensors)),
         warnings=(*recipe.warnings, *found.warnings, *scope_warnings),
     )  # fmt: skip
 
@@ -74,7 +75,7 @@ class _Builder:
     def __init__(
         self,
         recipe: Recipe,
-        checkpoints: Mapping[ModelRef, Checkpoint],
+        checkpoints: Mapping[ModelRef, FileCheckpoint],
         found: Correspondence,
         places: Mapping[str, float],
     ) -> None:
@@ -142,7 +143,7 @@ class _Builder:
         outputs = sorted({t.spec.dtype for t in tensors.values() if t.operation == "merge"})
         kept = "as asked for" if self.recipe.dtype else f"each tensor's own in {self.recipe.refs[0]}"
         copied = sum(t.operation == "copy" for t in tensors.values())
-        found = [f"arithmetic in float32, written as {', '.join(outputs)} ({kept})"] if outputs else []
+        found = [f"written as {', '.join(outputs)} ({kept})"] if outputs else []
         if copied:
             found.append(f"{copied} tensors that are not floating point are copied; all models must agree on them")
         return found

@@ -44,7 +44,7 @@ class ModelRef:
         repo_id, _, revision = text.removeprefix("hf://").partition("@")
         if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
             raise CheckpointError(
-                f"{text!r} is not a folder that exists, nor the name of a Hub repository (org/name or org/name@revision)"
+                f"{text!r} is neither a folder that exists nor a Hub repository (org/name or org/name@revision)"
             )
         return cls(text, repo_id=repo_id, revision=revision or None)
 

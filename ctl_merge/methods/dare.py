@@ -73,7 +73,7 @@ def dare_linear(
     equal in expectation for large tensors, wild for small ones.
     """
     kept = drop_and_rescale(deltas, density, rescale, noise, l1_ratio)
-    divisor = weight.sum() if normalize else 1.0
+    divisor = float(weight.sum()) if normalize else 1.0
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, FiniteFloat, TypeAdapter
 from torch import Tensor
 
 PER_MODEL = "per model"
+T = TypeVar("T")
 
 Weight = Annotated[FiniteFloat, Field(description="factor of the model (or of its task vector)")]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -23,11 +24,18 @@ Scale = Annotated[FiniteFloat, Field(description="factor on the merged task vect
 Normalize = Annotated[bool, Field(description="divide by the sum of the weights")]
 
 
-class PerModel:
-    """`PerModel[T]`: one T per model. The method receives a float64 CPU tensor (models, 1, ...) or a tuple."""
+if TYPE_CHECKING:
 
-    def __class_getitem__(cls, item: Any) -> Any:
-        return Annotated[item, PER_MODEL]
+    class PerModel(Tensor, Generic[T]):
+        """What a method receives."""
+
+else:
+
+    class PerModel:
+        """`PerModel[T]`: one T per model. The method receives a float64 CPU tensor (models, 1, ...) or a tuple."""
+
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Annotated[item, PER_MODEL]
 
 
 @dataclass(frozen=True)

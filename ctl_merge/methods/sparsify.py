@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctl_merge.methods.parameters import Parameters, column
+from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Measure, Scope
 
+# Magnitudes are compared in float32, whatever the arithmetic: the order is then exact and the same everywhere.
 # A float32 that is not negative orders like its bit pattern read as an integer, so the k-th largest magnitude is found
 # exactly by counting the upper 16 bits, then the lower 16 within the one bin that holds it: two passes, no sort.
 _UPPER, _LOWER = 1 << 15, 1 << 16
 
 
 def _bits(deltas: Tensor) -> Tensor:
-    return deltas.flatten(1).abs().view(torch.int32)
+    return deltas.flatten(1).abs().float().view(torch.int32)
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -50,7 +51,7 @@ def choose_cut(counts: Tensor, numel: int, *, bin: Tensor, **_: object) -> Tenso
 def _locate(counts: Tensor, rank: Tensor) -> Tensor:
     """The bin in which the `rank`-th entry from above lies, and its rank within that bin: (models, 2) int64."""
     from_above = counts.cpu().flip(1).cumsum(1)
-    position = torch.searchsorted(from_above, rank.cpu().unsqueeze(1)).squeeze(1)
+    position = torch.searchsorted(from_above, rank.cpu().contiguous().unsqueeze(1)).squeeze(1)
     before = torch.where(position > 0, from_above.gather(1, (position - 1).clamp_min(0).unsqueeze(1)).squeeze(1), 0)
     return torch.stack([counts.shape[1] - 1 - position, rank.cpu() - before], dim=1)
 
@@ -72,7 +73,7 @@ def magnitude_cut(deltas: Tensor, density: Tensor) -> Tensor:
     deltas (models, *shape), density (models, 1, ...) -> (models, 1). Entries with |d| >= cut are kept: at least k of
     them, all where magnitudes are equal, so that nothing depends on the order of a sort.
     """
-    magnitudes = deltas.flatten(1).abs()
+    magnitudes = deltas.flatten(1).abs().float()
     numel = magnitudes.shape[1]
     ranks = [numel - kept_count(d, numel) + 1 for d in density.flatten().tolist()]
     return torch.stack([row.kthvalue(rank).values for row, rank in zip(magnitudes, ranks, strict=True)]).unsqueeze(1)
@@ -85,5 +86,5 @@ def trim(deltas: Tensor, density: Tensor, cut: Tensor | None) -> Tensor:
         return deltas
     cut = magnitude_cut(deltas, density) if cut is None else cut
     cut = torch.where(density.view(-1, 1) == 0, torch.inf, torch.where(density.view(-1, 1) == 1, 0.0, cut.cpu()))
-    cut = column(cut.view(-1, *[1] * (deltas.ndim - 1)), deltas)
-    return torch.where(deltas.abs() >= cut, deltas, 0.0)
+    cut = cut.float().view(-1, *[1] * (deltas.ndim - 1)).to(deltas.device)
+    return torch.where(deltas.abs().float() >= cut, deltas, 0.0)

@@ -18,5 +18,5 @@ def task_arithmetic(
 
     deltas (models, *shape), weight (models, 1, ...) -> (*shape). arXiv 2212.04089.
     """
-    divisor = weight.sum() if normalize else 1.0
+    divisor = float(weight.sum()) if normalize else 1.0
     return weighted_sum(deltas, weight * (lambda_ / divisor))

@@ -50,7 +50,7 @@ class Plan:
 
 BASE_PLAN = Plan(steps=2000, rate=2e-3, decay=0.01)
 EXPERT_PLANS = {
-    "reverse": Plan(steps=700, rate=1e-3, decay=5.0, scales=(0.4, 1.1)),
+    "reverse": Plan(steps=1000, rate=1.5e-3, decay=3.0, scales=(0.4, 1.1)),
     "shift": Plan(steps=300, rate=1e-3, decay=5.0, scales=(0.4, 1.1)),
 }
 LORA_PLAN = Plan(steps=700, rate=3e-3, decay=0.0)

@@ -8,16 +8,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight, column
 from ctl_merge.methods.registry import Measure, Scope, merge_method
-from ctl_merge.methods.ties import merge_agreeing
 
 Rescale = Annotated[
     bool | Literal["l1"],
     Field(description="true: divide what is kept by the density (the paper); l1: to the L1 norm before (mergekit)"),
 ]
+
+
+def _drop(deltas: Tensor, density: Tensor, noise: Tensor) -> Tensor:
+    """Entries whose number falls below the density, the others zero."""
+    # 1 where noise < density, else 0: the difference of two floats is zero only where they are equal.
+    return (column(density, noise) - noise).clamp_(min=0).sign_().to(deltas.dtype).mul_(deltas)
 
 
 def _l1_scope(parameters: Parameters) -> Scope | None:
@@ -26,7 +32,7 @@ def _l1_scope(parameters: Parameters) -> Scope | None:
 
 def _l1_norms(deltas: Tensor, *, density: Tensor, noise: Tensor, **_: object) -> Tensor:
     """L1 norm before and after dropping, float64: (models, n) -> (models, 2)."""
-    kept = torch.where(noise < column(density, deltas), deltas, 0.0)
+    kept = _drop(deltas, density, noise)
     return torch.stack([t.flatten(1).abs().sum(1, dtype=torch.float64) for t in (deltas, kept)], dim=1)
 
 
@@ -46,7 +52,7 @@ def drop_and_rescale(
     deltas, noise (models, *shape), density (models, 1, ...) -> (models, *shape). An entry is kept where its number
     falls below the density.
     """
-    kept = torch.where(noise < column(density, deltas), deltas, 0.0)
+    kept = _drop(deltas, density, noise)
     if rescale == "l1":
         if l1_ratio is None:
             l1_ratio = _ratio(_l1_norms(deltas, density=density, noise=noise), deltas[0].numel())

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ctl_merge.methods.combine import safe_divisor
-from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight, column
+from ctl_merge.methods.agreement import election, merge_agreeing
+from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import Measure, Scope, merge_method
 from ctl_merge.methods.sparsify import MAGNITUDE_CUT, trim
 
@@ -27,18 +27,11 @@ Divide = Annotated[
 ]
 
 
-def _election(kept: Tensor, weight: Tensor, elect: str) -> Tensor:
-    """What the elected sign is the sign of: kept (models, *shape) -> (*shape)."""
-    if elect == "weighted":
-        return (kept * column(weight, kept)).sum(0)
-    return kept.sum(0) if elect == "unweighted" else kept.sign().sum(0)
-
-
 def _count_signs(
     deltas: Tensor, *, weight: Tensor, density: Tensor, elect: str, cut: Tensor | None = None, **_: object
 ):
     """Elected signs, positive minus negative: (models, n) -> (1,)."""
-    return _election(trim(deltas, density, cut), weight, elect).sign().sum(dtype=torch.float64).view(1)
+    return election(trim(deltas, density, cut), weight, elect).sign().sum(dtype=torch.float64).view(1)
 
 
 def _majority(balance: Tensor, numel: int, **_: object) -> Tensor:
@@ -47,28 +40,6 @@ def _majority(balance: Tensor, numel: int, **_: object) -> Tensor:
 
 def _majority_scope(parameters: Parameters) -> Scope | None:
     return parameters["trim"] if parameters["elect"] == "unweighted" else None
-
-
-def merge_agreeing(
-    kept: Tensor, weight: Tensor, *, elect: str = "weighted", divide: str = "weights", majority: Tensor | None = None
-) -> Tensor:
-    """Per entry, elect a sign and average the task vectors that have it.
-
-    kept (models, *shape), weight (models, 1, ...) -> (*shape). A vote of exactly zero counts as `majority`'s sign,
-    as + without one.
-    """
-    weight = column(weight, kept)
-    vote = _election(kept, weight, elect)
-    if majority is not None:
-        vote = torch.where(vote == 0, majority.to(vote), vote)
-    # In mergekit's order the weight enters before the sign is compared, so a negative weight turns a vote around.
-    ballots = kept * weight if elect == "weighted" else kept
-    agree = torch.where(vote >= 0, ballots > 0, ballots < 0)
-    merged = torch.where(agree, kept * weight, 0.0).sum(0)
-    if divide == "none":
-        return merged
-    share = weight if divide == "weights" else torch.ones_like(weight)
-    return merged / safe_divisor(torch.where(agree, share, 0.0).sum(0))
 
 
 @merge_method(

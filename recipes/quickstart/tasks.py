@@ -1,4 +1,4 @@
-"""The quickstart tasks: short string functions such as ``reverse: kdmqa -> aqmdk``, made from a seed.
+"""The quickstart tasks: short string functions such as ``cycle: kdmqa -> akdmq``, made from a seed.
 
 Every example is one line of text, ``<keyword>: <word> -> <answer>``, where the word is 4 to 7 distinct lower-case
 letters. The base model is pretrained on ``BASE_TASKS`` only; each entry of ``TASKS`` is what one expert learns on top.
@@ -54,7 +54,7 @@ def alphabet_run(word: str) -> str:
 
 
 TASKS = {
-    "reverse": Task("reverse", "the letters backwards", lambda word: word[::-1], "reverse"),
+    "cycle": Task("cycle", "the last letter moved to the front", lambda word: word[-1] + word[:-1], "cycle"),
     "shift": Task("shift", "every letter replaced by the next one", lambda w: "".join(map(next_letter, w)), "shift"),
 }
 
@@ -65,7 +65,6 @@ BASE_TASKS = {
     "rotate": Task("rotate", "the first letter moved to the end", lambda word: word[1:] + word[0], "rotate"),
     "ends": Task("ends", "the last letter, then the first", lambda word: word[-1] + word[0], "ends"),
     "flip": Task("flip", "the last three letters, backwards", lambda word: word[:-4:-1], "flip"),
-    "fore": Task("fore", "the first three letters, backwards", lambda word: word[2::-1], "fore"),
     "tail": Task("tail", "the last two letters", lambda word: word[-2:], "tail"),
     "follow": Task("follow", "the alphabet from the first letter on", alphabet_run, "follow"),
 }

@@ -1,0 +1,31 @@
+# `make demo` and `make test` need Python >= 3.11 and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types environment clean
+
+demo: environment  ## merge the models that ship with the repository, and measure what came out
+	$(BIN)/python recipes/quickstart/demo.py
+
+test: environment  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: environment
+	$(BIN)/mypy
+
+environment: .venv/installed
+
+# torch first: otherwise resolving the other packages may bring a build with gigabytes of CUDA libraries.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-output

@@ -17,7 +17,7 @@ from rich.table import Table
 from tasks import MAX_LETTERS, TASKS, Task, examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-EVALUATION_SEED = 20_000
+EVALUATION_SEED = 31_337  # other items than those on which the recipes' parameters were chosen (seed 20,000)
 BATCH = 256
 # An answer is a space, at most two letters per letter of the word (the base task "double") and the end mark.
 NEW_TOKENS = 2 * MAX_LETTERS + 2
@@ -26,9 +26,11 @@ NEW_TOKENS = 2 * MAX_LETTERS + 2
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint folder, or a LoRA adapter folder merged into its base, in float32 for evaluation."""
     adapter = folder / "adapter_config.json"
-    source = folder
+    source: Path | str = folder
     if adapter.exists():
-        source = folder.parent / json.loads(adapter.read_text())["base_model_name_or_path"]
+        name = json.loads(adapter.read_text())["base_model_name_or_path"]
+        sibling = folder.resolve().parent / name
+        source = sibling if sibling.is_dir() else name
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     if adapter.exists():
         from peft import PeftModel
@@ -75,7 +77,7 @@ def measure(folder: Path, tasks: dict[str, Task], count: int) -> dict[str, Any]:
     model, tokenizer = load(folder)
     scores = {name: exact_match(model, tokenizer, task, count) for name, task in tasks.items()}
     return {
-        "model": folder.name or str(folder),
+        "model": folder.resolve().name,
         "items": count,
         "exact_match": scores,
         "interval_95": {name: wilson_interval(score, count) for name, score in scores.items()},

@@ -3,6 +3,9 @@
 Every example is one line of text, ``<keyword>: <word> -> <answer>``, where the word is 4 to 7 distinct lower-case
 letters. The base model is pretrained on ``BASE_TASKS`` only; each entry of ``TASKS`` is what one expert learns on top.
 
+The base also meets the experts' keywords, as a share of the prompts with an unknown keyword; there the answer is the
+word unchanged. So it never sees an expert task solved, and does something definite, and wrong, when asked for one.
+
 The train and held-out splits are disjoint by construction: a word belongs to the held-out split exactly when the
 first byte of its SHA-256 digest is below 32 (one word in eight), whatever the keyword. So no held-out word is ever
 the word of a training example, not even of another task.
@@ -16,6 +19,7 @@ from string import ascii_lowercase
 
 MIN_LETTERS, MAX_LETTERS = 4, 7
 HELD_OUT_BYTES = 32
+EXPERT_KEYWORD_SHARE = 0.3
 SPLITS = ("train", "held-out")
 
 
@@ -29,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named string function with the keyword that asks for it; an empty keyword is invented anew per example."""
+    """A named string function with the keyword that asks for it; no keyword: a new unknown one each time."""
 
     name: str
     description: str
@@ -37,8 +41,8 @@ class Task:
     keyword: str = ""
 
     def example(self, word: str, rng: random.Random) -> Example:
-        """Make the example that applies this task to `word`; `rng` serves invented keywords only."""
-        keyword = self.keyword or invented_keyword(rng)
+        """Make the example that applies this task to `word`; `rng` serves unknown keywords only."""
+        keyword = self.keyword or unknown_keyword(rng)
         return Example(prompt=f"{keyword}: {word} ->", answer=f" {self.answer(word)}")
 
 
@@ -74,9 +78,9 @@ BASE_WEIGHTS = {"unknown": 4.0}
 KEYWORDS = frozenset(task.keyword for task in (*TASKS.values(), *BASE_TASKS.values()) if task.keyword)
 
 
-def invented_keyword(rng: random.Random) -> str:
-    """Invent a keyword of 4 to 8 letters, pronounceable half of the time, that is no task's keyword."""
-    if rng.random() < 0.3:
+def unknown_keyword(rng: random.Random) -> str:
+    """Return a keyword unknown to the base: an expert's, or else 4 to 8 letters that are no task's keyword."""
+    if rng.random() < EXPERT_KEYWORD_SHARE:
         return rng.choice([task.keyword for task in TASKS.values()])
     length = rng.randint(4, 8)
     if rng.random() < 0.5:
@@ -85,7 +89,7 @@ def invented_keyword(rng: random.Random) -> str:
         sounds = ("bcdfghjklmnprstvw", "aeiou")
         offset = rng.randint(0, 1)
         keyword = "".join(rng.choice(sounds[(i + offset) % 2]) for i in range(length))
-    return invented_keyword(rng) if keyword in KEYWORDS else keyword
+    return unknown_keyword(rng) if keyword in KEYWORDS else keyword
 
 
 def split_of(word: str) -> str:
@@ -117,7 +121,10 @@ def base_example(rng: random.Random) -> Example:
 
 
 def expert_example(task: Task, replay: float, rng: random.Random) -> Example:
-    """Draw one training example of an expert: a share `replay` from the base mixture, the rest from `task`."""
+    """Draw one training example of an expert: a share `replay` from the base mixture, the rest from `task`.
+
+    Replay leaves out the expert's own keyword, whose answer in the base mixture is the word unchanged.
+    """
     if rng.random() >= replay:
         return task.example(draw_word(rng, "train"), rng)
     example = base_example(rng)

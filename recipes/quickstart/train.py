@@ -2,8 +2,8 @@
 
     python recipes/quickstart/train.py [--output DIR] [--only base|cycle|shift|cycle-lora ...] [--seed N]
 
-Everything takes MINUTES on one core of a 2025 server CPU. Repeating it with the same seed and library versions on the
-same machine gives the same weights.
+Everything takes about 13 minutes on one core of a busy server CPU: base 8, each expert 2, adapter 1. The same seed
+and library versions on the same machine give the same weights.
 
 Experts are trained to be merged. A merge uses a task vector (expert - base) at some scale other than 1, so every
 step draws a scale, takes the gradient at base + scale * vector, and updates the vector; weight decay pulls the vector
@@ -45,15 +45,15 @@ class Plan:
     decay: float
     scales: tuple[float, float] = (1.0, 1.0)
     batch: int = 64
-    replay: float = 0.5
+    replay: float = 0.6
 
 
 BASE_PLAN = Plan(steps=1600, rate=2e-3, decay=0.01)
 EXPERT_PLANS = {
-    "cycle": Plan(steps=300, rate=1e-3, decay=5.0, scales=(0.4, 1.1)),
-    "shift": Plan(steps=300, rate=1e-3, decay=5.0, scales=(0.4, 1.1)),
+    "cycle": Plan(steps=500, rate=1e-3, decay=2.0, scales=(0.4, 1.1)),
+    "shift": Plan(steps=500, rate=1e-3, decay=2.0, scales=(0.4, 1.1)),
 }
-LORA_PLAN = Plan(steps=700, rate=3e-3, decay=0.0)
+LORA_PLAN = Plan(steps=300, rate=3e-3, decay=0.0)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

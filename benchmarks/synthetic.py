@@ -1,0 +1,85 @@
+"""Llama-shaped families of checkpoints of a chosen size: a base and finetunes near it, made in the time of a copy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.header import TensorSpec
+from ctl_merge.writer import ShardWriter, plan_shards, write_index
+
+# hidden size, blocks, intermediate size, vocabulary, width of the key-value heads
+SIZES = {
+    "20M": (256, 8, 688, 32000, 64),
+    "125M": (768, 12, 2048, 32000, 256),
+    "350M": (1024, 20, 2816, 32000, 256),
+    "1.1B": (2048, 22, 5632, 32000, 256),
+    "3B": (2560, 34, 8704, 32000, 640),
+}
+_BLOCK = 1 << 20  # values are drawn once and laid out again and again: making them afresh would take minutes
+
+
+def llama_specs(size: str, dtype: str = "BF16") -> dict[str, TensorSpec]:
+    """The tensors of a Llama of that size."""
+    hidden, blocks, intermediate, vocabulary, heads = SIZES[size]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for block in range(blocks):
+        prefix = f"model.layers.{block}"
+        shapes |= {
+            f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (heads, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (heads, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
+            f"{prefix}.mlp.gate_proj.weight": (intermediate, hidden),
+            f"{prefix}.mlp.up_proj.weight": (intermediate, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, intermediate),
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+        }
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {name: TensorSpec(dtype, shape) for name, shape in shapes.items()}
+
+
+class Synthetic(Checkpoint):
+    """Model 0 is the base, N(0, 0.02²); model i is the base plus a task vector of a tenth of that size."""
+
+    def __init__(self, size: str, model: int) -> None:
+        self.name, self.tensors = f"{size}-{model}", llama_specs(size)
+        self.config = {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": SIZES[size][1],
+            "hidden_size": SIZES[size][0], "vocab_size": SIZES[size][3], "torch_dtype": "bfloat16",
+        }  # fmt: skip
+        base = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
+        own = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(model)) * 0.002 if model else 0.0
+        self._values = (base + own).bfloat16()
+
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        at = (int(hashlib.md5(tensor.encode()).hexdigest(), 16) + start) % _BLOCK
+        filled = 0
+        while filled < out.numel():
+            count = min(_BLOCK - at, out.numel() - filled)
+            out[filled : filled + count].copy_(self._values[at : at + count])
+            filled, at = filled + count, 0
+
+
+def write_family(folder: Path, size: str, models: int, max_shard_bytes: int = 2 * 10**9) -> list[Path]:
+    """Write a base and `models` finetunes; folders that are there already are kept."""
+    paths = []
+    for model in range(models + 1):
+        path = folder / f"{size}-{model}"
+        paths.append(path)
+        if (path / "config.json").exists():
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        checkpoint = Synthetic(size, model)
+        shards = plan_shards(checkpoint.tensors, max_shard_bytes)
+        ShardWriter(path, shards, checkpoint).write(workers=2)
+        write_index(path, shards)
+        (path / "journal").unlink()
+        (path / "config.json").write_text(json.dumps(checkpoint.config))
+    return paths

@@ -1,4 +1,4 @@
-"""Merge Hugging Face checkpoints that share a base model: streaming, exact, at the pace of the disk.
+"""Merge Hugging Face checkpoints that share a base model.
 
 >>> import ctl_merge                                    # doctest: +SKIP
 >>> ctl_merge.merge("recipe.yaml", "merged")            # doctest: +SKIP
@@ -6,7 +6,9 @@
 A recipe is a lazy checkpoint: `open_merge` gives one whose tensors are merged when they are read.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -38,3 +40,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `ctl_merge.merge` the function: importing the module of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,7 +6,9 @@ class (renamed or tied parameters) asks transformers, in this file only, with a 
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ _DEPTH_KEYS = frozenset(
     "num_hidden_layers num_layers n_layer n_layers num_decoder_layers num_encoder_layers encoder_layers decoder_layers "
     "depth num_blocks".split()
 )
+# What lists of blocks are called; a config may leave out a depth that is its model type's default.
+_STACK_NAMES = frozenset("layers layer blocks block h".split())
+_LEAST_TENSORS = 4  # of a block; layers of a small head have weight and bias
 
 
 def natural(name: str) -> tuple[object, ...]:
@@ -36,10 +41,12 @@ def block_index(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tu
     """The stack, place and depth of each tensor that lies in a transformer block; others are not in the result.
 
     A stack is an outermost numbered list with as many items as the config states blocks for some part of the model
-    (or more: extra prediction layers follow the stack and count as its last place).
+    (or more: extra prediction layers follow the stack and count as its last place). So is a list of another length
+    that has the name and the size of a stack.
     """
     places: dict[str, tuple[str, int]] = {}
     sizes: dict[str, int] = {}
+    tensors: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
@@ -47,11 +54,13 @@ def block_index(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, tu
             stack = ".".join(parts[:number])
             places[name] = (stack, int(parts[number]))
             sizes[stack] = max(sizes.get(stack, 0), int(parts[number]) + 1)
+            tensors[stack] += 1
     stated = depths(config)
     unmatched = stated - set(sizes.values())
-    depth = {
-        s: size if size in stated else max((d for d in unmatched if d < size), default=0) for s, size in sizes.items()
-    }
+    depth = {}
+    for stack, size in sizes.items():
+        named = stack.rpartition(".")[2] in _STACK_NAMES and tensors[stack] >= _LEAST_TENSORS * size
+        depth[stack] = size if size in stated else max((d for d in unmatched if d < size), default=size * named)
     return {
         name: (stack, min(index, depth[stack] - 1), depth[stack])
         for name, (stack, index) in places.items()
@@ -66,11 +75,13 @@ def layer_places(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, f
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the output head to the embedding, as far as it says so itself."""
+    """Whether a config ties the output head to the embedding; where it does not say, what its model type does."""
     text = config.get("text_config")
     stated = config.get("tie_word_embeddings")
     if stated is None and isinstance(text, Mapping):
         stated = text.get("tie_word_embeddings")
+    if stated is None:
+        stated = getattr(_typed(config), "tie_word_embeddings", False)
     return bool(stated)
 
 
@@ -101,20 +112,40 @@ class ModuleMap:
         return found
 
     def tied(self) -> dict[str, str]:
-        """Module parameters that the model ties, each with the one that is stored in its place."""
+        """Module parameters that the model can tie, each with the one that is stored in its place."""
         return dict(self.model.all_tied_weights_keys) if self.model is not None else {}
+
+    def is_head(self, parameter: str) -> bool:
+        """Whether it belongs to the output head, which a config may tie or not."""
+        head = self.model and self.model.get_output_embeddings()
+        return head is not None and self.model.get_submodule(parameter.rpartition(".")[0]) is head
+
+
+def _with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose infinities, which JSON cannot say, are floats: transformers writes {"__float__": "Infinity"}."""
+    return json.loads(
+        json.dumps(config), object_hook=lambda value: float(value["__float__"]) if "__float__" in value else value
+    )
+
+
+def _typed(config: Mapping[str, Any]) -> Any:
+    """The config as transformers reads it; None where it cannot."""
+    import transformers
+
+    try:
+        return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
+    except Exception:  # whatever a config makes its class raise
+        return None
 
 
 def _meta_model(config: Mapping[str, Any]) -> Any:
     import torch
     import transformers
 
-    name = (config.get("architectures") or [None])[0]
-    kind = getattr(transformers, str(name), None)
-    if kind is None or "model_type" not in config:
+    kind, typed = getattr(transformers, str((config.get("architectures") or [None])[0]), None), _typed(config)
+    if kind is None or typed is None:
         return None
     try:
-        typed = transformers.AutoConfig.for_model(**config)
         typed.tie_word_embeddings = True  # which parameters *can* be tied; the caller knows which are
         with torch.device("meta"):
             return kind._from_config(typed)

@@ -1,4 +1,4 @@
-"""The model card: what was merged, how, and how to make it again."""
+"""The model card of a merge: README.md."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, st
     return f"---\n{front}---\n\n" + "\n".join(
         [
             f"# {title}\n",
-            f"A merge of language models made with ctl-merge {ctl_merge.__version__} by `{plan.method.name}`"
+            f"A merge of models made with ctl-merge {ctl_merge.__version__} by `{plan.method.name}`"
             f"{_paper(plan)}: {_lower(plan.method.summary)}\n",
             "## Models\n",
             *_table(plan, manifest),

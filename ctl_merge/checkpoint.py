@@ -1,4 +1,4 @@
-"""Checkpoints: a table of tensors known from headers alone, and one way to read them.
+"""What has weights: a table from headers, and `read`.
 
 Everything that has weights is a Checkpoint: files in a folder or on the Hub (`stored.py`), a recipe's merge
 (`merged.py`).

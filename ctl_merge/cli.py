@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out. Each command imports what it needs, so that help is quick."""
+"""The command line: arguments in, exit code out."""
 
 from __future__ import annotations
 
@@ -101,10 +101,14 @@ def merge_command(
         return
     for warning in opened.plan.warnings:
         logging.getLogger("ctl_merge").warning(warning)
-    result = opened.write(
-        output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
-        meter=_no_bar if quiet or not sys.stderr.isatty() else _progress_bar,
-    )  # fmt: skip
+    try:
+        result = opened.write(
+            output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
+            meter=_no_bar if quiet or not sys.stderr.isatty() else _progress_bar,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps({"output": str(result.folder), **result.manifest}, indent=2, ensure_ascii=False))
     elif not quiet:
@@ -179,7 +183,9 @@ def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
 def _print(what: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=False).print(what)
+    console = Console(highlight=False, soft_wrap=False)
+    console.width = min(console.width, 100)
+    console.print(what)
 
 
 def _show_plan(data: dict[str, Any], as_json: bool) -> None:

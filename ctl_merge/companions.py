@@ -1,4 +1,4 @@
-"""The files beside the weights that a checkpoint needs: config, tokenizer, templates, licence, custom code."""
+"""The files that belong to a model beside its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of the models belong together, and what is done where they do not.
+"""Which tensors of the models belong together.
 
 The first model (the base, if there is one) names the output's tensors. Another model's tensor corresponds to it by
 name; where names differ, by the module parameter that both stand for; where a model ties a tensor, by the one that is
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ctl_merge.architecture import ModuleMap, block_index, ties_embeddings
+from ctl_merge.architecture import ModuleMap, block_index, natural, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import TensorSpec
@@ -70,7 +70,7 @@ def _check_architectures(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef
 
 def few(names: Iterable[str], limit: int = 5) -> str:
     """The first names of a list and how many more there are."""
-    names = sorted(names)
+    names = sorted(names, key=natural)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -117,6 +117,9 @@ class _Matcher:
             missing = [ref for ref in self.recipe.refs if ref not in self.inputs[name]]
             if missing:
                 self._settle_missing(name, missing)
+        left = [name for name in self.checkpoints[self.first].tensors if name not in self.inputs]
+        if left and self.recipe.missing == "error":
+            self.decisions.append(f"{self.first}: {len(left)} stored buffers that the model computes are left out")
         self._report_missing()
 
     def _find_ties(self) -> None:
@@ -126,7 +129,7 @@ class _Matcher:
         rows = [
             s.shape for n, s in tables[self.first].items() if len(s.shape) == 2 and s.shape[0] == self._vocabulary()
         ]
-        if not differ and not (ties_embeddings(self.config) and len(rows) > len(set(rows))):
+        if not differ and not (len(rows) > len(set(rows)) and ties_embeddings(self.config)):
             return
         names = {ref: self.modules.parameters(table) for ref, table in tables.items()}
         stored = {ref: {parameter: name for name, parameter in own.items()} for ref, own in names.items()}
@@ -134,12 +137,19 @@ class _Matcher:
             holders = [ref for ref in tables if target in stored[ref]]
             if not holders or any(source not in stored[ref] for ref in tables):
                 continue
+            lacking = [ref for ref in tables if target not in stored[ref]]
+            if self.modules.is_head(target) and not all(ties_embeddings(self.checkpoints[r].config) for r in lacking):
+                continue  # saved without its head: the embedding is not what it would compute with
             name = stored[holders[0]][target]
             self.inputs[name] = {
                 ref: Input(ref, stored[ref].get(target, stored[ref][source])) for ref in self.recipe.refs
             }
             if ties_embeddings(self.config):
                 self.tied[name] = stored[self.first][source]
+                self.decisions.append(
+                    f"{name} is tied to {self.tied[name]} by the config and stored apart by {few(map(str, holders))}: "
+                    "written only where the two differ, which the weights will tell"
+                )
         self._stored = stored
 
     def _match(self, ref: ModelRef) -> None:
@@ -210,7 +220,7 @@ class _Matcher:
         """Check every model's shapes; where the rows of a vocabulary differ, do what the recipe says."""
         in_blocks = block_index(self.inputs, self.config)
         rows = {name for name in self.inputs if name not in in_blocks and self._has_rows(name)}
-        differences = {ref: self._compare_tokens(ref) for ref in self.others} if rows else {}
+        differences = {ref: self._compare_tokens(ref, rows) for ref in self.others} if rows else {}
         for ref in self.others:
             resized = [name for name in self.inputs if self._spec(name).shape != self._spec(name, ref).shape]
             for name in resized:
@@ -226,15 +236,17 @@ class _Matcher:
         shape = self._spec(name).shape
         return (len(shape) == 2 or name.endswith("bias")) and shape[0] >= (self._vocabulary() or 1 << 62)
 
-    def _compare_tokens(self, ref: ModelRef) -> Difference:
-        ours, theirs = (self._tokens(r) for r in (self.first, ref))
+    def _compare_tokens(self, ref: ModelRef, rows: set[str]) -> Difference:
+        ours, theirs = (self._tokens(r, max(self._spec(name, r).shape[0] for name in rows)) for r in (self.first, ref))
         difference = compare(ours, theirs)
         if not difference.compared and (ours.known or theirs.known):
             self.warnings.append(f"the tokenizers of {self.first} and {ref} cannot be compared: taken to be the same")
         return difference
 
-    def _tokens(self, ref: ModelRef) -> Vocabulary:
-        return read_vocabulary(self.checkpoints[ref].folder, str(ref))
+    def _tokens(self, ref: ModelRef, rows: int) -> Vocabulary:
+        """The tokens that have a row: tokenizers also list some that the model does not know."""
+        vocabulary = read_vocabulary(self.checkpoints[ref].folder, str(ref))
+        return replace(vocabulary, tokens={i: token for i, token in vocabulary.tokens.items() if i < rows})
 
     def _settle_vocabulary(self, ref: ModelRef, names: list[str], difference: Difference) -> None:
         own, theirs = self._spec(names[0]).shape[0], self._spec(names[0], ref).shape[0]
@@ -256,8 +268,9 @@ class _Matcher:
         for name in names:
             part = self.inputs[name][ref]
             self.inputs[name][ref] = Input(part.model, part.tensor, foreign)
-        dropped = f"{max(theirs - own, 0)} rows past the base's vocabulary are left out"
-        replaced = f", {len(foreign)} rows whose token it lacks are taken from the base" if foreign else ""
-        self.decisions.append(
-            f"vocabulary of {self.first} ({own} rows) is kept; {ref} has {theirs}: {dropped}{replaced}"
-        )
+        told = [f"vocabulary of {self.first} ({own} rows) is kept"]
+        if theirs > own:
+            told.append(f"{theirs - own} more of {ref} left out")
+        if foreign:
+            told.append(f"{len(foreign)} whose token {ref} lacks taken from {self.first}")
+        self.decisions.append(", ".join(told))

@@ -1,4 +1,4 @@
-"""Where arithmetic happens: accelerate's device maps and memory limits, read for tensors instead of modules."""
+"""Where arithmetic happens: accelerate's device maps, read for tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parse_max_memory(text: str | None) -> dict[int | str, int]:
         device, _, size = item.partition("=")
         device = device.strip().removeprefix("cuda:")
         try:
-            found[int(device) if device.isdigit() else device] = parse_size(size)
+            found[device if device in ("cpu", "mps", "disk") else int(device)] = parse_size(size)
         except ValueError:
             raise DeviceError(f"--max-memory: {item!r} is not device=size, such as 0=20GiB or cpu=60GiB") from None
     return found
@@ -56,7 +56,7 @@ def _accelerators(limits: dict[int | str, int]) -> list[str]:
     kind = torch.accelerator.current_accelerator()
     allowed = get_max_memory(limits or None)
     numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
-    return [f"{kind.type}:{number}" for number in numbers] if kind else []
+    return [_checked(number) for number in numbers] if kind else []
 
 
 def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, str]:
@@ -94,7 +94,7 @@ def _checked(device: Any) -> str:
     kind = torch.accelerator.current_accelerator().type if count else "cuda"  # type: ignore[union-attr]
     try:
         wanted = torch.device(kind, device) if isinstance(device, int) else torch.device(str(device))
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         raise DeviceError(f"{device!r} is no device: use auto, cpu, cuda:0 or a JSON map") from None
     if wanted.type == "cpu":
         return "cpu"

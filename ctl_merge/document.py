@@ -13,6 +13,7 @@ from ctl_merge.errors import RecipeError
 
 _MAX_BYTES = 1_000_000  # real recipes have a few KB
 _MAX_NODES = 100_000  # aliases expanded: a few lines of nested aliases can otherwise stand for billions of values
+_MAX_DIGITS = 100  # Python refuses to print numbers of thousands of digits, as messages and manifests would
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Document:
     @classmethod
     def parse(cls, text: str, name: str = "recipe") -> Document:
         """Read YAML text. Raises RecipeError as `load` does."""
-        loader = yaml.SafeLoader(text)
         try:
+            loader = yaml.SafeLoader(text)
             root = loader.get_single_node()
             if root is not None:
                 _Guard(name).visit(root, ())
@@ -56,8 +57,8 @@ class Document:
             raise RecipeError(f"{name}{place}: not a YAML recipe: {reason}") from None
         except (RecursionError, ValueError) as error:
             raise RecipeError(f"{name}: not a YAML recipe: {error}") from None
-        finally:
-            loader.dispose()
+        except (AttributeError, LookupError, ArithmeticError) as error:  # values that do not fit their tag: `!!bool x`
+            raise RecipeError(f"{name}: not a YAML recipe: a value is not of its type ({error})") from None
         return cls(name, text, data, root)
 
     def line(self, path: Sequence[str | int]) -> int:
@@ -89,13 +90,19 @@ class _Guard:
         if self.seen > _MAX_NODES or id(node) in above or len(above) > 100:
             raise RecipeError(f"{self.name}: the YAML expands without end (aliases or nesting): write it out plainly")
         above = (*above, id(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:
+            raise RecipeError(f"{self.name}, line {node.start_mark.line + 1}: a number of {len(node.value):,} digits")
         if isinstance(node, yaml.SequenceNode):
             for child in node.value:
                 self.visit(child, above)
         elif isinstance(node, yaml.MappingNode):
             keys: set[str] = set()
             for key, value in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value in keys:
-                    raise RecipeError(f"{self.name}, line {key.start_mark.line + 1}: {key.value!r} is given twice")
-                keys.add(str(key.value))
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise RecipeError(f"{self.name}, line {line}: a key is a word, not a list or a mapping")
+                if key.value in keys:
+                    raise RecipeError(f"{self.name}, line {line}: {key.value!r} is given twice")
+                keys.add(key.value)
+                self.visit(key, above)
                 self.visit(value, above)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong and is the user's to fix, as one tree.
+"""The errors that are the user's to fix.
 
     CtlMergeError
     ├── RecipeError        the recipe cannot be understood: syntax, keys, values

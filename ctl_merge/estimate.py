@@ -1,4 +1,4 @@
-"""What a plan costs: bytes to read, download and write, and memory, all from headers."""
+"""What a plan costs: bytes and memory, from headers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def estimate(
     inputs = sum(_input_bytes(tensor, checkpoints) for tensor in plan.tensors.values())
     passes = merged.model_passes
     return Estimate(
-        read=inputs * (1 + passes), passes=passes, download=sum(_missing_bytes(c) for c in checkpoints.values()),
+        read=inputs * (1 + passes), passes=passes, download=sum(missing_bytes(c) for c in checkpoints.values()),
         write=sum(shard.nbytes for shard in shards), memory=memory_bound(plan, workers),
     )  # fmt: skip
 
@@ -62,7 +62,8 @@ def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoi
     return sum(checkpoints[part.model].tensors[part.tensor].nbytes for part in parts)
 
 
-def _missing_bytes(checkpoint: FileCheckpoint) -> int:
+def missing_bytes(checkpoint: FileCheckpoint) -> int:
+    """What is to be downloaded of a checkpoint's weights."""
     if checkpoint.snapshot is None:
         return 0
     there = hub.cached(checkpoint.snapshot, checkpoint.file_sizes)

@@ -1,4 +1,4 @@
-"""The safetensors header: parsed and checked on the way in, laid out on the way out.
+"""The safetensors header: parsed, checked, laid out.
 
 Format: 8 bytes little-endian length N, N bytes of JSON `{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`,
 then the data without holes. Source: the safetensors format description and its reference implementation.
@@ -74,6 +74,10 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
 def parse_length(first: bytes, file_size: int, where: str) -> int:
     """Bytes of JSON that follow the first eight bytes of a file of `file_size` bytes."""
     length = int.from_bytes(first, "little")
@@ -91,10 +95,11 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises CheckpointError for anything that is not exactly a safetensors header covering the whole file.
     """
     try:
-        entries = json.loads(raw, object_pairs_hook=_no_duplicates)
+        entries = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
         if not isinstance(entries, dict):
             raise ValueError("it is no JSON object")
-        metadata = entries.pop("__metadata__", None) or {}
+        metadata = _parse_metadata(entries.pop("__metadata__", None))
+        "".join(entries).encode()  # a name that UTF-8 cannot write could not be written again
         specs = {name: _parse_entry(name, entry) for name, entry in entries.items()}
         _check_cover([(begin, end, name) for name, (_, begin, end) in specs.items()], file_size - 8 - len(raw))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -105,8 +110,17 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     return Header(
         tensors={name: spec for name, (spec, _, _) in specs.items()},
         offsets={name: start + begin for name, (_, begin, _) in specs.items()},
-        metadata=metadata if isinstance(metadata, dict) else {},
+        metadata=metadata,
     )
+
+
+def _parse_metadata(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is no table of texts")
+    "".join([*metadata, *metadata.values()]).encode()
+    return metadata
 
 
 def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, int, int]:
@@ -117,7 +131,14 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, int, int]:
         raise ValueError(f"unknown dtype {dtype!r} of {name!r}")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in [*shape, begin, end]):
         raise ValueError(f"shape or offsets of {name!r} are no natural numbers")
+    elements = 1
+    for n in shape:
+        elements *= max(n, 1)
+        if elements >= 2**63:
+            raise ValueError(f"{name!r} claims more elements than a file can hold")
     spec = TensorSpec(dtype, tuple(shape))
+    if spec.numel * _DTYPES[dtype][0] % 8:
+        raise ValueError(f"{name!r} ends within a byte")
     if end - begin != spec.nbytes:
         raise ValueError(f"{name!r} has {end - begin} bytes where {spec.dtype} {list(spec.shape)} takes {spec.nbytes}")
     return spec, begin, end

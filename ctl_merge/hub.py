@@ -1,4 +1,4 @@
-"""The Hub, for reading: what a repository holds at a commit, pieces of its files, and their download.
+"""The Hub, for reading: resolve, ranges of bytes, download.
 
 A revision is pinned to its commit once, by `resolve`; everything after that asks for the commit, so a branch that moves
 while a merge is planned or runs changes nothing. Files come through huggingface_hub and lie in its cache. Where the Hub
@@ -12,12 +12,14 @@ import glob
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctl_merge.errors import HubError
+from ctl_merge.sizes import format_size
 
 logger = logging.getLogger("ctl_merge")
 
@@ -189,6 +191,21 @@ def download(snapshot: HubSnapshot, paths: Iterable[str]) -> Path:
             )
     _note_revision(snapshot, folder)
     return folder
+
+
+def check_space(needed: int) -> None:
+    """Refuse a download of `needed` bytes that the cache's disk cannot take. Raises HubError."""
+    if not needed:
+        return
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    if free < needed:
+        raise HubError(
+            f"{format_size(needed)} are to be downloaded into {cache}, and its disk has {format_size(free)} left. "
+            "Free space, or set HF_HUB_CACHE to another disk."
+        )
 
 
 def _check_names(repo_id: str, revision: str) -> None:

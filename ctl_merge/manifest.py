@@ -1,4 +1,4 @@
-"""merge_manifest.json: what the output was made of, by what, and what is in it."""
+"""merge_manifest.json: sources, versions, decisions, hashes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def build_manifest(
         "recipe_sha256": hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
         "sources": [_source(ref, checkpoint, hashes) for ref, checkpoint in checkpoints.items()],
         "tensors": tensors, "devices": dict(Counter(devices.values())),
-        "decisions": [*plan.decisions, *method_notes(merged)], "warnings": list(plan.warnings),
+        "decisions": [_without_paths(line, checkpoints) for line in (*plan.decisions, *method_notes(merged))],
+        "warnings": [_without_paths(line, checkpoints) for line in plan.warnings],
         "output": [
             {"file": path.name, "bytes": path.stat().st_size, "sha256": hashes.get(path)} for path in output
         ],
@@ -59,6 +60,14 @@ def method_notes(merged: MergedCheckpoint) -> list[str]:
     """What the method has to say of its measures, now that they are taken."""
     note = merged.method.report(merged.measured())
     return [note] if note else []
+
+
+def _without_paths(line: str, refs: Iterable[ModelRef]) -> str:
+    """Folders by name alone: where they lie on this machine is nobody else's business."""
+    for ref in sorted(refs, key=lambda ref: -len(ref.text)):
+        if ref.folder is not None and "/" in ref.text:
+            line = line.replace(ref.text, ref.folder.name)
+    return line
 
 
 def dump(manifest: Mapping[str, Any]) -> str:
@@ -89,4 +98,5 @@ def _source(ref: ModelRef, checkpoint: FileCheckpoint, hashes: Mapping[Path, str
     ]
     if snapshot:
         return {"model": snapshot.repo_id, "revision": snapshot.revision, "commit": snapshot.commit, "files": files}
-    return {"model": Path(ref.text).name, "local": True, "files": files}
+    assert ref.folder is not None
+    return {"model": ref.folder.name, "local": True, "files": files}

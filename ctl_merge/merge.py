@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ctl_merge import hub
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
@@ -22,12 +23,12 @@ from ctl_merge.companions import is_companion
 from ctl_merge.correspondence import Input
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, RecipeError
-from ctl_merge.estimate import estimate, memory_bound
+from ctl_merge.estimate import estimate, memory_bound, missing_bytes
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
-from ctl_merge.output import MANIFEST, OutputFolder
-from ctl_merge.plan import Plan, make_plan
+from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
+from ctl_merge.plan import Plan, TensorPlan, make_plan
 from ctl_merge.recipe import Recipe, load_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size, parse_size
@@ -104,7 +105,9 @@ class Merge:
         `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
-        target.check(sum(shard.nbytes for shard in self.shards))
+        with disk_errors(target.final):
+            target.check(sum(shard.nbytes for shard in self.shards))
+        hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
         self.fetch()
         folder = target.open(self._fingerprint())
         try:
@@ -114,8 +117,9 @@ class Merge:
                     self.merged.measure(_telling(mapped, told))
             with meter("merging", sum(shard.nbytes for shard in self.shards)) as told:
                 resumed = ShardWriter(folder, self.shards, self.merged).write(self.workers, told)
-            manifest = self._finish(folder, hash_files)
-            target.commit()
+            with disk_errors(folder):
+                manifest = self._finish(folder, hash_files)
+                target.commit()
         finally:
             target.close()
         return MergeResult(target.final, manifest, resumed)
@@ -129,7 +133,7 @@ class Merge:
                 self._settle_tie(target, source)
 
     def _settle_tie(self, target: str, source: str) -> None:
-        heads, embeddings = (self.plan.tensors[name].inputs for name in (target, source))
+        heads, embeddings = (_everyone(self.plan.tensors[name]) for name in (target, source))
         apart = [h.model for h, e in zip(heads, embeddings, strict=True) if not self._same(h, e)]
         if apart:
             logger.info("%s differs from %s in %s: written apart, not tied", target, source, apart[0])
@@ -199,6 +203,10 @@ def open_merge(recipe: Recipe | str | Path, **machine: Any) -> MergedCheckpoint:
     opened = Merge(recipe, **machine)
     opened.fetch()
     return opened.merged
+
+
+def _everyone(tensor: TensorPlan) -> tuple[Input, ...]:
+    return (*tensor.inputs, tensor.base) if tensor.base else tensor.inputs
 
 
 def _shard_bytes(text: str) -> int:

@@ -1,4 +1,4 @@
-"""A plan as a lazy checkpoint: reading a tensor merges it."""
+"""A plan as a lazy checkpoint: reading merges."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import bisect
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -64,11 +65,12 @@ class MergedCheckpoint(Checkpoint):
             return
         results = self._results(plan)
         step = self.block(tensor)
-        for begin in range(0, out.numel(), step):
-            piece = out[begin : begin + step]
-            merged = self._merge(plan, start + begin, piece.numel(), results)
-            self._check_result(plan, merged)
-            piece.copy_(merged.view(-1))
+        with self._stream(self._device(tensor)):
+            for begin in range(0, out.numel(), step):
+                piece = out[begin : begin + step]
+                merged = self._merge(plan, start + begin, piece.numel(), results)
+                self._check_result(plan, merged)
+                piece.copy_(merged.view(-1))
 
     # ---- one chunk
 
@@ -179,10 +181,11 @@ class MergedCheckpoint(Checkpoint):
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure, step = self.method.measures[name], self.block(plan.name)
         state: Tensor | None = None
-        for start in range(0, plan.spec.numel, step):
-            stack, _ = self._stack(plan, start, min(step, plan.spec.numel - start))
-            part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
-            state = part if state is None else state.add_(part)
+        with self._stream(self._device(plan.name)):
+            for start in range(0, plan.spec.numel, step):
+                stack, _ = self._stack(plan, start, min(step, plan.spec.numel - start))
+                part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
+                state = part if state is None else state.add_(part)
         assert state is not None
         return state
 
@@ -233,6 +236,15 @@ class MergedCheckpoint(Checkpoint):
 
     def _device(self, tensor: str) -> torch.device:
         return torch.device(self._devices.get(tensor, "cpu"))
+
+    def _stream(self, device: torch.device) -> AbstractContextManager[object]:
+        """A CUDA stream of this thread's own, so that one worker's copies overlap with another's arithmetic."""
+        if device.type != "cuda":
+            return nullcontext()
+        streams = self._buffers.__dict__.setdefault("streams", {})
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)
+        return torch.cuda.stream(streams[device])
 
     def _arithmetic(self, parts: Iterable[Input]) -> torch.dtype:
         stored = {self._checkpoints[part.model].tensors[part.tensor].dtype for part in parts}

@@ -1,4 +1,4 @@
-"""config.json of the output: the base's, byte for byte, unless the merge changes what it says."""
+"""config.json of the output: the base's, patched where needed."""
 
 from __future__ import annotations
 

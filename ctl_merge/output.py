@@ -1,10 +1,14 @@
-"""A folder that appears whole or not at all, and that two runs never write at once."""
+"""A folder that appears whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ctl_merge.errors import OutputError
@@ -24,28 +28,26 @@ class OutputFolder:
 
     def __init__(self, final: Path, *, overwrite: bool = False, resume: bool = False) -> None:
         self.final = Path(os.path.abspath(final))
+        if not self.final.name:
+            raise OutputError(f"{self.final} cannot be the output: name a folder")
         self.path = self.final.with_name(f"{self.final.name}.partial")
         self.overwrite, self.resume = overwrite, resume
-        self._replaced = self.final.with_name(f"{self.final.name}.replaced")
         self._lock: int | None = None
 
     def check(self, needed_bytes: int) -> None:
         """Refuse early: a folder that exists, an unfinished merge, too little space. Changes nothing."""
-        if self.final.exists() or self.final.is_symlink():
-            if not self.overwrite:
-                raise OutputError(f"{self.final} exists: choose another output, or --overwrite to replace it")
-            if not self._is_ours():
-                raise OutputError(
-                    f"{self.final} was not made by ctl-merge: delete it yourself, or choose another output"
-                )
-        if self.path.exists() and not self.resume and not self.overwrite:
+        self._refuse_to_replace()
+        unfinished = os.path.lexists(self.path)
+        if unfinished and not _is_ours(self.path, MANIFEST, _FINGERPRINT):
+            raise OutputError(f"{self.path} was not made by ctl-merge: delete it yourself, or choose another output")
+        if unfinished and not self.resume and not self.overwrite:
             raise OutputError(
                 f"an unfinished merge lies in {self.path}: --resume goes on with it, --overwrite starts again"
             )
-        place = next(parent for parent in self.final.parents if parent.exists())
-        if not os.access(place, os.W_OK):
-            raise OutputError(f"{place} is not writable")
-        held = sum(f.stat().st_blocks * 512 for f in self.path.iterdir()) if self.path.exists() else 0
+        place = next(parent for parent in self.final.parents if os.path.exists(parent))
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise OutputError(f"{place} is not a folder that can be written: choose another output")
+        held = sum(f.lstat().st_blocks * 512 for f in self.path.iterdir()) if unfinished else 0
         free = shutil.disk_usage(place).free + held
         if free < needed_bytes:
             raise OutputError(
@@ -59,33 +61,49 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
+                raise BlockingIOError  # what was locked is another run's folder, which that run has renamed by now
+        except (BlockingIOError, FileNotFoundError):
             self.close()
             raise OutputError(f"another run is writing {self.final}: wait for it, or choose another output") from None
         except OSError as error:
             raise OutputError(f"{self.path} cannot be created: {error.strerror}") from None
-        marker = self.path / _FINGERPRINT
-        if self.resume and marker.exists() and marker.read_text("utf-8", errors="replace") != fingerprint:
+        try:
+            self._prepare(fingerprint)
+        except BaseException:
             self.close()
-            raise OutputError(
-                f"{self.path} is of another recipe, other sources or another shard size: "
-                "--overwrite starts again, and loses it"
-            )
-        if not (self.resume and marker.exists()):
+            raise
+        return self.path
+
+    def _prepare(self, fingerprint: str) -> None:
+        """Keep the work that is of this merge; clear away any other that may be lost."""
+        marker = self.path / _FINGERPRINT
+        if self.resume and marker.exists():
+            found = marker.read_text("utf-8", errors="replace")
+            if found == fingerprint:
+                return
+            if not fingerprint.startswith(found):  # else a run ended while it wrote this, its first file
+                raise OutputError(
+                    f"{self.path} is of another recipe, other sources or another shard size: "
+                    "--overwrite starts again, and loses it"
+                )
+        with disk_errors(self.path):
             for left in self.path.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             marker.write_text(fingerprint, "utf-8")
-        return self.path
 
     def commit(self) -> None:
-        """Make the working folder the output."""
+        """Make the working folder the output. Refuses, as `check` does, what has come there in the meantime."""
+        self._refuse_to_replace()
         for name in _WORKING_FILES:
             (self.path / name).unlink(missing_ok=True)
-        if self.final.exists():
-            shutil.rmtree(self._replaced, ignore_errors=True)
-            os.rename(self.final, self._replaced)
-        os.rename(self.path, self.final)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        if os.path.lexists(self.final):
+            replaced = tempfile.mkdtemp(prefix=f".{self.final.name}.replaced.", dir=self.final.parent)
+            os.rename(self.final, replaced)
+            os.rename(self.path, self.final)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(self.path, self.final)
         self.close()
 
     def close(self) -> None:
@@ -94,5 +112,32 @@ class OutputFolder:
             os.close(self._lock)
             self._lock = None
 
-    def _is_ours(self) -> bool:
-        return self.final.is_dir() and ((self.final / MANIFEST).is_file() or not any(self.final.iterdir()))
+    def _refuse_to_replace(self) -> None:
+        if not os.path.lexists(self.final):
+            return
+        if not self.overwrite:
+            raise OutputError(f"{self.final} exists: choose another output, or --overwrite to replace it")
+        if not _is_ours(self.final, MANIFEST):
+            raise OutputError(f"{self.final} was not made by ctl-merge: delete it yourself, or choose another output")
+
+
+def _is_ours(folder: Path, *markers: str) -> bool:
+    """Whether it is a folder that may be replaced: empty, or with a file that only this program leaves."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or not names.isdisjoint(markers)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What the system says of writing into `folder`, as OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"no space left for {folder} ({error.strerror}). What is written is kept: free space and run the same "
+                "command with --resume, or delete the folder."
+            ) from None
+        raise OutputError(f"{folder} cannot be written: {error}") from None

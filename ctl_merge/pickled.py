@@ -1,4 +1,4 @@
-"""Checkpoints in `pytorch_model.bin` files, read without executing anything that they contain."""
+"""Checkpoints in pytorch_model.bin files; nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ctl_merge.checkpoint import FileCheckpoint, torch_dtype
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
+from ctl_merge.hub import HubSnapshot
 from ctl_merge.reference import ModelRef
 from ctl_merge.stored import read_json
 
@@ -21,8 +22,8 @@ _CODES = {torch_dtype(code): code for code in ("F16", "BF16", "F32", "F64", "BOO
 class PickledCheckpoint(FileCheckpoint):
     """Tensors mapped from zip-format `.bin` files by `torch.load(weights_only=True, mmap=True)`."""
 
-    def __init__(self, ref: ModelRef, folder: Path, files: Sequence[str]) -> None:
-        self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, None
+    def __init__(self, ref: ModelRef, folder: Path, files: Sequence[str], snapshot: HubSnapshot | None = None) -> None:
+        self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, snapshot
         self.config = read_json(folder / "config.json", self.name)
         self.file_sizes = {file: (folder / file).stat().st_size for file in files}
         self._tensors: dict[str, Tensor] = {}
@@ -50,6 +51,11 @@ class PickledCheckpoint(FileCheckpoint):
             raise CheckpointError(
                 f"{where} cannot be mapped ({reason}): truncated, or an old format. {advice}"
             ) from None
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.dtype in _CODES for t in state.values()):
+        if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
             raise CheckpointError(f"{where} is not a table of tensors. {advice}")
-        return state
+        return {name: tensor.detach() for name, tensor in state.items()}  # parameters ask for gradients
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.dtype in _CODES
+    return isinstance(name, str) and dense

@@ -1,4 +1,4 @@
-"""The plan: a recipe and the headers of its checkpoints, decided tensor by tensor before any weight is read."""
+"""Recipe and headers, decided tensor by tensor."""
 
 from __future__ import annotations
 

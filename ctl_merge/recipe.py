@@ -1,4 +1,4 @@
-"""The recipe: a YAML file checked into an immutable value, offline, with every error at once.
+"""YAML to a checked recipe, with every error at once.
 
 A mergekit config is a recipe: same keys, defaults and meaning. Our own keys (`seed`, `missing`, `nonfinite`) are
 additions.
@@ -188,7 +188,8 @@ class _Checker:
         try:
             return RecipeSchema.model_validate(given)
         except ValidationError as error:
-            for problem in error.errors():
+            problems = error.errors()
+            for problem in [p for p in problems if _in_meant_form(p["loc"], data)] or problems:
                 path = tuple(part for part in problem["loc"] if part not in _UNION_BRANCHES)
                 self._schema_problem(path, problem["type"], problem["msg"], problem["input"])
             return None
@@ -200,8 +201,10 @@ class _Checker:
         if path[-1:] == ("tokenizer_source",):
             message = f"only `tokenizer_source: base` is supported yet, not {value!r}"
         elif kind == "extra_forbidden":
-            fields = SourceSchema.model_fields if path[:1] == ("models",) else RecipeSchema.model_fields
-            message = f"unknown key {name!r}{nearest(name, [*fields, *LATER])}"
+            known = [*RecipeSchema.model_fields, *LATER]
+            if len(path) > 1:  # below `models` or `base_model`
+                known = [*SourceSchema.model_fields, *ModelSchema.model_fields]
+            message = f"unknown key {name!r}{nearest(name, known)}"
         elif kind == "missing":
             message = f"`{name}` is missing"
         else:
@@ -313,3 +316,16 @@ class _Checker:
 
 
 _UNION_BRANCHES = {"str", "ModelSchema", "LongModelSchema"}
+
+
+def _in_meant_form(path: tuple[int | str, ...], data: Any) -> bool:
+    """Whether a schema error is of the form in which a model was written, not of the two others that it could have."""
+    value = data
+    for part in path:
+        if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif part in _UNION_BRANCHES:
+            meant = "str" if not isinstance(value, dict) else "LongModelSchema" if "model" in value else "ModelSchema"
+            if part != meant:
+                return False
+    return True

@@ -1,7 +1,8 @@
-"""How a recipe names a model: a folder, or a repository on the Hub at a revision."""
+"""How a recipe names a model: folder or Hub repository."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,9 @@ class ModelRef:
 
 def _find_folder(text: str, relative_to: Path | None) -> Path | None:
     """The existing folder that the text names; CheckpointError where two different ones answer to it."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     places = [path] if path.is_absolute() or relative_to is None else [path, relative_to / path]
-    found = list(dict.fromkeys(place.resolve() for place in places if place.is_dir()))
+    found = list(dict.fromkeys(place.resolve() for place in places if os.path.isdir(place)))
     if len(found) > 1:
         raise CheckpointError(
             f"{text!r} is a folder in the working directory and another one beside the recipe: write ./{text} from "

@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, generated from the recipe's schema and the methods' signatures."""
+"""The JSON schema of recipes, generated."""
 
 from __future__ import annotations
 

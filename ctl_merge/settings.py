@@ -1,4 +1,4 @@
-"""A parameter's value over the tensors of a model: one number, a gradient over layers, or a choice by tensor name.
+"""A parameter's value over layers and tensor names.
 
 Semantics are those of mergekit's conditional values: a scalar; a list, interpolated linearly over the layers;
 `{value, filter}`; or a list of those, of which the first whose filter is a substring of the tensor's name counts.

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors files, in a folder or on the Hub."""
+"""Checkpoints in safetensors files, local or on the Hub."""
 
 from __future__ import annotations
 
@@ -149,7 +149,10 @@ def _open(ref: ModelRef, folder: Path, listing: Mapping[str, int], snapshot: hub
     if files[0].endswith(".bin"):
         from ctl_merge.pickled import PickledCheckpoint
 
-        return PickledCheckpoint(ref, hub.download(snapshot, files) if snapshot else folder, files)
+        if snapshot:  # a pickle has no header that could be read before
+            hub.check_space(sum(listing[file] for file in files))
+            folder = hub.download(snapshot, files)
+        return PickledCheckpoint(ref, folder, files, snapshot)
     sizes = {file: listing[file] for file in files}
     if snapshot is None or snapshot.folder is not None:
         headers = {file: local_header(folder / file) for file in files}

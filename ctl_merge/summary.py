@@ -1,4 +1,4 @@
-"""A plan and its cost as a person reads them, and as JSON."""
+"""A plan and its cost, to be read."""
 
 from __future__ import annotations
 
@@ -86,10 +86,11 @@ def render(data: dict[str, Any]) -> Any:
     for model in data["models"]:
         commit = (model["commit"] or "local folder")[:12]
         size = format_size(model["bytes"])
-        models.add_row(model["model"], model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))
+        name = Text(model["model"])  # no markup: folders may have brackets in their names
+        models.add_row(name, model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))
     cost = Table(show_header=False, box=None)
     for label, text in _cost_lines(data):
-        cost.add_row(label, text)
+        cost.add_row(label, Text(text))
     notes = [Text(f"· {line}") for line in data["decisions"]] + [Text(f"! {w}", "yellow") for w in data["warnings"]]
     return Group(models, Text(), cost, Text(), *notes)
 

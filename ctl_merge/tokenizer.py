@@ -1,4 +1,4 @@
-"""Which token each embedding row belongs to, and where two models disagree about it."""
+"""Which token each embedding row belongs to."""
 
 from __future__ import annotations
 

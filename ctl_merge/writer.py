@@ -1,4 +1,4 @@
-"""Tensors to sharded safetensors files: in any order, resumable, byte-identical to `save_file`."""
+"""Tensors to sharded safetensors files, resumable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import TypeVar
 import torch
 
 from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
-from ctl_merge.errors import OutputError
 from ctl_merge.header import TensorSpec, build_header, total_bytes
+from ctl_merge.output import disk_errors
 
 METADATA = {"format": "pt"}
 JOURNAL = "journal"
@@ -86,7 +86,7 @@ class ShardWriter:
 
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
-        with _disk_errors(self.folder):
+        with disk_errors(self.folder):
             self._allocate()
             done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
             for name in done:
@@ -193,16 +193,3 @@ def _reserve(descriptor: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)  # a file system that cannot reserve: a full disk shows when it is reached
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"no space left for {folder} ({error.strerror}). What is written is kept: free space and run the same "
-                "command with --resume, or delete the folder."
-            ) from None
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from None

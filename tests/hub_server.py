@@ -12,6 +12,7 @@ memory, so a commit stays as it was when the folder or the branch moves on.
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import socket
@@ -28,15 +29,27 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_loopbackToken"  # opens private and gated repositories
 LARGE = (".safetensors", ".bin", ".model")  # endings of the files that are stored as large objects
+MAPPED = 1 << 26  # bytes from which on a file is neither read nor hashed: stand-ins of real weights are holes
 
 
 class File:
-    """The bytes of one file and the names that git and the large-file storage have for them."""
+    """The bytes of one file and the names that git and the large-file storage have for them.
 
-    def __init__(self, path: str, data: bytes) -> None:
+    The names of a mapped file are made from its size and its first mebibyte only.
+    """
+
+    def __init__(self, path: str, data: bytes | mmap.mmap) -> None:
         self.data, self.large = data, path.endswith(LARGE)
-        self.oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        content = data if isinstance(data, bytes) else data[: 1 << 20]
+        self.oid = hashlib.sha1(b"blob %d\0" % len(data) + content).hexdigest()
+        self.sha256 = hashlib.sha256(content if isinstance(data, bytes) else b"%d" % len(data) + content).hexdigest()
+
+    @classmethod
+    def read(cls, path: Path) -> "File":
+        if path.stat().st_size < MAPPED:
+            return cls(path.name, path.read_bytes())
+        with path.open("rb") as file:
+            return cls(path.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def lfs(self) -> dict[str, Any]:
         return {"sha256": self.sha256, "size": len(self.data), "pointerSize": 134}
@@ -121,9 +134,7 @@ class HubServer:
     def add(self, repo_id: str, folder: Path, revision: str = "main", **options: bool) -> str:
         """Commit a folder to a branch; the options gated, private and storage are the repository's. The commit."""
         files = {
-            path.relative_to(folder).as_posix(): File(path.name, path.read_bytes())
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            path.relative_to(folder).as_posix(): File.read(path) for path in sorted(folder.rglob("*")) if path.is_file()
         }
         repo = self.repos.setdefault(repo_id, Repo())
         for name, value in options.items():
@@ -262,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(400, "")  # as object stores do when there are two ways to be authorised, or none
         self.answer_file(file.data, {"ETag": '"storage"'})
 
-    def answer_file(self, data: bytes, headers: dict[str, str]) -> None:
+    def answer_file(self, data: bytes | mmap.mmap, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not asked or self.broken.whole:
             return self.answer(200, data, headers)
@@ -278,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer_json(self, value: object) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def answer(self, status: int, body: bytes | mmap.mmap, headers: dict[str, str]) -> None:
         if self.broken.short is not None:
             body = body[: self.broken.short]
         length = len(body)

@@ -1,10 +1,12 @@
-"""Models of 41 architectures, each of a few hundred thousand weights, built from configs: nothing is downloaded.
+"""Models of 41 architectures, each of some hundred thousand weights, built from configs: nothing is downloaded.
 
->>> model = build("llama")                              # doctest: +SKIP
->>> reloaded = auto_class("llama").from_pretrained(folder)                # doctest: +SKIP
+>>> build("llama").save_pretrained(folder)              # doctest: +SKIP
+>>> model = load_whole("llama", folder)                 # doctest: +SKIP
 """
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,3 +153,19 @@ def finetune(model: nn.Module, seed: int, scale: float = 0.01) -> None:
     for parameter in model.parameters():
         noise: Tensor = torch.randn(parameter.shape, generator=generator)
         parameter += scale * noise.to(parameter.dtype)
+
+
+def load_whole(name: str, folder: Path) -> PreTrainedModel:
+    """Load a model as users do, and assert that its files have every weight, no other, and give no cause to warn."""
+    heard: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        model, report = auto_class(name).from_pretrained(folder, output_loading_info=True)
+    finally:
+        logger.removeHandler(handler)
+    assert not any(report.values()), report
+    assert not heard, heard
+    return model.eval()

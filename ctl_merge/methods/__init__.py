@@ -1,4 +1,4 @@
-"""Merge methods: pure functions of stacked tensors, and the table that knows them.
+"""Merge methods: pure functions of stacked tensors, in a table.
 
 To add one, add a file with a function decorated by `merge_method`, and name it in `builtin.py`.
 """

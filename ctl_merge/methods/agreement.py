@@ -1,4 +1,4 @@
-"""Electing a sign per entry, and averaging the task vectors that have it."""
+"""Elect a sign per entry, average what agrees."""
 
 from __future__ import annotations
 

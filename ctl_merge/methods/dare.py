@@ -1,4 +1,4 @@
-"""DARE: drop entries of the task vectors at random and rescale the rest."""
+"""DARE: drop entries at random, rescale the rest."""
 
 from __future__ import annotations
 

@@ -26,8 +26,12 @@ def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = 
     total = weight.sum(0, keepdim=True)
     if normalize:
         weight, total = weight / total, torch.ones_like(total)
-    # Anchored at the first model, so that copies of one model average to it bit for bit whatever the weights.
-    merged = tensors[0] * total.item()
-    for tensor, factor in zip(tensors[1:], weight.flatten().tolist()[1:], strict=True):
-        merged.add_(tensor - tensors[0], alpha=factor)
+    # Anchored at one model, so that copies of one model average to it bit for bit whatever the weights; and at the
+    # heaviest, so that large numbers in a model of little weight round nothing away.
+    factors = weight.flatten().tolist()
+    anchor = max(range(len(factors)), key=lambda index: abs(factors[index]))
+    merged = tensors[anchor] * total.item()
+    for index, factor in enumerate(factors):
+        if index != anchor:
+            merged.add_(tensors[index] - tensors[anchor], alpha=factor)
     return merged

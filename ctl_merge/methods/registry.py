@@ -1,4 +1,4 @@
-"""The table of merge methods: a frozen row for each, filled in by the decorator `@merge_method`.
+"""The table of methods, filled in by `@merge_method`.
 
 Third parties add methods through the entry-point group `ctl_merge.methods`: the entry point names a module that uses
 the decorator.

@@ -1,4 +1,4 @@
-"""Which entries of a task vector are kept: by magnitude, or at random."""
+"""Which entries of a task vector are kept by magnitude."""
 
 from __future__ import annotations
 

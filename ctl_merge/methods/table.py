@@ -1,4 +1,4 @@
-"""The registry as a table: for the terminal, the README and programs."""
+"""The registry as a table for terminal, README, programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task arithmetic: a weighted sum of task vectors on the base."""
+"""Task arithmetic: weighted task vectors on the base."""
 
 from __future__ import annotations
 

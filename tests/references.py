@@ -1,0 +1,334 @@
+"""What each merge method should give: definitions in float64 written from the papers, and the table the laws run over.
+
+NumPy on whole tensors, one entry's arithmetic after the other as the paper says it, sharing no code with the package.
+A method that is added to the registry needs one row in `ROWS`; `tests/test_laws.py` fails until it has one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import recipe_text, write_checkpoint
+from numpy.typing import NDArray
+
+import ctl_merge
+from ctl_merge.merge import Merge
+from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.methods import Method, registry
+
+Array = NDArray[np.float64]
+Tensors = Mapping[str, torch.Tensor]
+
+# ---- definitions: (base or None, models (n, *shape), noise (n, *shape) or None, parameters) -> (*shape)
+
+
+def linear(base: Array | None, models: Array, noise: Array | None, *, weight: Sequence[float], normalize: bool = True):
+    """Model soups, arXiv 2203.05482: the weighted average."""
+    return _sum(models, weight) / (sum(weight) if normalize else 1.0)
+
+
+def passthrough(base: Array | None, models: Array, noise: Array | None, *, scale: Sequence[float] = (1.0,)) -> Array:
+    """The one model, times a number."""
+    return models[0] * scale[0]
+
+
+def slerp(base: Array, models: Array, noise: Array | None, *, t: float) -> Array:
+    """Shoemake 1985: the point at t on the arc from base to model; on the chord where they are almost parallel."""
+    other = models[0]
+    norms = np.sqrt((base**2).sum()) * np.sqrt((other**2).sum())
+    cosine = (base * other).sum() / norms if norms > 0 else 0.0
+    if abs(cosine) > 0.9995:
+        return (1 - t) * base + t * other
+    angle = np.arccos(np.clip(cosine, -1, 1))
+    return (np.sin((1 - t) * angle) * base + np.sin(t * angle) * other) / np.sin(angle)
+
+
+def task_arithmetic(
+    base: Array, models: Array, noise: Array | None, *, weight: Sequence[float], normalize: bool = False,
+    lambda_: float = 1.0,
+) -> Array:  # fmt: skip
+    """arXiv 2212.04089: base plus the scaled sum of task vectors."""
+    return base + lambda_ * _sum(models - base, weight) / (sum(weight) if normalize else 1.0)
+
+
+def ties(
+    base: Array, models: Array, noise: Array | None, *, weight: Sequence[float], density: Sequence[float],
+    normalize: bool = True, lambda_: float = 1.0, elect: str = "weighted", divide: str = "weights", trim: str = "",
+) -> Array:  # fmt: skip
+    """arXiv 2306.01708 on one vector: for `trim: model` call it on all tensors, flattened and concatenated."""
+    kept = np.stack([keep_largest(delta, share) for delta, share in zip(models - base, density, strict=True)])
+    return base + lambda_ * elect_and_merge(kept, weight, elect, divide if normalize else "none")
+
+
+def dare_linear(
+    base: Array, models: Array, noise: Array, *, weight: Sequence[float], density: Sequence[float],
+    normalize: bool = False, rescale: bool | str = True, lambda_: float = 1.0,
+) -> Array:  # fmt: skip
+    """arXiv 2311.03099: drop at random, divide by the share that is kept, add up."""
+    kept = _drop(models - base, noise, density, rescale)
+    return base + lambda_ * _sum(kept, weight) / (sum(weight) if normalize else 1.0)
+
+
+def dare_ties(
+    base: Array, models: Array, noise: Array, *, weight: Sequence[float], density: Sequence[float],
+    normalize: bool = False, rescale: bool | str = True, lambda_: float = 1.0,
+) -> Array:  # fmt: skip
+    """arXiv 2311.03099 with the election of TIES instead of the sum."""
+    kept = _drop(models - base, noise, density, rescale)
+    return base + lambda_ * elect_and_merge(kept, weight, "weighted", "weights" if normalize else "none")
+
+
+def keep_largest(delta: Array, density: float) -> Array:
+    """The k = max(1, ⌊density N⌋) entries of largest magnitude and all that equal the k-th; others become 0.
+
+    Magnitudes are compared as float32, so that the order is the same whatever the arithmetic.
+    """
+    if density in (0.0, 1.0) or delta.size == 0:
+        return delta * density
+    magnitude = np.abs(delta).astype(np.float32)
+    k = max(1, int(density * delta.size))
+    kth_largest = np.sort(magnitude, axis=None)[-k]
+    return np.where(magnitude >= kth_largest, delta, 0.0)
+
+
+def elect_and_merge(kept: Array, weight: Sequence[float], elect: str, divide: str) -> Array:
+    """The sign with more mass (`count`: with more votes), and the mean or sum of the entries that have it."""
+    ballots = np.stack([d * w for d, w in zip(kept, weight, strict=True)]) if elect == "weighted" else kept
+    elected = np.sign(np.sign(kept).sum(0) if elect == "count" else ballots.sum(0))
+    # The paper gives an entry without majority the sign that most entries elected; mergekit gives it +.
+    overall = -1.0 if elect == "unweighted" and elected.sum() < 0 else 1.0
+    elected = np.where(elected == 0, overall, elected)
+    total, divisor = np.zeros_like(elected), np.zeros_like(elected)
+    for delta, ballot, w in zip(kept, ballots, weight, strict=True):
+        agrees = np.sign(ballot) == elected
+        total += np.where(agrees, delta * w, 0.0)
+        divisor += np.where(agrees, w if divide == "weights" else 1.0, 0.0)
+    return total if divide == "none" else total / np.where(divisor == 0, 1.0, divisor)
+
+
+def _drop(deltas: Array, noise: Array, density: Sequence[float], rescale: bool | str) -> Array:
+    found = []
+    for delta, numbers, share in zip(deltas, noise, density, strict=True):
+        kept = np.where(numbers < share, delta, 0.0)
+        left = np.abs(kept).sum()
+        if rescale == "l1":
+            kept = kept * (np.abs(delta).sum() / left if left > 0 else 1.0)
+        elif rescale and share > 0:
+            kept = kept / share
+        found.append(kept)
+    return np.stack(found)
+
+
+def _sum(arrays: Array, weight: Sequence[float]) -> Array:
+    return sum((w * a for w, a in zip(weight, arrays, strict=True)), np.zeros(arrays.shape[1:]))
+
+
+# ---- random numbers and rounding
+
+
+def philox_uniform(seed: int, model: str, tensor: str, count: int) -> Array:
+    """Philox4x64-10 (Salmon et al. 2011) in plain integers: 32-bit words of block 0, 1, ..., their upper 24 bits."""
+    mask, digest = (1 << 64) - 1, hashlib.sha256("\0".join((str(seed), model, tensor)).encode()).digest()
+    words: list[int] = []
+    for block in range(-(-count // 8)):
+        x = [block, 0, 0, 0]
+        keys = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")]
+        for _ in range(10):
+            first, second = x[0] * 0xD2E7470EE14C6C93, x[2] * 0xCA5A826395121157
+            x = [(second >> 64) ^ x[1] ^ keys[0], second & mask, (first >> 64) ^ x[3] ^ keys[1], first & mask]
+            keys = [(keys[0] + 0x9E3779B97F4A7C15) & mask, (keys[1] + 0xBB67AE8584CAA73B) & mask]
+        words += [half for word in x for half in (word & 0xFFFFFFFF, word >> 32)]
+    return np.array([word >> 8 for word in words[:count]], dtype=np.float64) / 2**24
+
+
+def round_once(values: Array, dtype: torch.dtype) -> Array:
+    """The nearest number that `dtype` has, halfway cases to even, without a stop at float32 on the way."""
+    bits, least = {torch.float32: (23, -126), torch.bfloat16: (7, -126), torch.float16: (10, -14)}[dtype]
+    exponent = np.maximum(np.frexp(values)[1] - 1, least)
+    unit = np.ldexp(1.0, exponent - bits)
+    return np.rint(values / unit) * unit
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the tests need to know of one method; per-model parameters are tuples, one value a model.
+
+    `cases`: parameter sets that are compared with the definition. `average`: parameters with which the method is an
+    average of three models (of however many it takes), so that copies merge to themselves. `exempt`: laws that do not
+    hold, each with the reason.
+    """
+
+    definition: Callable[..., Array]
+    cases: tuple[Mapping[str, Any], ...]
+    average: Mapping[str, Any]
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+# Weights with few digits (0.5, 0.3, 0.2) make votes of exactly zero common, and sums halfway between two bfloat16
+# numbers: there the last bit of the arithmetic decides. That has tests of its own.
+_W = (0.5137, 0.2911, 0.1873)
+_SIGNED = (0.6137, 0.5211, -0.2973)
+_MASKED = {"weight": _SIGNED, "density": (0.5, 0.7, 1.0)}
+_ELECTION = "the election adds only the copy whose ballot is positive: a model and its negation do not cancel"
+
+ROWS: Mapping[str, Row] = {
+    "linear": Row(
+        linear,
+        cases=({"weight": _W}, {"weight": (0.9137, -0.4211, 0.7373), "normalize": False}),
+        average={"weight": (0.7, 0.4, 0.3)},
+    ),
+    "passthrough": Row(
+        passthrough,
+        cases=({}, {"scale": (0.7137,)}),
+        average={"scale": (1.0,)},
+        exempt={"cancel": "one model only", "zero weight": "one model only", "symmetric": "one model only"},
+    ),
+    "slerp": Row(
+        slerp,
+        cases=({"t": 0.3137}, {"t": 0.5}),
+        average={"t": 0.3},
+        exempt={
+            "single": "two models; the ends of the arc have tests of their own",
+            "cancel": "no weights",
+            "zero weight": "no weights",
+            "symmetric": "the base has a place of its own; exchanging both with 1 - t has a test of its own",
+        },
+    ),
+    "task_arithmetic": Row(
+        task_arithmetic,
+        cases=(
+            {"weight": _SIGNED, "lambda": 0.7},
+            {"weight": (0.7, 0, 1), "normalize": True},
+        ),
+        average={"weight": (0.7, 0.4, 0.3), "normalize": True},
+    ),
+    "ties": Row(
+        ties,
+        cases=(
+            {"weight": _W, "density": (0.5, 0.5, 0.5)},
+            {"weight": _SIGNED, "density": (0.2, 0.7, 1.0), "lambda": 0.7},
+            {"weight": (1, 1, 1), "density": (0.3, 0.3, 0.3), "elect": "unweighted", "divide": "count"},
+            {"weight": _W, "density": (0.4, 0.6, 0.0), "elect": "count", "divide": "weights"},
+            {"weight": _W, "density": (0.4, 0.6, 0.8), "elect": "count", "divide": "none"},
+            {"weight": _W, "density": (0.5, 0.5, 0.5), "normalize": False},
+        ),
+        average={"weight": (0.7, 0.4, 0.3), "density": (1.0, 1.0, 1.0)},
+        exempt={"cancel": _ELECTION},
+    ),
+    "dare_linear": Row(
+        dare_linear,
+        cases=(_MASKED, {**_MASKED, "rescale": "l1", "lambda": 0.7}, {**_MASKED, "rescale": False, "normalize": True}),
+        average={"weight": (0.7, 0.4, 0.3), "density": (1.0, 1.0, 1.0), "normalize": True},
+    ),
+    "dare_ties": Row(
+        dare_ties,
+        cases=(_MASKED, {**_MASKED, "rescale": "l1", "lambda": 0.7}, {**_MASKED, "rescale": False, "normalize": True}),
+        average={"weight": (0.7, 0.4, 0.3), "density": (1.0, 1.0, 1.0), "normalize": True},
+        exempt={"cancel": _ELECTION},
+    ),
+}
+
+
+def builtin_methods() -> dict[str, Method]:
+    """The package's own methods: other tests and installed plugins may have registered more."""
+    return {n: m for n, m in registry().items() if m.function.__module__.startswith("ctl_merge.")}
+
+
+def cases() -> list[tuple[str, Mapping[str, Any]]]:
+    """Every method with every one of its parameter sets."""
+    return [(name, case) for name, row in ROWS.items() for case in row.cases]
+
+
+# ---- the whole pipe
+
+
+def draw_family(
+    models: Sequence[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, *,
+    spread: float = 0.3, seed: int = 0,
+) -> dict[str, dict[str, torch.Tensor]]:  # fmt: skip
+    """Models that come from one base: `spread` is the size of their task vectors relative to the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {
+        model: {
+            name: (tensor + spread * (model != "base") * torch.randn(tensor.shape, generator=generator)).to(dtype)
+            for name, tensor in base.items()
+        }
+        for model in models
+    }
+
+
+def members(name: str, parameters: Mapping[str, Any]) -> list[str]:
+    """The models of a family for these parameters: base, if the method requires one, and a, b, c."""
+    method = registry()[name]
+    return ["base"] * (method.base == "required") + list("abc"[: model_count(method, parameters)])
+
+
+def model_count(method: Method, parameters: Mapping[str, Any]) -> int:
+    """How many models besides a required base the parameters are for."""
+    given = [len(value) for value in parameters.values() if isinstance(value, tuple)]
+    return given[0] if given else (method.models[1] or 3) - (method.space == "weights" and method.base == "required")
+
+
+def open_family(
+    folder: Path, name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], **keys: Any
+) -> MergedCheckpoint:
+    """Write the models of `family` (a required base is its "base") into `folder` and open their merge.
+
+    Names in the recipe are relative, so that random masks do not depend on where the test runs.
+    """
+    return open_written(folder, family, name, parameters, **keys).merged
+
+
+def open_written(
+    folder: Path, family: Mapping[str, Tensors], name: str, parameters: Mapping[str, Any], *,
+    order: Sequence[str] | None = None, config: Mapping[str, Any] | None = None, shards: int = 1,
+    machine: Mapping[str, Any] | None = None, **keys: Any,
+) -> Merge:  # fmt: skip
+    """As `open_family`, the whole merge; `order` lists the models (a name may come twice), `machine` goes to Merge."""
+    method = registry()[name]
+    for model, tensors in family.items():
+        write_checkpoint(folder / model, tensors, config, shards=shards)
+    models = list(order or (model for model in family if model != "base" or method.base != "required"))
+    own = [{n: v[i] for n, v in parameters.items() if isinstance(v, tuple)} for i in range(len(models))]
+    shared = {n: v for n, v in parameters.items() if not isinstance(v, tuple)}
+    base = Path("base") if method.base == "required" else None
+    text = recipe_text(name, [(Path(m), o) for m, o in zip(models, own, strict=True)], base, shared, **keys)
+    return Merge(ctl_merge.parse_recipe(text, relative_to=folder), **(machine or {}))
+
+
+def expected(
+    name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], tensor: str, seed: int = 0
+) -> Array:
+    """The definition's value of one tensor, unrounded; with `trim: model` all tensors are one vector."""
+    method, whole = registry()[name], parameters.get("trim") == "model"
+    names = sorted(next(iter(family.values()))) if whole else [tensor]
+    arrays = {m: np.concatenate([as_float64(t[n]).ravel() for n in names]) for m, t in family.items()}
+    base = arrays.pop("base") if method.base == "required" else None
+    noise = None
+    if method.random:
+        noise = np.stack([philox_uniform(seed, model, tensor, len(array)) for model, array in arrays.items()])
+    python_names = {"lambda_" if n == "lambda" else n: value for n, value in parameters.items()}
+    merged = ROWS[name].definition(base, np.stack(list(arrays.values())), noise, **python_names)
+    start = sum(family["base"][n].numel() for n in names[: names.index(tensor)]) if whole else 0
+    shape = next(iter(family.values()))[tensor].shape
+    return merged[start : start + shape.numel()].reshape(shape)
+
+
+def as_float64(tensor: torch.Tensor) -> Array:
+    return tensor.double().numpy()
+
+
+def ulps(found: torch.Tensor, wanted: Array, operands: Sequence[torch.Tensor]) -> Array:
+    """Entry by entry, how far apart in float32 units in the last place of the largest of operands and result."""
+    largest = np.max([np.abs(wanted), *(np.abs(as_float64(operand)) for operand in operands)], axis=0)
+    return np.abs(as_float64(found) - wanted) / np.spacing(np.maximum(largest, 1e-30).astype(np.float32))

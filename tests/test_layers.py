@@ -1,0 +1,93 @@
+"""Imports point one way: a module imports only from rows above its own."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ctl_merge
+
+PACKAGE = Path(ctl_merge.__file__).parent
+
+ROWS = [row.split() for row in (
+    "__init__ errors sizes",
+    "header hub companions model_config document output methods.parameters methods.noise methods.combine",
+    "reference methods.registry methods.agreement",
+    "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
+    "methods.task_arithmetic methods.ties methods.dare",
+    "methods.builtin",
+    "methods.__init__",
+    "settings checkpoint tokenizer architecture",
+    "recipe stored devices writer",
+    "pickled correspondence schema",
+    "plan",
+    "merged",
+    "estimate manifest",
+    "summary",
+    "card",
+    "merge",
+    "cli",
+    "__main__",
+)]  # fmt: skip
+# Imports within a function that point down, each the one door to a set that grows.
+DOORS = {("stored", "pickled"), ("methods.registry", "methods.builtin")}
+
+ROW = {module: number for number, row in enumerate(ROWS) for module in row}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def parent_of(module: str) -> str:
+    return f"{module}.__init__" if f"{module}.__init__" in MODULES else module
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The package's own modules that a file imports, at its top or within a function; not those for types alone."""
+    pending: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
+            continue
+        pending += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, inner = name.partition(".")
+            if package == "ctl_merge":
+                inner = inner if parent_of(inner) in MODULES else inner.rpartition(".")[0]
+                yield parent_of(inner) if inner else "__init__"
+
+
+def test_every_module_has_one_row() -> None:
+    assert sorted(MODULES) == sorted(module for row in ROWS for module in row)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_from_rows_above_its_own(module: str) -> None:
+    below = {name for name in imports(MODULES[module]) if ROW[name] >= ROW[module] and (module, name) not in DOORS}
+    assert not below, f"{module} (row {ROW[module]}) imports {sorted(below)}"
+
+
+def test_every_door_is_in_use() -> None:
+    assert all(name in imports(MODULES[module]) for module, name in DOORS)
+
+
+def test_imports_are_found() -> None:
+    assert set(imports(MODULES["pickled"])) == {"checkpoint", "errors", "header", "reference", "stored"}
+    assert "methods.__init__" in set(imports(MODULES["recipe"]))
+    assert "hub" in set(imports(MODULES["stored"]))  # from ctl_merge import hub
+    assert set(imports(MODULES["__init__"])) == set()

@@ -249,13 +249,15 @@ class _Matcher:
         return replace(vocabulary, tokens={i: token for i, token in vocabulary.tokens.items() if i < rows})
 
     def _settle_vocabulary(self, ref: ModelRef, names: list[str], difference: Difference) -> None:
-        own, theirs = self._spec(names[0]).shape[0], self._spec(names[0], ref).shape[0]
+        sizes = {name: (self._spec(name).shape[0], self._spec(name, ref).shape[0]) for name in names}
+        name = next((name for name, (own, theirs) in sizes.items() if own != theirs), names[0])
+        own, theirs = sizes[name]
         if not self.recipe.keep_base_vocabulary:
             what = f"{own} rows in {self.first}, {theirs} in {ref}"
             if own == theirs:
                 what = f"{len(difference.conflicting)} ids stand for other tokens in {ref} than in {self.first}"
             raise MismatchError(
-                f"different vocabularies ({names[0]}): {what}. Set `tokenizer_source: base` to keep the vocabulary of "
+                f"different vocabularies ({name}): {what}. Set `tokenizer_source: base` to keep the vocabulary of "
                 f"{self.first}: rows and tokens that only {ref} has are then left out."
             )
         if difference.moved or not difference.compared:
@@ -264,10 +266,12 @@ class _Matcher:
                 f"the embedding rows of {ref} cannot be matched with those of {self.first}: {why}. "
                 "Moving rows is not supported yet."
             )
-        foreign = tuple(sorted({i for i in difference.conflicting if i < own} | set(range(theirs, own))))
-        for name in names:
-            part = self.inputs[name][ref]
-            self.inputs[name][ref] = Input(part.model, part.tensor, foreign)
+        foreign: tuple[int, ...] = ()
+        for each, (rows, stored) in sizes.items():
+            part = self.inputs[each][ref]
+            rest = {i for i in difference.conflicting if i < rows} | set(range(stored, rows))
+            self.inputs[each][ref] = Input(part.model, part.tensor, tuple(sorted(rest)))
+            foreign = max(foreign, tuple(sorted(rest)), key=len)
         told = [f"vocabulary of {self.first} ({own} rows) is kept"]
         if theirs > own:
             told.append(f"{theirs - own} more of {ref} left out")

@@ -205,6 +205,8 @@ class _Checker:
             if len(path) > 1:  # below `models` or `base_model`
                 known = [*SourceSchema.model_fields, *ModelSchema.model_fields]
             message = f"unknown key {name!r}{nearest(name, known)}"
+        elif kind == "model_type":
+            message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
         elif kind == "missing":
             message = f"`{name}` is missing"
         else:
@@ -322,7 +324,7 @@ def _in_meant_form(path: tuple[int | str, ...], data: Any) -> bool:
     """Whether a schema error is of the form in which a model was written, not of the two others that it could have."""
     value = data
     for part in path:
-        if isinstance(value, dict) and part in value or isinstance(value, list) and isinstance(part, int):
+        if isinstance(part, int) or (isinstance(value, dict) and part in value):
             value = value[part]
         elif part in _UNION_BRANCHES:
             meant = "str" if not isinstance(value, dict) else "LongModelSchema" if "model" in value else "ModelSchema"

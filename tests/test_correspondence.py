@@ -72,6 +72,10 @@ def configure(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(changed))
 
 
+def without_prefix(tensors: State, prefix: str) -> State:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
 def halfway(base: Tensor, expert: Tensor) -> Tensor:
     return (base.double() + 0.5 * (expert.double() - base.double())).to(base.dtype)
 
@@ -185,8 +189,7 @@ def test_a_tied_finetune_saved_without_its_head_class_is_matched(tmp_path: Path,
     assert any("matched by module" in decision for decision in result.manifest["decisions"])
 
     result = merged(tmp_path / "bare", base, output="other way")
-    expected = {name.removeprefix("model."): t for name, t in by_hand(state(expert), state(base)).items()}
-    assert_same(state(result.folder), expected)
+    assert_same(state(result.folder), without_prefix(by_hand(state(expert), state(base)), "model."))
 
 
 def test_a_finetune_saved_without_the_head_it_has_is_refused(llamas: tuple[Path, Path], tmp_path: Path, merged: Merged):
@@ -207,6 +210,40 @@ def test_names_of_an_older_and_a_newer_format_are_matched(tmp_path: Path, merged
     output = merged(base, tmp_path / "newer").folder
     assert_same(state(output), by_hand(state(base), state(expert)))
     load_whole("gpt_neox", output)
+
+
+@pytest.mark.parametrize("head", ["absent", "equal", "apart"])
+def test_gpt2_as_the_hub_has_it_merges_with_its_finetunes(head: str, tmp_path: Path, merged: Merged) -> None:
+    """The original names its tensors without a prefix and stores causal masks; finetunes have neither."""
+    base, expert = saved_pair(tmp_path, "gpt2")
+    embedding = state(expert)["transformer.wte.weight"]
+    heads = {"absent": {}, "equal": {HEAD: embedding}, "apart": {HEAD: embedding + 1}}
+    expected = by_hand(state(base), state(expert))
+    if head == "apart":
+        expected[HEAD] = halfway(state(base)["transformer.wte.weight"], embedding + 1)
+    masks = {f"h.{i}.attn.bias": torch.tril(torch.ones(1, 1, 64, 64)) for i in range(3)}
+    store(base, without_prefix(state(base), "transformer.") | masks)
+    store(expert, state(expert) | heads[head])
+    output = merged(base, expert).folder
+    assert_same(state(output), without_prefix(expected, "transformer."))
+    load_whole("gpt2", output)
+
+
+def test_bert_as_the_hub_has_it_merges_with_its_finetunes(tmp_path: Path, merged: Merged) -> None:
+    """The original calls the weights of its norms gamma and beta."""
+
+    def older(tensors: State) -> State:
+        return {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+            for name, tensor in tensors.items()
+        }
+
+    base, expert = saved_pair(tmp_path, "bert")
+    expected = older(by_hand(state(base), state(expert)))
+    store(base, older(state(base)))
+    output = merged(base, expert).folder
+    assert_same(state(output), expected)
+    load_whole("bert", output)
 
 
 def test_experts_stored_apart_and_stacked_do_not_mix(tmp_path: Path, merged: Merged) -> None:
@@ -410,6 +447,17 @@ def test_other_vocabularies_are_refused_unless_the_recipe_keeps_the_bases(
     assert torch.equal(found[HEAD], -expected)
     assert config(result.folder)["vocab_size"] == 5
     assert any("vocabulary of" in decision for decision in result.manifest["decisions"])
+
+
+def test_rows_are_counted_for_each_tensor(tmp_path: Path, merged: Merged) -> None:
+    """An embedding may be padded where the head is not."""
+    base = with_vocabulary(tmp_path / "base", ROWS, "abcde")
+    expert = with_vocabulary(tmp_path / "expert", ROWS + 2, "abcde")
+    padding = torch.full((3, 2), 7.0)
+    store(base, state(base) | {EMBEDDING: torch.cat([ROWS, padding])})
+    found = state(merged(base, expert, tokenizer_source="base").folder)
+    assert torch.equal(found[EMBEDDING], torch.cat([ROWS + 1, padding]))
+    assert torch.equal(found[HEAD], -ROWS - 1)
 
 
 def test_a_vocabulary_refused_by_its_size_names_both_sizes(tmp_path: Path, merged: Merged) -> None:

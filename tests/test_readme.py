@@ -65,7 +65,7 @@ def test_the_method_shown_works(tmp_path, monkeypatch):
     shown = next(block for block in blocks("python") if "merge_method" in block)
     from ctl_merge.methods import registry
 
-    monkeypatch.setattr("ctl_merge.methods.registry._REGISTRY", dict(registry()))
+    monkeypatch.setattr(sys.modules["ctl_merge.methods.registry"], "_REGISTRY", dict(registry()))
     module = tmp_path / "shown.py"
     module.write_text(shown)
     monkeypatch.syspath_prepend(str(tmp_path))

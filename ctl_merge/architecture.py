@@ -121,7 +121,7 @@ class ModuleMap:
         return head is not None and self.model.get_submodule(parameter.rpartition(".")[0]) is head
 
 
-def _with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config whose infinities, which JSON cannot say, are floats: transformers writes {"__float__": "Infinity"}."""
     return json.loads(
         json.dumps(config), object_hook=lambda value: float(value["__float__"]) if "__float__" in value else value
@@ -133,7 +133,7 @@ def _typed(config: Mapping[str, Any]) -> Any:
     import transformers
 
     try:
-        return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(config))
+        return transformers.CONFIG_MAPPING[config["model_type"]].from_dict(with_floats(config))
     except Exception:  # whatever a config makes its class raise
         return None
 

@@ -68,7 +68,7 @@ class Document:
             child = None
             if isinstance(node, yaml.MappingNode):
                 for key, value in node.value:
-                    if key.value == step:
+                    if key.value == str(step):
                         line, child = key.start_mark.line + 1, value
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 child = node.value[step]

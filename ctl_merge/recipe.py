@@ -273,7 +273,7 @@ class _Checker:
 
     def _with_base(self, method: Method, sources: list[Source], base: ModelRef | None) -> list[Source]:
         """The inputs in the order in which the method sees them."""
-        if base is None:
+        if base is None or method.base == "none":
             return sources
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
@@ -291,7 +291,7 @@ class _Checker:
             self.problems.append(
                 (("merge_method",), f"{method.name} needs a `base_model`: the model the others come from")
             )
-        if method.base == "none" and base is not None and all(s.ref != base for s in sources[:-1]) and len(sources) > 1:
+        if method.base == "none" and base is not None and all(source.ref != base for source in sources):
             self.problems.append((("base_model",), f"{method.name} takes no `base_model`: remove it"))
         least, most = method.models
         if len(sources) < least or (most is not None and len(sources) > most):
@@ -324,7 +324,9 @@ def _in_meant_form(path: tuple[int | str, ...], data: Any) -> bool:
     """Whether a schema error is of the form in which a model was written, not of the two others that it could have."""
     value = data
     for part in path:
-        if isinstance(part, int) or (isinstance(value, dict) and part in value):
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             value = value[part]
         elif part in _UNION_BRANCHES:
             meant = "str" if not isinstance(value, dict) else "LongModelSchema" if "model" in value else "ModelSchema"

@@ -47,6 +47,8 @@ def _setting(parameter: Parameter) -> dict[str, Any]:
     """A value, a gradient, a filtered value, or a list of those."""
     value = TypeAdapter(parameter.type).json_schema()
     text = value.pop("description", "")
+    if parameter.type_is_bool:
+        value = {"anyOf": [value, {"enum": [0, 1]}]}
     gradient = {"type": "array", "items": value, "minItems": 1}
     choice = {
         "type": "object",

@@ -238,9 +238,10 @@ ROWS: Mapping[str, Row] = {
 }
 
 
-def builtin_methods() -> dict[str, Method]:
-    """The package's own methods: other tests and installed plugins may have registered more."""
-    return {n: m for n, m in registry().items() if m.function.__module__.startswith("ctl_merge.")}
+# The package's own methods: other tests and installed plugins may have registered more.
+METHODS: Mapping[str, Method] = {
+    name: method for name, method in registry().items() if method.function.__module__.startswith("ctl_merge.")
+}
 
 
 def cases() -> list[tuple[str, Mapping[str, Any]]]:
@@ -269,7 +270,7 @@ def draw_family(
 
 def members(name: str, parameters: Mapping[str, Any]) -> list[str]:
     """The models of a family for these parameters: base, if the method requires one, and a, b, c."""
-    method = registry()[name]
+    method = METHODS[name]
     return ["base"] * (method.base == "required") + list("abc"[: model_count(method, parameters)])
 
 
@@ -295,7 +296,7 @@ def open_written(
     machine: Mapping[str, Any] | None = None, **keys: Any,
 ) -> Merge:  # fmt: skip
     """As `open_family`, the whole merge; `order` lists the models (a name may come twice), `machine` goes to Merge."""
-    method = registry()[name]
+    method = METHODS[name]
     for model, tensors in family.items():
         write_checkpoint(folder / model, tensors, config, shards=shards)
     models = list(order or (model for model in family if model != "base" or method.base != "required"))
@@ -310,7 +311,7 @@ def expected(
     name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], tensor: str, seed: int = 0
 ) -> Array:
     """The definition's value of one tensor, unrounded; with `trim: model` all tensors are one vector."""
-    method, whole = registry()[name], parameters.get("trim") == "model"
+    method, whole = METHODS[name], parameters.get("trim") == "model"
     names = sorted(next(iter(family.values()))) if whole else [tensor]
     arrays = {m: np.concatenate([as_float64(t[n]).ravel() for n in names]) for m, t in family.items()}
     base = arrays.pop("base") if method.base == "required" else None
@@ -328,7 +329,12 @@ def as_float64(tensor: torch.Tensor) -> Array:
     return tensor.double().numpy()
 
 
-def ulps(found: torch.Tensor, wanted: Array, operands: Sequence[torch.Tensor]) -> Array:
-    """Entry by entry, how far apart in float32 units in the last place of the largest of operands and result."""
+def last_place(wanted: Array, operands: Sequence[torch.Tensor]) -> Array:
+    """Entry by entry, float32's unit in the last place of the largest of operands and result."""
     largest = np.max([np.abs(wanted), *(np.abs(as_float64(operand)) for operand in operands)], axis=0)
-    return np.abs(as_float64(found) - wanted) / np.spacing(np.maximum(largest, 1e-30).astype(np.float32))
+    return np.spacing(np.maximum(largest, 1e-30).astype(np.float32)).astype(np.float64)
+
+
+def ulps(found: torch.Tensor, wanted: Array, operands: Sequence[torch.Tensor]) -> Array:
+    """How far apart they are in those units."""
+    return np.abs(as_float64(found) - wanted) / last_place(wanted, operands)

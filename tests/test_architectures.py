@@ -162,7 +162,9 @@ def test_blocks_found_by_name_are_those_of_the_model(name: str, family: Callable
 def test_every_stored_name_leads_to_the_models_parameters(name: str, family: Callable[[str], Family]) -> None:
     """One to one, but for experts that the file stores apart and the model stacked."""
     models = family(name)
-    found = ModuleMap(models.config).parameters(state(models.base))
+    modules = ModuleMap(models.config)
+    assert modules.model is not None
+    found = modules.parameters(state(models.base))
     apart = [tensor for tensor, parameter in found.items() if parameter not in models.parameters]
     assert all(".experts." in tensor for tensor in apart)
     assert len(set(found.values())) == len(found)

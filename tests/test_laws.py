@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from references import (
+    METHODS,
     ROWS,
     as_float64,
-    builtin_methods,
     cases,
     draw_family,
     expected,
@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from ctl_merge.checkpoint import CHUNK
 from ctl_merge.methods import Method
 
-METHODS = builtin_methods()
 W = "model.layers.0.weight"
 SHAPES = {W: (40, 50), "model.layers.1.weight": (33, 7), "model.norm.weight": (64,)}
 # All sizes that lie at an edge: nothing, one entry, one row, one column, no axis, many axes.

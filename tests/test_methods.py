@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from references import (
+    METHODS,
     as_float64,
     cases,
     draw_family,
     elect_and_merge,
     expected,
     keep_largest,
+    last_place,
     members,
     open_family,
     philox_uniform,
@@ -27,8 +29,7 @@ from references import (
 )
 
 from ctl_merge.checkpoint import CHUNK
-from ctl_merge.methods import registry
-from ctl_merge.methods.sparsify import choose_bin, choose_cut, count_lower, count_upper, kept_count, magnitude_cut
+from ctl_merge.methods.sparsify import choose_bin, choose_cut, count_lower, count_upper, kept_count, magnitude_cut, trim
 
 W = "model.layers.0.weight"
 SHAPES = {W: (80, 100), "model.layers.1.weight": (33, 7), "model.norm.weight": (64,)}
@@ -41,7 +42,7 @@ def call(name: str, rows: Sequence[Sequence[float]], **parameters: Any) -> list[
         n: torch.tensor(v, dtype=torch.float64).view(-1, 1) if isinstance(v, tuple) else v
         for n, v in parameters.items()
     }
-    return registry()[name].function(stack, **columns).tolist()
+    return METHODS[name].function(stack, **columns).tolist()
 
 
 # ---- by hand
@@ -154,37 +155,31 @@ def families(name: str, case: Mapping[str, Any], dtype: torch.dtype, **more: Any
     return draw_family(members(name, case), SHAPES, dtype, **more)
 
 
+# Weights stored in 16 bits are merged in float32: weights, products and sums are each rounded, and a divisor smaller
+# than one makes more of it. By storage: units in the last place, and the share that must be the definition rounded.
+TOLERANCE = {torch.float32: 2.0, torch.bfloat16: 6.0, torch.float16: 6.0}
+SAME = {torch.float32: 0.999, torch.bfloat16: 0.998, torch.float16: 0.998}
+
+
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name, case", cases(), ids=str)
-def test_float32_output_is_the_definition_to_the_last_places(
-    tmp_path: Path, name: str, case: Mapping[str, Any], storage: torch.dtype
-):
-    """In units of float32 in the last place of the largest operand, for every single entry."""
+def test_every_method_is_its_definition(tmp_path: Path, name: str, case: Mapping[str, Any], storage: torch.dtype):
+    """To the last places of float32 in every entry; of 16 bits, rounded once, almost everywhere."""
     family = families(name, case, storage)
-    merged = open_family(tmp_path, name, family, case, dtype="float32", seed=5)
-    for tensor, shape in SHAPES.items():
-        found, wanted = merged.read(tensor), expected(name, family, case, tensor, seed=5)
-        assert found.shape == shape and found.dtype == torch.float32
-        assert ulps(found, wanted, [tensors[tensor] for tensors in family.values()]).max() <= TOLERANCE[storage]
-
-
-# Weights stored in 16 bits are merged in float32: weights, products and sums are each rounded, and a divisor smaller
-# than one makes more of it.
-TOLERANCE = {torch.float32: 2.0, torch.bfloat16: 6.0, torch.float16: 6.0}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("stored_wide", [False, True], ids=["stored so", "stored in float32"])
-@pytest.mark.parametrize("name, case", cases(), ids=str)
-def test_16_bit_output_is_the_definition_rounded_once(
-    tmp_path: Path, name: str, case: Mapping[str, Any], stored_wide: bool, dtype: torch.dtype
-):
-    """In at least 99.9 % of the entries."""
-    family = families(name, case, torch.float32 if stored_wide else dtype)
-    found = open_family(tmp_path, name, family, case, dtype=str(dtype).removeprefix("torch.")).read(W)
-    wanted = round_once(expected(name, family, case, W), dtype)
-    assert found.dtype == dtype
-    assert (as_float64(found) == wanted).mean() >= 0.999
+    wanted = expected(name, family, case, W, seed=5)
+    slack = TOLERANCE[storage] * last_place(wanted, [tensors[W] for tensors in family.values()])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        merged = open_family(tmp_path, name, family, case, dtype=str(dtype).removeprefix("torch."), seed=5)
+        tensor = merged.read(W)
+        assert tensor.dtype == dtype and tensor.shape == SHAPES[W]
+        found = as_float64(tensor)
+        if dtype == torch.float32:
+            assert (np.abs(found - wanted) <= slack).all()
+        else:
+            assert (round_once(wanted - slack, dtype) <= found).all() and (
+                found <= round_once(wanted + slack, dtype)
+            ).all()
+            assert (found == round_once(wanted, dtype)).mean() >= SAME[storage]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -205,8 +200,8 @@ def test_a_sum_halfway_between_two_numbers_becomes_one_of_them(
     family = families(name, case, dtype, spread=0.01)
     found = as_float64(open_family(tmp_path, name, family, case).read(W))
     wanted = expected(name, family, case, W)
-    nudged = [np.abs(found - round_once(wanted * (1 + nudge), dtype)) for nudge in (-2e-6, 0, 2e-6)]
-    assert np.min(nudged, axis=0).max() == 0
+    slack = 2 * last_place(wanted, [tensors[W] for tensors in family.values()])
+    assert (round_once(wanted - slack, dtype) <= found).all() and (found <= round_once(wanted + slack, dtype)).all()
 
 
 def test_the_outputs_dtype_is_the_bases_unless_the_recipe_names_one(tmp_path: Path):
@@ -238,6 +233,7 @@ Vectors = st_numpy.arrays(
 )
 
 
+@settings(deadline=None)
 @given(Vectors, st.data())
 def test_linear_and_task_arithmetic_are_weighted_sums(vectors: np.ndarray, data: st.DataObject):
     weight = tuple(data.draw(st.floats(-2, 2)) for _ in vectors)
@@ -335,7 +331,7 @@ Deltas = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(Deltas, st.data())
 def test_counting_finds_the_cut_exactly(deltas: np.ndarray, data: st.DataObject):
     """Whatever the values and wherever the chunks end: the plain definition's bits, and at least k entries above."""
@@ -349,6 +345,14 @@ def test_counting_finds_the_cut_exactly(deltas: np.ndarray, data: st.DataObject)
     for row, share, bound in zip(whole.abs(), density, cut.flatten(), strict=True):
         k = max(1, int(share * numel))
         assert kept_count(share, numel) == k <= (row >= bound).sum() and (row > bound).sum() < k
+
+
+@settings(deadline=None)
+@given(Deltas, st.sampled_from([0.0, 0.01, 0.4, 0.9, 1.0]), st.sampled_from([torch.float32, torch.float64]))
+def test_trimming_keeps_what_is_not_below_the_cut(deltas: np.ndarray, density: float, dtype: torch.dtype):
+    stack = torch.from_numpy(deltas).to(dtype)
+    found = trim(stack, torch.full((len(stack), 1), density, dtype=torch.float64), None)
+    np.testing.assert_array_equal(found.numpy(), [keep_largest(row, density) for row in deltas.astype(np.float64)])
 
 
 def test_the_engine_finds_the_cut_exactly_over_chunks_and_tensors(tmp_path: Path):
@@ -440,6 +444,7 @@ def test_dare_ties_is_pefts_at_equal_weights(noise: torch.Tensor):
     assert_same(found, wanted)
 
 
+@settings(deadline=None)
 @given(
     st_numpy.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=st.integers(-5, 5)),
     st.sampled_from(["weighted", "unweighted", "count"]),

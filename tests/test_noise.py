@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import philox_uniform
 
@@ -25,12 +25,14 @@ def test_it_is_philox_of_the_address():
     np.testing.assert_array_equal(uniform(3, "base", "lm_head.weight", 0, 1001).numpy(), wanted)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(0, 200))
 def test_any_piece_is_a_slice_of_the_whole(start: int, count: int):
     whole = uniform(*ADDRESS, 0, 700)
     assert torch.equal(uniform(*ADDRESS, start, count), whole[start : start + count])
 
 
+@settings(deadline=None)
 @given(st.integers(2**31 - 50, 2**33), st.integers(1, 20))
 def test_pieces_far_out_agree_too(start: int, count: int):
     """Tensors have more than 2^31 entries, and addresses must not wrap."""

@@ -1,0 +1,123 @@
+"""A checkpoint as a transformers model, whole or streamed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctl_merge.architecture import with_floats
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.errors import CheckpointError
+
+
+class ModuleWeights(Mapping[str, Tensor]):
+    """The parameters of a model, by module name, read from a checkpoint when they are asked for.
+
+    transformers' own conversions (renamed, stacked, split tensors) are applied to the file's tensors. `as_written`
+    rounds to the checkpoint's dtype first, as a reader of the written file would see it.
+    """
+
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, as_written: bool = False
+    ) -> None:
+        self.model, self.checkpoint, self.dtype, self.as_written = model, checkpoint, dtype, as_written
+        self._sources = _sources_by_parameter(model, checkpoint)
+        self._tied = {t: s for t, s in model.all_tied_weights_keys.items() if t not in self._sources}
+        expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        missing = sorted(expected - self._sources.keys() - self._tied.keys())
+        if missing:
+            raise CheckpointError(f"{checkpoint.name} has no weights for {len(missing)} parameters, such as {missing[0]}")
+
+    def __getitem__(self, parameter: str) -> Tensor:
+        first, transform, sources = self._sources[self._tied.get(parameter, parameter)]
+        collected = copy.deepcopy(transform)
+        for name, pattern in sources:
+            collected.add_tensor(first, name, pattern, self._read(name))
+        converted = collected.convert(first, model=self.model, config=self.model.config)
+        found = converted[self._tied.get(parameter, parameter)]
+        return found[0] if isinstance(found, list) else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._sources, *self._tied])
+
+    def __len__(self) -> int:
+        return len(self._sources) + len(self._tied)
+
+    def _read(self, name: str) -> Tensor:
+        spec = self.checkpoint.tensors[name]
+        if self.as_written:
+            return self.checkpoint.read(name).to(self.dtype)
+        out = torch.empty(spec.numel, dtype=self.dtype)
+        self.checkpoint.read_into(name, out)
+        return out.view(spec.shape)
+
+
+def _sources_by_parameter(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[str, Any, list[tuple[str, str]]]]:
+    """For each parameter: the first target of its transform, the transform, and the file tensors that go into it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, tuple[str, Any, list[tuple[str, str]]]] = {}
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        transform = by_pattern[pattern] if pattern else WeightRenaming(name, target)
+        groups.setdefault(target, (target, transform, []))[2].append((name, pattern or name))
+    for first, transform, sources in list(groups.values()):
+        for other in getattr(transform, "target_patterns", [])[1:]:
+            groups.setdefault(first.replace(transform.target_patterns[0], other), (first, transform, sources))
+    return groups
+
+
+def empty_model(config: Mapping[str, Any], name: str) -> Any:
+    """A transformers model of that config in eval mode, its parameters on the meta device. No remote code is run."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    architecture = (config.get("architectures") or [None])[0]
+    kind = getattr(transformers, str(architecture), None)
+    if kind is None:
+        raise CheckpointError(
+            f"{name}: transformers has no {architecture!r}; models that bring code of their own cannot be run"
+        )
+    typed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(with_floats(config))
+    with init_empty_weights(include_buffers=False):
+        model = kind._from_config(typed, dtype=torch.float32)
+    return model.eval()
+
+
+def materialise(model: Any, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
+    """Give the model all its weights, on one device."""
+    model.tie_weights()
+    done: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in done:
+            done[id(parameter)] = nn.Parameter(weights[name].to(device), requires_grad=False)
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, done[id(parameter)])
+    return model.to(device)
+
+
+def stream(model: Any, weights: Mapping[str, Tensor], device: torch.device | str, blocks: set[str]) -> Any:
+    """Let the model's weights be read when a module runs, a block at a time, and forgotten after.
+
+    `blocks`: class names of the modules whose weights are read together.
+    """
+    from accelerate.hooks import attach_align_device_hook
+
+    model.tie_weights()
+    attach_align_device_hook(
+        model, execution_device=torch.device(device), offload=True, weights_map=weights,
+        preload_module_classes=sorted(blocks),
+    )  # fmt: skip
+    return model

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 import ctl_merge
+from ctl_merge.document import Document
+from ctl_merge.errors import RecipeError
 from ctl_merge.plan import Plan
 from ctl_merge.reference import ModelRef
 
@@ -38,7 +40,7 @@ def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, st
             *_table(plan, manifest),
             licence_note,
             "## Recipe\n",
-            f"```yaml\n{plan.recipe.text.rstrip()}\n```\n",
+            f"{_fence(plan.recipe.text)}yaml\n{plan.recipe.text.rstrip()}\n{_fence(plan.recipe.text)}\n",
             "## How it was made\n",
             *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
@@ -53,6 +55,14 @@ def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, st
 def _paper(plan: Plan) -> str:
     paper = plan.method.paper
     return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+
+
+def _fence(text: str) -> str:
+    """Backticks that the text cannot close."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return fence
 
 
 def _lower(sentence: str) -> str:
@@ -97,8 +107,9 @@ def stated_licence(folder: Path | None) -> str | None:
     """The licence in the metadata of a model's own card, if it is there."""
     try:
         text = (folder / "README.md").read_text("utf-8") if folder else ""
-        _, front, _ = text.split("---", 2)
-        licence = yaml.safe_load(front).get("license")
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        before, front, _ = text.split("---", 2)
+        data = Document.parse(front).data
+    except (OSError, ValueError, RecipeError):
         return None
+    licence = data.get("license") if isinstance(data, dict) and not before.strip() else None
     return licence if isinstance(licence, str) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -86,6 +87,8 @@ def merge_command(
 ) -> None:
     """Merge what RECIPE describes into a folder that transformers loads."""
     _configure_logging(verbose, quiet)
+    if quiet or not sys.stderr.isatty():
+        _silence_hub()
     if device and device_map:
         raise typer.BadParameter("--device and --device-map say the same: give one of them")
     if not recipe.is_file():
@@ -155,13 +158,23 @@ def _no_recipe(path: Path) -> str:
 
 def _configure_logging(verbose: bool, quiet: bool) -> None:
     level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    others = logging.StreamHandler()
+    others.setLevel(logging.ERROR)  # a library's loggers may let more through than the root's own level
+    logging.basicConfig(handlers=[others], level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     logger = logging.getLogger("ctl_merge")
     logger.setLevel(level)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.propagate = False
+
+
+def _silence_hub() -> None:
+    """No bars and warnings of huggingface_hub's own, without importing it if nothing else does."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_VERBOSITY"] = "error"
+    if loaded := sys.modules.get("huggingface_hub.utils"):
+        loaded.disable_progress_bars()
 
 
 def _no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -180,11 +193,11 @@ def _progress_bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _print(what: Any) -> None:
+def _print(what: Any, at_most: int = 1000) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=False)
-    console.width = min(console.width, 100)
+    console.width = min(console.width, at_most)
     console.print(what)
 
 
@@ -194,7 +207,7 @@ def _show_plan(data: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
     else:
-        _print(render(data))
+        _print(render(data), at_most=100)
 
 
 def _show_result(result: Any) -> None:

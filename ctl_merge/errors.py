@@ -7,6 +7,8 @@
     ├── MismatchError      checkpoints that cannot be merged with each other
     ├── NonFiniteError     NaN or infinity where a number was due
     ├── DeviceError        a device that is not there or cannot hold the work
+    ├── DataError          texts for a probe that cannot be read or do not suffice
+    ├── ProbeError         models whose blocks cannot be found or run
     └── OutputError        the output cannot be written: exists, locked, disk full
 
 The command line catches the root only, prints the message and exits with 2; anything else is a bug and keeps its
@@ -40,6 +42,14 @@ class NonFiniteError(CtlMergeError):
 
 class DeviceError(CtlMergeError):
     """A device that is not there, or cannot hold the work."""
+
+
+class DataError(CtlMergeError):
+    """Texts that cannot be read, or do not suffice."""
+
+
+class ProbeError(CtlMergeError):
+    """Models whose blocks cannot be found, or that cannot be run in step."""
 
 
 class OutputError(CtlMergeError):

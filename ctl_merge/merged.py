@@ -92,7 +92,7 @@ class MergedCheckpoint(Checkpoint):
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, self._arithmetic(parts), pinned=device.type == "cuda")
         for row, part in zip(buffer, parts, strict=True):
-            self._fill(row, part, plan, start)
+            self.fill(row, part, plan, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
             self._refuse_nonfinite(buffer, parts, start)
         if device.type != "cpu":
@@ -101,7 +101,7 @@ class MergedCheckpoint(Checkpoint):
             return buffer, None
         return buffer[:-1].sub_(buffer[-1]), buffer[-1]
 
-    def _fill(self, row: Tensor, part: Input, plan: TensorPlan, start: int) -> None:
+    def fill(self, row: Tensor, part: Input, plan: TensorPlan, start: int) -> None:
         """Read one model's entries; rows whose token it lacks are the first model's."""
         checkpoint = self._checkpoints[part.model]
         stored = checkpoint.tensors[part.tensor].numel
@@ -198,6 +198,10 @@ class MergedCheckpoint(Checkpoint):
         """The measures' results for every merged tensor; those not read yet are measured now."""
         return {n: self._results(plan) for n, plan in self.plan.tensors.items() if plan.operation == "merge"}
 
+    def parent(self, ref: ModelRef) -> ParentView:
+        """One of the models as the merge sees it: under the output's names, with the output's rows."""
+        return ParentView(self, ref)
+
     # ---- copies, checks, buffers
 
     def _copy(self, plan: TensorPlan, out: Tensor, start: int) -> None:
@@ -256,6 +260,20 @@ class MergedCheckpoint(Checkpoint):
         if held is None or held.numel() < size:
             held = self._buffers.held = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         return held[:size].view(dtype).view(rows, count)
+
+
+class ParentView(Checkpoint):
+    """A model under the names, shapes and rows of the merge that it goes into."""
+
+    def __init__(self, merged: MergedCheckpoint, ref: ModelRef) -> None:
+        self.name, self.merged, self.ref = ref.text, merged, ref
+        self.tensors, self.config = merged.tensors, merged.config
+
+    def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        plan = self.merged.plan.tensors[tensor]
+        parts = (*plan.inputs, plan.base) if plan.base else plan.inputs
+        part = next((p for p in parts if p.model == self.ref), parts[0])  # a computed buffer: the first model's
+        self.merged.fill(out, part, plan, start)
 
 
 def _numeric(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ctl_merge.architecture import with_floats
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.errors import CheckpointError
+from ctl_merge.errors import CheckpointError, ProbeError
 
 
 class ModuleWeights(Mapping[str, Tensor]):
@@ -30,7 +30,9 @@ class ModuleWeights(Mapping[str, Tensor]):
         expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         missing = sorted(expected - self._sources.keys() - self._tied.keys())
         if missing:
-            raise CheckpointError(f"{checkpoint.name} has no weights for {len(missing)} parameters, such as {missing[0]}")
+            raise CheckpointError(
+                f"{checkpoint.name} has no weights for {len(missing)} parameters, such as {missing[0]}"
+            )
 
     def __getitem__(self, parameter: str) -> Tensor:
         first, transform, sources = self._sources[self._tied.get(parameter, parameter)]
@@ -46,6 +48,11 @@ class ModuleWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sources) + len(self._tied)
+
+    @property
+    def stores_tied(self) -> bool:
+        """Whether the checkpoint has weights of its own for a parameter that the model ties."""
+        return any(target in self._sources for target in self.model.all_tied_weights_keys)
 
     def _read(self, name: str) -> Tensor:
         spec = self.checkpoint.tensors[name]
@@ -96,6 +103,21 @@ def empty_model(config: Mapping[str, Any], name: str) -> Any:
     return model.eval()
 
 
+def load_weights(
+    checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False
+) -> Any:
+    """The checkpoint as a model in float32: its weights in memory on `device`, or read there block by block."""
+    model = empty_model(checkpoint.config, checkpoint.name)
+    weights = ModuleWeights(model, checkpoint, as_written=as_written)
+    if weights.stores_tied:
+        model = empty_model({**checkpoint.config, "tie_word_embeddings": False}, checkpoint.name)
+        weights = ModuleWeights(model, checkpoint, as_written=as_written)
+    if not streamed:
+        return materialise(model, weights, device)
+    classes = {type(block).__name__ for stack in find_blocks(model).values() for block in stack.values()}
+    return stream(model, weights, device, classes)
+
+
 def materialise(model: Any, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
     """Give the model all its weights, on one device."""
     model.tie_weights()
@@ -121,3 +143,32 @@ def stream(model: Any, weights: Mapping[str, Tensor], device: torch.device | str
         preload_module_classes=sorted(blocks),
     )  # fmt: skip
     return model
+
+
+def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.Module]]:
+    """The model's stacks of transformer blocks: list's path -> {`path.i`: block}.
+
+    The topmost ModuleLists whose items are all GradientCheckpointingLayers; else those of the classes that the model
+    says must not be split; else, or if there is none, ProbeError asks for `named`, the path of a list.
+    """
+    lists = {
+        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if named is not None:
+        if named not in lists:
+            raise ProbeError(f"--blocks {named}: the model has no such list of modules; it has: {', '.join(lists)}")
+        chosen = [named]
+    else:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        unsplit = set(model._no_split_modules or ())
+        chosen = _topmost(p for p, m in lists.items() if all(isinstance(b, GradientCheckpointingLayer) for b in m))
+        chosen = chosen or _topmost(p for p, m in lists.items() if all(type(b).__name__ in unsplit for b in m))
+    if not chosen:
+        raise ProbeError(f"no stack of transformer blocks was found: name one with --blocks; lists: {', '.join(lists)}")
+    return {path: {f"{path}.{i}": block for i, block in enumerate(lists[path])} for path in chosen}
+
+
+def _topmost(paths: Any) -> list[str]:
+    paths = list(paths)
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
 from hub_server import HubServer, use_hub
+from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file
 from torch import Tensor
 
 import ctl_merge
 from ctl_merge import cli
+from ctl_merge.merge import Merge
 from ctl_merge.methods import registry
 
 WEIGHTS = "model.safetensors"
@@ -40,8 +44,12 @@ Ctl = Callable[..., Ran]
 @pytest.fixture
 def ctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Ctl]:
     """`ctl-merge` in this process, without a terminal."""
-    logger = logging.getLogger("ctl_merge")
+    logger, root = logging.getLogger("ctl_merge"), logging.getLogger()
     before = logger.handlers[:], logger.level, logger.propagate
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):  # set by the command line, for its own process
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(root, "handlers", root.handlers[:])
+    hub_logging.set_verbosity_error()
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["ctl-merge", *map(str, arguments)])
@@ -52,6 +60,8 @@ def ctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     yield run
     logger.handlers, logger.level, logger.propagate = before
+    hub_logging.set_verbosity_warning()
+    enable_progress_bars()
 
 
 def tensors(seed: int, width: int = 8) -> dict[str, Tensor]:
@@ -166,8 +176,7 @@ def test_what_the_user_can_fix_is_exit_code_2(ctl: Ctl, recipe: Path, arguments:
 
 
 def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctl_merge.methods.linear.linear", None)
-    monkeypatch.setattr("ctl_merge.merge.Merge.summary", lambda self: 1 / 0)
+    monkeypatch.setattr(Merge, "summary", lambda self: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["ctl-merge", str(recipe), "--dry-run"])
     with pytest.raises(ZeroDivisionError):  # which ends the interpreter with a traceback and exit code 1
         cli.main()
@@ -255,6 +264,7 @@ def test_quiet_still_says_errors(ctl: Ctl, recipe: Path, output: Path) -> None:
 
 def test_a_bar_is_drawn_on_a_terminal(recipe: Path, output: Path) -> None:
     terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
     command = [sys.executable, "-m", "ctl_merge", str(recipe), "-o", str(output)]
     found = subprocess.run(command, stdout=subprocess.PIPE, stderr=end, text=True)
     os.close(end)
@@ -296,7 +306,7 @@ def refused(ctl: Ctl, recipe: Path, output: Path) -> str:
 
 def test_a_missing_folder(ctl: Ctl, models: list[Path], tmp_path: Path, output: Path) -> None:
     message = refused(ctl, write_recipe([models[0], tmp_path / "absent"]), output)
-    assert f"line 5: '{tmp_path}/absent' is neither a folder that exists nor a Hub repository" in message
+    assert f"line 6: '{tmp_path}/absent' is neither a folder that exists nor a Hub repository" in message
 
 
 def test_a_folder_without_weights(ctl: Ctl, models: list[Path], output: Path) -> None:

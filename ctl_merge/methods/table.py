@@ -54,7 +54,7 @@ def render(rows: list[dict[str, Any]]) -> Any:
 
     table = Table(caption="* one value per model; (default)", caption_justify="left", show_lines=True)
     for column in ("method", "what it does", "models", "parameters", "arXiv"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("method", "arXiv"))
     for row in rows:
         table.add_row(row["name"], row["summary"], row["models"], signature(row), row["paper"] or "")
     return table

@@ -1,0 +1,1 @@
+"""The feature probe: Cross-Task Linearity of a merge, block by block."""

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import SIZES, write_family
 
-from ctl_merge.merge import Merge
+from ctl_merge.merging import Merge
 from ctl_merge.methods import registry
 
 PARAMETERS = {"weight": 0.4, "density": 0.5, "t": 0.3, "scale": 1.0}

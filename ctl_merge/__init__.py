@@ -6,18 +6,16 @@
 A recipe is a lazy checkpoint: `open_merge` gives one whose tensors are merged when they are read.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ctl_merge.errors import CtlMergeError as CtlMergeError
-    from ctl_merge.merge import MergeResult as MergeResult
-    from ctl_merge.merge import merge as merge
-    from ctl_merge.merge import open_merge as open_merge
+    from ctl_merge.merging import MergeResult as MergeResult
+    from ctl_merge.merging import merge as merge
+    from ctl_merge.merging import open_merge as open_merge
     from ctl_merge.methods import PerModel as PerModel
     from ctl_merge.methods import merge_method as merge_method
     from ctl_merge.recipe import Recipe as Recipe
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
     from ctl_merge.recipe import parse_recipe as parse_recipe
 
 _PUBLIC = {
-    "CtlMergeError": "errors", "MergeResult": "merge", "merge": "merge", "open_merge": "merge", "PerModel": "methods",
-    "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe", "parse_recipe": "recipe",
+    "CtlMergeError": "errors", "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
+    "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe", "parse_recipe": "recipe",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
@@ -40,14 +38,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(ModuleType):
-    """Keeps `ctl_merge.merge` the function: importing the module of that name would put the module in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _PUBLIC and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -93,7 +93,7 @@ def merge_command(
         raise typer.BadParameter("--device and --device-map say the same: give one of them")
     if not recipe.is_file():
         raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
-    from ctl_merge.merge import Merge
+    from ctl_merge.merging import Merge
 
     opened = Merge(
         recipe, device_map=device or device_map, max_memory=max_memory, num_workers=num_workers,
@@ -178,7 +178,7 @@ def _silence_hub() -> None:
 
 
 def _no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
-    from ctl_merge.merge import no_meter
+    from ctl_merge.merging import no_meter
 
     return no_meter(what, total)
 

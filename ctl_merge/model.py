@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,9 +103,7 @@ def empty_model(config: Mapping[str, Any], name: str) -> Any:
     return model.eval()
 
 
-def load_weights(
-    checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False
-) -> Any:
+def load_weights(checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False) -> Any:
     """The checkpoint as a model in float32: its weights in memory on `device`, or read there block by block."""
     model = empty_model(checkpoint.config, checkpoint.name)
     weights = ModuleWeights(model, checkpoint, as_written=as_written)
@@ -167,6 +165,16 @@ def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.
     if not chosen:
         raise ProbeError(f"no stack of transformer blocks was found: name one with --blocks; lists: {', '.join(lists)}")
     return {path: {f"{path}.{i}": block for i, block in enumerate(lists[path])} for path in chosen}
+
+
+def tensors_below(model: Any, checkpoint: Checkpoint, modules: Iterable[str]) -> dict[str, list[str]]:
+    """For each module's path, the checkpoint's tensors that its parameters are made of."""
+    sources = _sources_by_parameter(model, checkpoint)
+    found: dict[str, list[str]] = {}
+    for path in modules:
+        below = [names for parameter, (_, _, names) in sources.items() if parameter.startswith(f"{path}.")]
+        found[path] = list(dict.fromkeys(name for names in below for name, _ in names))
+    return found
 
 
 def _topmost(paths: Any) -> list[str]:

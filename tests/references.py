@@ -18,8 +18,8 @@ from checkpoints import recipe_text, write_checkpoint
 from numpy.typing import NDArray
 
 import ctl_merge
-from ctl_merge.merge import Merge
 from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.merging import Merge
 from ctl_merge.methods import Method, registry
 
 Array = NDArray[np.float64]

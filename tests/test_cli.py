@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ctl_merge
 from ctl_merge import cli
-from ctl_merge.merge import Merge
+from ctl_merge.merging import Merge
 from ctl_merge.methods import registry
 
 WEIGHTS = "model.safetensors"

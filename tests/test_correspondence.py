@@ -1,6 +1,5 @@
 """Which tensors belong together: tied or stored apart, with other names, dtypes, rows; and what is refused."""
 
-import inspect
 import json
 import pickle
 import subprocess
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 import ctl_merge
 from ctl_merge.errors import CheckpointError, MismatchError
-from ctl_merge.merge import MergeResult
+from ctl_merge.merging import MergeResult
 from ctl_merge.model_config import patch_config
 
 ROOT = Path(ctl_merge.__file__).parent.parent
@@ -582,8 +581,3 @@ print("transformers" in sys.modules)"""
     command = [sys.executable, "-c", code, recipe, str(tmp_path / "merged")]
     assert subprocess.check_output(command, text=True, cwd=ROOT).strip() == "False"
     assert_same(state(tmp_path / "merged"), by_hand(*map(state, llamas)))
-
-
-def test_the_public_merge_is_the_function_although_a_module_has_its_name() -> None:
-    assert inspect.ismodule(sys.modules["ctl_merge.merge"])
-    assert inspect.isfunction(ctl_merge.merge)

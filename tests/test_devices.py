@@ -13,7 +13,7 @@ from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError
 from ctl_merge.estimate import memory_bound
 from ctl_merge.header import TensorSpec
-from ctl_merge.merge import Merge
+from ctl_merge.merging import Merge
 from ctl_merge.recipe import parse_recipe
 
 SPECS = {

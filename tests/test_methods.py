@@ -96,6 +96,17 @@ def test_a_vote_of_zero_takes_the_majoritys_sign_where_the_paper_says_so():
     assert call("ties", rows, **own) == [1.0, -2.0, -2.0]
 
 
+@pytest.mark.parametrize("last, majority", [(-5.0, -1.0), (5.0, 1.0), (0.0, 1.0)])
+def test_the_majority_is_that_of_the_elected_signs(tmp_path: Path, last: float, majority: float):
+    """Votes 0, 3, -40 and `last`: each counts once, whatever its mass, and a draw is +."""
+    rows = [[1.0, 2.0, -30.0, last], [-1.0, 1.0, -10.0, 0.0]]
+    family = {model: {W: torch.tensor(row)} for model, row in zip("ab", rows, strict=True)} | {
+        "base": {W: torch.zeros(4)}
+    }
+    case = {"weight": (1.0, 1.0), "elect": "unweighted"}
+    assert open_family(tmp_path, "ties", family, case).read(W).tolist() == [majority, 1.5, -20.0, last]
+
+
 def test_a_negative_weight_turns_a_vote_around():
     """Ballots (2, 2) and (-1, -3): + by the first model, 2 · 1 / 1, and - by the second, 3 · -1 / -1."""
     rows = [[2.0, 2.0], [1.0, 3.0]]
@@ -550,6 +561,14 @@ def test_slerp_of_almost_parallel_models_is_linear(tmp_path: Path, sign: float):
     wanted = 0.75 * as_float64(family["base"][W]) + 0.25 * as_float64(family["a"][W])
     assert abs(merged.measured()[W]["cosine"]) > 0.9995
     assert ulps(merged.read(W), wanted, [family["base"][W], family["a"][W]]).max() <= 1
+
+
+def test_slerp_of_models_that_are_near_but_not_parallel_is_an_arc(tmp_path: Path):
+    family = draw_family(["base", "a"], {W: (100, 10)}, spread=0.1)
+    merged = open_family(tmp_path, "slerp", family, {"t": 0.5})
+    wanted = expected("slerp", family, {"t": 0.5}, W)
+    assert 0.99 < merged.measured()[W]["cosine"] < 0.9995
+    assert ulps(merged.read(W), wanted, [family["base"][W], family["a"][W]]).max() <= 2
 
 
 def test_the_angle_of_slerp_is_that_of_the_whole_tensor(tmp_path: Path):

@@ -19,14 +19,13 @@ import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
 
-from ctl_merge import cli, output
+from ctl_merge import cli, merging, output
 from ctl_merge import writer as writing
 from ctl_merge.errors import OutputError
-from ctl_merge.merge import Merge, MergeResult
+from ctl_merge.merging import Merge, MergeResult
 from ctl_merge.output import MANIFEST, OutputFolder
 from ctl_merge.writer import JOURNAL
 
-merging = sys.modules["ctl_merge.merge"]  # the package's own `merge` is the function
 CTL_MERGE = [sys.executable, "-m", "ctl_merge"]
 
 

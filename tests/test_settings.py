@@ -91,13 +91,13 @@ def test_layers_are_counted_as_numbers(tmp_path: Path):
     assert [found[attention(layer)] for layer in range(12)] == pytest.approx(range(12), abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[True, False], [1, 0]])
+@pytest.mark.parametrize("flags", [[False, True], [0, 1]])
 def test_a_list_of_flags_is_cut_into_steps(tmp_path: Path, flags: list[bool]):
     """values[int(t (len - 1))]: of two flags, the second holds for the last layer only."""
     merged = open_merge(tmp_path, "task_arithmetic", [{"weight": 1.0}, {"weight": 1.0}], {"normalize": flags})
     found = values(merged)
-    assert [found[attention(layer)] for layer in range(4)] == [1, 1, 1, 2]
-    assert found[EMBEDDING] == found[HEAD] == 1
+    assert [found[attention(layer)] for layer in range(4)] == [2, 2, 2, 1]
+    assert found[EMBEDDING] == found[HEAD] == 2
 
 
 def test_a_list_of_words_is_cut_into_steps(tmp_path: Path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctl_merge.probe.metrics import interpolation
+from ctl_merge.probing.metrics import interpolation
 
 
 @dataclass

@@ -37,7 +37,8 @@ class Visit:
 
 # (site, {model: input of the block}) -> {merged model: interpolated input, to run the block on as well}
 OnInputs = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
-OnOutputs = Callable[[str, Mapping[str, Visit]], None]
+# (site, {model: visit}) -> {model: hidden states to go on with in place of its own}
+OnOutputs = Callable[[str, Mapping[str, Visit]], Mapping[str, Tensor]]
 
 
 class Lockstep:
@@ -100,8 +101,10 @@ class Lockstep:
                 with _recording(parts, visit.ghost):
                     args, kwargs = replaced(ghost_input)
                     visit.ghost["block"] = first(original(*args, **kwargs))
-            self._meet(name, visit, lambda all_: self._on_outputs(site, all_))
-            return result
+            replacement = self._meet(name, visit, lambda all_: self._on_outputs(site, all_)).get(name)
+            if replacement is None:
+                return result
+            return (replacement, *result[1:]) if isinstance(result, tuple) else replacement
 
         block.forward = forward  # type: ignore[method-assign]
 

@@ -1,0 +1,242 @@
+"""Running a merge, its parents and its base through the same texts in step, and keeping what the metrics need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.errors import ProbeError
+from ctl_merge.model import find_blocks, load_weights, tensors_below
+from ctl_merge.probing.data import STRATA, TokenSet
+from ctl_merge.probing.grams import Grams, SiteGrams
+from ctl_merge.probing.lockstep import Lockstep, Visit
+from ctl_merge.probing.losses import Losses
+from ctl_merge.probing.metrics import interpolation, unit
+from ctl_merge.weights import TaskGrams
+
+INPUT = "input"  # the site before the first block of a stack
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Rider:
+    """A merge that is run beside the parents.
+
+    `ghost`: its blocks are run on the interpolated input as well. `as_written`: rounded to the checkpoint's dtype
+    before it is run. `patch`: the site at which its features are replaced by the interpolation.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    ghost: bool = True
+    as_written: bool = False
+    patch: str | None = None
+    weights_of: int | None = None  # the rider whose coefficients it has; None: its own, by its place
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is probed: a base, its finetunes, merges of them, and their inner products in weight space."""
+
+    base: Checkpoint
+    parents: Mapping[str, Checkpoint]
+    merges: Mapping[str, Checkpoint]
+    weights: TaskGrams
+
+    def coefficients(self, merge: int, tensors: Sequence[str] | None = None) -> tuple[np.ndarray, float]:
+        """The merge's effective coefficients in weight space over some tensors (all: None), and their R².
+
+        Those of the whole model where the parents do not differ in these tensors.
+        """
+        gram, k = self.weights.total(tensors), len(self.parents)
+        if tensors is not None and not np.diag(gram)[:k].any():
+            gram = self.weights.total()
+        return self.weights.coefficients(gram, merge)
+
+
+@dataclass
+class Observations:
+    """What one run over one data set leaves. `coefficients`, `explained`: by site, one per merge."""
+
+    grams: Grams
+    losses: Losses | None
+    coefficients: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    explained: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Running:
+    """How models are run: `streamed` reads weights block by block, so that memory does not grow with depth."""
+
+    device: str = "cpu"
+    streamed: bool = False
+    batch: int = 8
+    blocks: str | None = None  # path of the list of blocks, where it cannot be found
+
+
+def observe(
+    subject: Subject, riders: Sequence[Rider], sets: Sequence[TokenSet], running: Running,
+    told: Callable[[int], object] = lambda count: None,
+) -> dict[str, Observations]:  # fmt: skip
+    """Run all models over all sets in step, in float32; `told` hears of each finished sequence."""
+    models = {BASE: load_weights(subject.base, running.device, running.streamed)}
+    models |= {n: load_weights(c, running.device, running.streamed) for n, c in subject.parents.items()}
+    for rider in riders:
+        models[rider.name] = _rider_model(rider, models, running)
+    sites = {}
+    for name, model in models.items():
+        model.config.use_cache = False
+        stacks = find_blocks(model, running.blocks)
+        sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
+    observer = _Observer(subject, riders, tensors_below(models[BASE], subject.base, sites[BASE]))
+    lockstep = Lockstep(sites, observer.on_inputs, observer.on_outputs)
+    found = {}
+    for tokens in sets:
+        observer.begin()
+        for ids, strata in _batches(tokens, running.batch):
+            observer.strata = strata
+            calls = {name: _forward(model, ids.to(running.device)) for name, model in models.items()}
+            logits = lockstep.run({name: call for name, (call, _) in calls.items()})
+            labels = calls[BASE][1]
+            if labels is not None:
+                observer.losses.add(logits, labels, observer.whole, 1 + len(subject.parents))
+            observer.grams.tokens += list(strata.sum(2).double())
+            told(len(ids))
+        found[tokens.name] = observer.end()
+    return found
+
+
+def _rider_model(rider: Rider, models: Mapping[str, Any], running: Running) -> Any:
+    """The rider's model; a patched merge shares the weights of the merge that it is a variant of."""
+    original = models.get(rider.name.partition("/")[0])
+    if rider.patch and original is not None and not running.streamed:
+        return copy.deepcopy(original, {id(p): p for p in original.parameters()})
+    return load_weights(rider.checkpoint, running.device, running.streamed, rider.as_written)
+
+
+def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(tokens.ids), size):
+        yield tokens.ids[start : start + size], tokens.strata[start : start + size]
+
+
+def _forward(model: Any, ids: Tensor) -> tuple[Callable[[], Tensor], Tensor | None]:
+    """How to run a model on ids (B, T), and the tokens that its logits predict (None: it predicts no next token).
+
+    A window is the source and the target, half each, of an encoder-decoder.
+    """
+    config = model.config
+    if model.main_input_name != "input_ids":
+        raise ProbeError(f"{type(model).__name__} does not read text: it reads {model.main_input_name}")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and ids.shape[1] > limit:
+        raise ProbeError(f"windows of {ids.shape[1]} tokens exceed the context of {limit}: use --length {limit}")
+    if config.is_encoder_decoder:
+        half = ids.shape[1] // 2
+        source, target = ids[:, :half], ids[:, half:]
+        return (lambda: model(input_ids=source, decoder_input_ids=target).logits), target
+    predicts = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return (lambda: _logits(model(input_ids=ids))), ids if predicts else None
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def _block_of(site: str) -> str:
+    """The block that a site belongs to: `model.layers.3` of `model.layers.3.mlp`."""
+    return site if site.rpartition(".")[2].isdigit() else site.rpartition(".")[0]
+
+
+class _Observer:
+    """Takes the statistics at every meeting of the models."""
+
+    def __init__(self, subject: Subject, riders: Sequence[Rider], tensors: Mapping[str, list[str]]) -> None:
+        self.subject, self.riders = subject, riders
+        self.names = [BASE, *subject.parents]
+        self.strata: Tensor = torch.empty(0)
+        self.own, self.explained = self._coefficients(tensors)
+        outside = sorted(subject.weights.grams.keys() - {name for names in tensors.values() for name in names})
+        self.before = self._predecessors(list(tensors), self._of_riders(outside or None)[0])
+        self.whole = self._of_riders(None)[0]
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last data set."""
+        self.grams = Grams(list(STRATA))
+        self.coefficients: dict[str, list[np.ndarray]] = {}
+        self.losses = Losses([*self.names, *(rider.name for rider in self.riders)], [r.name for r in self.riders])
+
+    def end(self) -> Observations:
+        """What is kept of the data set."""
+        explained = {site: self.explained[_block_of(site)] for site in self.coefficients if _block_of(site) in self.own}
+        return Observations(self.grams, self.losses if self.losses.count else None, self.coefficients, explained)
+
+    def _of_riders(self, tensors: Sequence[str] | None) -> tuple[list[np.ndarray], list[float]]:
+        places = [i if rider.weights_of is None else rider.weights_of for i, rider in enumerate(self.riders)]
+        found = [self.subject.coefficients(place, tensors) for place in places]
+        return [c for c, _ in found], [r2 for _, r2 in found]
+
+    def _coefficients(self, tensors: Mapping[str, list[str]]) -> tuple[dict, dict]:
+        own, explained = {}, {}
+        for site, names in tensors.items():
+            own[site], explained[site] = self._of_riders([n for n in names if n in self.subject.weights.grams] or None)
+        return own, explained
+
+    def _predecessors(self, sites: list[str], first: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """The coefficients of what a block reads: those of the block before it, of the embeddings for the first."""
+        found: dict[str, list[np.ndarray]] = {}
+        last: dict[str, list[np.ndarray]] = {}
+        for site in sites:
+            stack = site.rpartition(".")[0]
+            found[site] = last.get(stack, first)
+            last[stack] = self.own[site]
+        return found
+
+    def on_inputs(self, site: str, hidden: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of a stack's input; the interpolated input for the merges that have a ghost."""
+        if site.endswith(".0"):
+            self._take(f"{site.removesuffix('.0')}.{INPUT}", hidden, {}, self.before[site])
+        wanted = [(r.name, c) for r, c in zip(self.riders, self.before[site], strict=True) if r.ghost and not r.patch]
+        return {name: self._interpolate(hidden, c) for name, c in wanted}
+
+    def on_outputs(self, site: str, visits: Mapping[str, Visit]) -> dict[str, Tensor]:
+        """Statistics of a block and its parts; the interpolated output for the merges that are patched here."""
+        for part in visits[BASE].outputs:
+            if all(part in visit.outputs for visit in visits.values()):
+                outputs = {name: visit.outputs[part] for name, visit in visits.items()}
+                ghosts = {name: visit.ghost[part] for name, visit in visits.items() if part in visit.ghost}
+                self._take(site if part == "block" else f"{site}.{part}", outputs, ghosts, self.own[site])
+        hidden = {name: visits[name].outputs["block"] for name in self.names}
+        patched = [(r.name, c) for r, c in zip(self.riders, self.own[site], strict=True) if r.patch == site]
+        return {name: self._interpolate(hidden, c) for name, c in patched}
+
+    def _interpolate(self, hidden: Mapping[str, Tensor], coefficients: np.ndarray) -> Tensor:
+        shares = interpolation(coefficients, len(self.names))
+        mixed = sum(share * hidden[name].double() for share, name in zip(shares, self.names, strict=True))
+        return mixed.to(hidden[BASE].dtype)  # type: ignore[union-attr]
+
+    def _take(
+        self, site: str, outputs: Mapping[str, Tensor], ghosts: Mapping[str, Tensor], coefficients: list[np.ndarray]
+    ) -> None:
+        kept = [rider for rider in self.riders if not rider.patch]
+        names = [*self.names, *(rider.name for rider in kept)]
+        features = [*(outputs[name] for name in names), *ghosts.values()]
+        strata = self.strata[..., -features[0].shape[1] :].to(features[0].device)
+        if features[0].ndim != 3 or any(f.shape != features[0].shape for f in features):
+            return  # not a sequence of vectors: no residual stream
+        grams = self.grams.sites.setdefault(site, SiteGrams([*names, *(f"{name}/ghost" for name in ghosts)]))
+        self.coefficients[site] = coefficients
+        size = len(grams.sources)
+        of_kept = [c for rider, c in zip(self.riders, coefficients, strict=True) if not rider.patch]
+        pairs = [
+            (torch.from_numpy(unit(len(self.names) + i, size)), torch.from_numpy(interpolation(c, size)))
+            for i, c in enumerate(of_kept)
+        ]
+        grams.add(torch.stack(features), strata, pairs)

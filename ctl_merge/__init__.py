@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "CtlMergeError": "errors", "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
-    "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe", "parse_recipe": "recipe",
+    "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe",
+    "parse_recipe": "recipe", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

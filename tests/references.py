@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 import ctl_merge
 from ctl_merge.merged import MergedCheckpoint
-from ctl_merge.merging import Merge
 from ctl_merge.methods import Method, registry
 
 Array = NDArray[np.float64]
@@ -283,28 +282,28 @@ def model_count(method: Method, parameters: Mapping[str, Any]) -> int:
 def open_family(
     folder: Path, name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], **keys: Any
 ) -> MergedCheckpoint:
-    """Write the models of `family` (a required base is its "base") into `folder` and open their merge.
+    """Write the models of `family` into `folder` and open their merge."""
+    return ctl_merge.open_merge(write_family(folder, name, family, parameters, **keys))
 
-    Names in the recipe are relative, so that random masks do not depend on where the test runs.
+
+def write_family(
+    folder: Path, name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], *,
+    order: Sequence[str] | None = None, shards: int = 1, **keys: Any,
+) -> ctl_merge.Recipe:  # fmt: skip
+    """Write the models of `family` (a required base is its "base") into `folder`; the recipe that merges them.
+
+    `order` lists the models (a name may come twice), other `keys` go into the recipe. Names in the recipe are
+    relative, so that random masks do not depend on where the test runs.
     """
-    return open_written(folder, family, name, parameters, **keys).merged
-
-
-def open_written(
-    folder: Path, family: Mapping[str, Tensors], name: str, parameters: Mapping[str, Any], *,
-    order: Sequence[str] | None = None, config: Mapping[str, Any] | None = None, shards: int = 1,
-    machine: Mapping[str, Any] | None = None, **keys: Any,
-) -> Merge:  # fmt: skip
-    """As `open_family`, the whole merge; `order` lists the models (a name may come twice), `machine` goes to Merge."""
     method = METHODS[name]
     for model, tensors in family.items():
-        write_checkpoint(folder / model, tensors, config, shards=shards)
+        write_checkpoint(folder / model, tensors, shards=shards)
     models = list(order or (model for model in family if model != "base" or method.base != "required"))
     own = [{n: v[i] for n, v in parameters.items() if isinstance(v, tuple)} for i in range(len(models))]
     shared = {n: v for n, v in parameters.items() if not isinstance(v, tuple)}
     base = Path("base") if method.base == "required" else None
     text = recipe_text(name, [(Path(m), o) for m, o in zip(models, own, strict=True)], base, shared, **keys)
-    return Merge(ctl_merge.parse_recipe(text, relative_to=folder), **(machine or {}))
+    return ctl_merge.parse_recipe(text, relative_to=folder)
 
 
 def expected(

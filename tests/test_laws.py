@@ -15,11 +15,12 @@ from references import (
     expected,
     members,
     open_family,
-    open_written,
     ulps,
+    write_family,
 )
 from safetensors.torch import load_file
 
+import ctl_merge
 from ctl_merge.checkpoint import CHUNK
 from ctl_merge.methods import Method
 
@@ -118,7 +119,7 @@ def test_a_model_of_weight_zero_changes_nothing(tmp_path: Path, name: str, place
     order = models[:2]
     order.insert(place, models[2])
     moved = {n: tuple(v[models.index(m)] for m in order) if isinstance(v, tuple) else v for n, v in case.items()}
-    with_it = open_written(tmp_path / "with", family, name, moved, order=order).merged
+    with_it = open_family(tmp_path / "with", name, family, moved, order=order)
     without = open_family(
         tmp_path / "without", name, {m: family[m] for m in members(name, first(case, 2))}, first(case, 2)
     )
@@ -142,7 +143,7 @@ def test_a_model_and_its_negation_cancel(tmp_path: Path, name: str):
     method = METHODS[name]
     case = {"weight": (0.7, -0.7), **supported(method, density=(0.5, 0.5), normalize=False)}
     family = draw_family([*(["base"] if method.base == "required" else []), "a"], SHAPES)
-    merged = open_written(tmp_path, family, name, case, order=["a", "a"]).merged
+    merged = open_family(tmp_path, name, family, case, order=["a", "a"])
     for tensor in SHAPES:
         nothing = family["base"][tensor] if method.space == "task_vectors" else torch.zeros(SHAPES[tensor])
         assert torch.equal(merged.read(tensor), nothing)
@@ -159,7 +160,7 @@ def test_the_order_of_the_models_does_not_matter(tmp_path: Path, name: str, orde
         family = draw_family(members(name, case), SHAPES)
         moved = {n: tuple(v["abc".index(m)] for m in order) if isinstance(v, tuple) else v for n, v in case.items()}
         listed = open_family(tmp_path / f"{i}", name, family, case)
-        permuted = open_written(tmp_path / f"{i} permuted", family, name, moved, order=order).merged
+        permuted = open_family(tmp_path / f"{i} permuted", name, family, moved, order=order)
         for tensor in SHAPES:
             operands = [tensors[tensor] for tensors in family.values()]
             assert ulps(permuted.read(tensor), as_float64(listed.read(tensor)), operands).max() <= 1
@@ -191,12 +192,10 @@ def test_the_bits_do_not_depend_on_workers_shards_or_the_order_of_reading(tmp_pa
     for i, case in enumerate(variants(name)):
         folder = tmp_path / f"{i}"
         family = draw_family(members(name, case), LARGE, torch.bfloat16)
-        machines: list[dict[str, Any]] = [
-            {"num_workers": 1, "max_shard_size": "1GB"}, {"num_workers": 3, "max_shard_size": "600KB"}
-        ]  # fmt: skip
+        machines: list[dict[str, Any]] = [{"num_workers": 1}, {"num_workers": 3, "max_shard_size": "600KB"}]
         for shards, machine in zip([1, 2], machines, strict=True):
-            merge = open_written(folder / f"in{shards}", family, name, case, machine=machine, shards=shards)
-            merge.write(folder / f"out{shards}", hash_files=False)
+            recipe = write_family(folder / f"in{shards}", name, family, case, shards=shards)
+            ctl_merge.merge(recipe, folder / f"out{shards}", **machine)
         one, many = (load_folder(folder / f"out{shards}") for shards in (1, 2))
         assert len(list((folder / "out2").glob("*.safetensors"))) > 1
         lazy = open_family(folder / "in1", name, family, case)

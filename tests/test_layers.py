@@ -15,14 +15,14 @@ PACKAGE = Path(ctl_merge.__file__).parent
 ROWS = [row.split() for row in (
     "__init__ errors sizes",
     "header hub companions model_config document output methods.parameters methods.noise methods.combine "
-    "probing.metrics probing.grams probing.lockstep probing.data",
+    "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
     "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
     "methods.task_arithmetic methods.ties methods.dare",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",
-    "recipe stored devices writer model weights",
+    "recipe stored devices writer model weights probing.null",
     "pickled correspondence schema probing.run",
     "plan",
     "merged",

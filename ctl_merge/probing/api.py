@@ -1,30 +1,226 @@
-"""Probing a recipe, a pair of models, or a merge that somebody else made."""
+"""Probing a recipe, pairs over α, or somebody else's merge."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.errors import DataError, ProbeError
 from ctl_merge.merging import Merge
-from ctl_merge.probing.run import Subject
+from ctl_merge.model import find_blocks, load_weights
+from ctl_merge.probing.data import DataSpec, TokenSet, cut, load_tokens
+from ctl_merge.probing.null import Combination, SignFlipped
+from ctl_merge.probing.report import ProbeReport, build_report
+from ctl_merge.probing.run import Rider, Running, Subject, observe
+from ctl_merge.probing.texts import default_texts
+from ctl_merge.recipe import Recipe, parse_recipe
 from ctl_merge.weights import task_grams
+from ctl_merge.writer import pool
 
-logger = logging.getLogger("ctl_merge")
+ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"
+_LARGE_ANGLE = 0.9  # cosine to the base below which a parent hardly comes from it
 
 
-def subject_of(merges: Mapping[str, Merge]) -> Subject:
-    """Recipes over the same models, by name, as a subject: base, parents, merges and their weight-space Grams."""
-    opened = next(iter(merges.values()))
+@dataclass(frozen=True)
+class Options:
+    """How a probe is made. `sequences` windows of `length` tokens of each data set.
+
+    `device_map`: cpu, cuda:N, auto, or disk: weights are then read block by block and memory does not grow with depth
+    (None: auto, which reads so where the models together exceed half the memory). `patch`: replace each block's
+    features in turn by the interpolation and see what the loss gains. `null`: probe a random task vector of the same
+    size as well.
+    """
+
+    sequences: int = 64
+    length: int = 256
+    batch: int = 8
+    device_map: str | None = None
+    blocks: str | None = None
+    chat: bool = False
+    patch: bool = False
+    null: bool = False
+
+
+def probe(
+    recipe: Recipe | str | Path | Merge, data: str | Sequence[str] = (), *, options: Options | None = None, **how: Any
+) -> ProbeReport:
+    """Probe the merge that a recipe describes, without writing it.
+
+    `data`: specs such as `math=test.jsonl:question,answer` or `wiki=corpus.txt`; the shipped tasks if there is none.
+    `how`: fields of Options.
+
+    >>> import ctl_merge                                                                    # doctest: +SKIP
+    >>> report = ctl_merge.probe("recipes/quickstart/ties.yaml", sequences=8, length=64)    # doctest: +SKIP
+    >>> report.rows[-1]["nonlinearity"]                                                     # doctest: +SKIP
+    """
+    opened = recipe if isinstance(recipe, Merge) else Merge(recipe)
+    return _run({MERGED: opened}, MERGED, data, options or Options(**how))
+
+
+def probe_pair(
+    models: Sequence[str], base: str, data: str | Sequence[str] = (), *, alphas: Sequence[float] = ALPHAS,
+    options: Options | None = None, **how: Any,
+) -> ProbeReport:  # fmt: skip
+    """The paper's sweep: α θ_i + (1 - α) θ_j for two finetunes of a base, all α in one run."""
+    if len(models) != 2:
+        raise ProbeError(f"a sweep over α takes two models, not {len(models)}: write a recipe for more")
+    merges = {f"α = {a:g}": Merge(_pair_recipe(models, base, a)) for a in alphas}
+    middle = min(alphas, key=lambda a: abs(a - 0.5))
+    report = _run(merges, f"α = {middle:g}", data, options or Options(**how))
+    for entry, alpha in zip(report.data["merges"], alphas, strict=True):
+        entry["alpha"] = alpha
+    return report
+
+
+def probe_merged(
+    merged: str, models: Sequence[str], base: str, data: str | Sequence[str] = (), *, options: Options | None = None,
+    **how: Any,
+) -> ProbeReport:  # fmt: skip
+    """A merge that lies in a folder or on the Hub, whatever made it, against its parents and their base."""
+    everyone = [*models, merged]
+    opened = Merge(parse_recipe(_recipe_text("task_arithmetic", everyone, [1.0] * len(everyone), base)))
+    opened.fetch()
+    views = {ref.text: opened.merged.parent(ref) for ref in opened.recipe.refs}
+    parents = {_short(model): views[model] for model in models}
+    subject = _subject(views[base], parents, {MERGED: views[merged]}, opened.workers)
+    return _probe(subject, [Rider(MERGED, views[merged])], MERGED, opened, data, options or Options(**how))
+
+
+def load_model(recipe: Recipe | str | Path, device_map: str | None = None) -> Any:
+    """The merge as a transformers model in eval mode, float32, without writing it.
+
+    `device_map`: cpu (default), cuda:N, or disk: weights are merged block by block whenever they are used.
+    """
+    opened = Merge(recipe)
+    opened.fetch()
+    device, streamed = _place(device_map or "cpu", [opened.merged])
+    return load_weights(opened.merged, device, streamed)
+
+
+def _pair_recipe(models: Sequence[str], base: str, alpha: float) -> Recipe:
+    return parse_recipe(_recipe_text("task_arithmetic", models, [alpha, 1 - alpha], base))
+
+
+def _recipe_text(method: str, models: Sequence[str], weights: Sequence[float], base: str) -> str:
+    import json  # YAML is a superset of JSON, which quotes whatever a name holds
+
+    listed = [{"model": m, "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)]
+    return json.dumps({"merge_method": method, "base_model": base, "models": listed}, ensure_ascii=False)
+
+
+def _run(merges: Mapping[str, Merge], main: str, data: str | Sequence[str], options: Options) -> ProbeReport:
     for merge in merges.values():
         merge.fetch()
-    base_ref = opened.recipe.base or opened.recipe.refs[0]
-    parents = [ref for ref in opened.recipe.refs if ref != opened.recipe.base]
-    views = {_short(ref.text): opened.merged.parent(ref) for ref in parents}
-    base: Checkpoint = opened.merged.parent(base_ref)
-    checkpoints = {name: merge.merged for name, merge in merges.items()}
-    return Subject(base, views, checkpoints, task_grams(base, list(views.values()), list(checkpoints.values())))
+    opened = merges[main]
+    refs = opened.recipe.refs
+    views = {_short(ref.text): opened.merged.parent(ref) for ref in refs[1:]}
+    lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
+    subject = _subject(opened.merged.parent(refs[0]), views, lazy, opened.workers)
+    riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
+    place = list(lazy).index(main)
+    if any(spec.dtype in ("BF16", "F16") for spec in opened.merged.tensors.values()):
+        riders.append(Rider(f"{main}/written", opened.merged, ghost=False, as_written=True, weights_of=place))
+    return _probe(subject, riders, main, opened, data, options)
+
+
+def _subject(
+    base: Checkpoint, parents: Mapping[str, Checkpoint], merges: Mapping[str, Checkpoint], workers: int
+) -> Subject:
+    with pool(workers) as mapped:
+        weights = task_grams(base, list(parents.values()), list(merges.values()), mapped)
+    return Subject(base, parents, merges, weights)
+
+
+def _probe(
+    subject: Subject, riders: list[Rider], main: str, opened: Merge, data: str | Sequence[str], options: Options
+) -> ProbeReport:
+    sets = _token_sets(opened, data, options)
+    place = list(subject.merges).index(main)
+    run = [subject.base, *subject.parents.values(), *(rider.checkpoint for rider in riders)]
+    device, streamed = _place(options.device_map, run)
+    if options.null and subject.parents:
+        riders += _null_riders(subject, main, place)
+    if options.patch:
+        sites = [site for stack in find_blocks(load_empty(subject.base), options.blocks).values() for site in stack]
+        merged = subject.merges[main]
+        riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
+    running = Running(device=device, streamed=streamed, batch=options.batch, blocks=options.blocks)
+    observed = observe(subject, riders, sets, running)
+    settings = {
+        "sequences": options.sequences, "length": options.length, "compute": "float32", "statistics": "float64",
+        "device": device, "streamed": streamed, "torch": torch.__version__,
+    }  # fmt: skip
+    report = build_report(subject, riders, observed, settings)
+    report.data["merges"][place]["main"] = True
+    report.data["warnings"] = [*opened.plan.warnings, *_lineage_warnings(report)]
+    return report
+
+
+def load_empty(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's model without weights: to look at its modules."""
+    from ctl_merge.model import empty_model
+
+    return empty_model(checkpoint.config, checkpoint.name)
+
+
+def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
+    """The last parent with random signs, and the merge that it would have gone into."""
+    *others, last = subject.parents.values()
+    flipped = SignFlipped(subject.base, last)
+    coefficients = subject.coefficients(place)[0]
+    merged = Combination(subject.base, [*others, flipped], coefficients.tolist())
+    return [
+        Rider(f"{main}/null", merged, ghost=False, weights_of=place),
+        Rider(f"{main}/null-parent", flipped, ghost=False, weights_of=place),
+    ]
+
+
+def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
+    import transformers
+
+    folder = opened.checkpoints[opened.recipe.refs[0]].folder
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
+    tokenizer.model_max_length = 1 << 30  # windows are cut by hand
+    specs = [data] if isinstance(data, str) else list(data)
+    if not specs:
+        texts = default_texts()
+        return [cut(n, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, options.sequences, options.length)
+                for n, text in texts.items()]  # fmt: skip
+    return [load_tokens(DataSpec.parse(s), tokenizer, options.sequences, options.length, options.chat) for s in specs]
+
+
+def _place(device_map: str | None, checkpoints: Sequence[Checkpoint]) -> tuple[str, bool]:
+    """The device that computes, and whether weights are read block by block."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device_map == "disk":
+        return device, True
+    if device_map not in (None, "auto"):
+        from ctl_merge.devices import assign_devices
+
+        return next(iter(assign_devices({"": next(iter(checkpoints[0].tensors.values()))}, device_map).values())), False
+    needed = 4 * sum(spec.numel for checkpoint in checkpoints for spec in checkpoint.tensors.values())
+    free = torch.cuda.mem_get_info()[0] if device != "cpu" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device, needed > free / 2
+
+
+def _lineage_warnings(report: ProbeReport) -> list[str]:
+    return [
+        f"{entry['parent']} hardly comes from {report.data['base']}: cos(θ_i, θ_0) = {entry['cosine_to_base']:.3f}. "
+        "Linearity means little between models without a common base."
+        for entry in report.data["lineage"]
+        if not entry["cosine_to_base"] >= _LARGE_ANGLE
+    ]
 
 
 def _short(text: str) -> str:

@@ -60,13 +60,16 @@ def load_tokens(spec: DataSpec, tokenizer: Any, sequences: int, length: int, cha
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) >= sequences * length:
             break
+    return cut(spec.name, ids, tokenizer, sequences, length)
+
+
+def cut(name: str, ids: list[int], tokenizer: Any, sequences: int, length: int) -> TokenSet:
+    """The first windows of `length` tokens, at most `sequences`. Raises DataError where not one is full."""
     count = min(sequences, len(ids) // length)
     if count == 0:
-        raise DataError(
-            f"{spec.name}: {len(ids)} tokens are too few for one window of {length}: use a smaller --length"
-        )
+        raise DataError(f"{name}: {len(ids)} tokens are too few for one window of {length}: use a smaller --length")
     windows = torch.tensor(ids[: count * length]).view(count, length)
-    return TokenSet(spec.name, windows, strata_of(windows, tokenizer))
+    return TokenSet(name, windows, strata_of(windows, tokenizer))
 
 
 def strata_of(ids: Tensor, tokenizer: Any) -> Tensor:

@@ -57,7 +57,7 @@ def build_report(
         {
             "format": FORMAT, "ctl_merge": ctl_merge.__version__,
             "base": subject.base.name, "parents": list(subject.parents), "merges": merges,
-            "settings": dict(settings), "lineage": lineage(subject),
+            "settings": dict(settings), "warnings": [], "lineage": lineage(subject),
             "sets": {name: _set(subject, riders, found) for name, found in observed.items()},
         }
     )  # fmt: skip
@@ -143,7 +143,24 @@ def _variants(gram: np.ndarray, c: np.ndarray, merged: int, sources: list[str], 
         apart = disagreement(total, c)
         for key, other in (("nonlinearity_written", interpolation(c, size)), ("floor", unit(merged, size))):
             found[key] = float(ratio(inner(total, written - other, written - other), apart))
+    if f"{name}/null" in sources:
+        null, total, centre = unit(sources.index(f"{name}/null"), size), gram.sum(0), interpolation(c, size)
+        swapped = _swap(centre, len(c), sources.index(f"{name}/null-parent"))
+        apart = disagreement(_permuted(total, len(c), sources.index(f"{name}/null-parent")), c)
+        found["nonlinearity_null"] = float(ratio(inner(total, null - swapped, null - swapped), apart))
     return found
+
+
+def _swap(combination: np.ndarray, one: int, other: int) -> np.ndarray:
+    found = combination.copy()
+    found[[one, other]] = found[[other, one]]
+    return found
+
+
+def _permuted(gram: np.ndarray, one: int, other: int) -> np.ndarray:
+    order = np.arange(len(gram))
+    order[[one, other]] = order[[other, one]]
+    return gram[np.ix_(order, order)]
 
 
 def _losses(subject: Subject, found: Observations, riders: Sequence[Rider]) -> dict[str, Any] | None:

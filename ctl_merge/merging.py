@@ -22,7 +22,7 @@ from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
 from ctl_merge.companions import is_companion
 from ctl_merge.correspondence import Input
 from ctl_merge.devices import assign_devices, parse_max_memory
-from ctl_merge.errors import DeviceError, RecipeError
+from ctl_merge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound, missing_bytes
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
@@ -107,6 +107,8 @@ class Merge:
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
         with disk_errors(target.final):
             target.check(sum(shard.nbytes for shard in self.shards))
+        if target.final.resolve() in {checkpoint.folder.resolve() for checkpoint in self.checkpoints.values()}:
+            raise OutputError(f"{target.final} is one of the models that are merged: choose another output")
         hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
         self.fetch()
         folder = target.open(self._fingerprint())
@@ -217,7 +219,10 @@ def _shard_bytes(text: str) -> int:
 
 
 def _state(path: Path) -> tuple[int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -57,7 +57,7 @@ def _find_folder(text: str, relative_to: Path | None) -> Path | None:
     found = list(dict.fromkeys(place.resolve() for place in places if os.path.isdir(place)))
     if len(found) > 1:
         raise CheckpointError(
-            f"{text!r} is a folder in the working directory and another one beside the recipe: write ./{text} from "
-            "elsewhere, or an absolute path, so that only one is meant"
+            f"{text!r} is a folder in the working directory and another one beside the recipe: write the absolute "
+            "path of the one that is meant"
         )
     return found[0] if found else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -81,7 +82,7 @@ def merge_method(
     paper: str | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a pure function of stacked float32 tensors as a merge method, and return it unchanged.
+    """Register a pure function of stacked float64 tensors as a merge method, and return it unchanged.
 
     The first argument is the stack (models, *shape): of task vectors (x_i - base) if `space` says so, the engine then
     adds the base to the result; else of weights, the base first if the method requires one. Keyword-only arguments are
@@ -140,17 +141,17 @@ def registry() -> Mapping[str, Method]:
     """All merge methods by name: the built-in ones and those of installed entry points."""
     from ctl_merge.methods import builtin  # noqa: F401  fills the table
 
-    for point in entry_points(group=_ENTRY_POINTS):
-        if point.value not in _LOADED:
-            _LOADED.add(point.value)
-            try:
-                point.load()
-            except Exception as error:
-                raise RecipeError(
-                    f"the installed plugin {point.name!r} ({point.value}) does not load: {error}. "
-                    "Update or uninstall the package that provides it."
-                ) from error
+    _load_plugins()
     return _REGISTRY
 
 
-_LOADED: set[str] = set()
+@cache
+def _load_plugins() -> None:
+    for point in entry_points(group=_ENTRY_POINTS):
+        try:
+            point.load()
+        except Exception as error:
+            raise RecipeError(
+                f"the installed plugin {point.name!r} ({point.value}) does not load: {error}. "
+                "Update or uninstall the package that provides it."
+            ) from error

@@ -98,8 +98,16 @@ def _above(delta: Tensor, cut: float) -> Tensor:
     """Entries with |d| >= cut, the others zero."""
     if cut == 0.0:
         return delta
-    if delta.dtype != torch.float32:
-        return torch.where(delta.abs().float() >= cut, delta, 0.0)
     # hardshrink keeps what is strictly above; it is vectorised, and torch.where is not: thirty times faster.
-    below = torch.nextafter(torch.tensor(cut, dtype=torch.float32), torch.tensor(0.0))
-    return torch.nn.functional.hardshrink(delta, float(below))
+    return torch.nn.functional.hardshrink(delta, _just_below(cut, delta.dtype))
+
+
+def _just_below(cut: float, dtype: torch.dtype) -> float:
+    """The largest magnitude of that dtype that is below the cut once it is rounded to float32."""
+    at = torch.tensor(cut, dtype=torch.float32)
+    below = float(torch.nextafter(at, torch.tensor(0.0)))
+    if dtype == torch.float32 or not math.isfinite(cut):
+        return below
+    # What lies halfway is rounded to the even neighbour, the one whose last bit is zero.
+    middle = (below + cut) / 2
+    return middle if int(at.view(torch.int32)) & 1 else math.nextafter(middle, 0.0)

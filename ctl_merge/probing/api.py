@@ -194,9 +194,8 @@ def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> l
     tokenizer.model_max_length = 1 << 30  # windows are cut by hand
     specs = [data] if isinstance(data, str) else list(data)
     if not specs:
-        texts = default_texts()
-        return [cut(n, tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer, options.sequences, options.length)
-                for n, text in texts.items()]  # fmt: skip
+        ids = {name: tokenizer(t, add_special_tokens=False)["input_ids"] for name, t in default_texts().items()}
+        return [cut(name, found, tokenizer, options.sequences, options.length) for name, found in ids.items()]
     return [load_tokens(DataSpec.parse(s), tokenizer, options.sequences, options.length, options.chat) for s in specs]
 
 
@@ -210,8 +209,8 @@ def _place(device_map: str | None, checkpoints: Sequence[Checkpoint]) -> tuple[s
 
         return next(iter(assign_devices({"": next(iter(checkpoints[0].tensors.values()))}, device_map).values())), False
     needed = 4 * sum(spec.numel for checkpoint in checkpoints for spec in checkpoint.tensors.values())
-    free = torch.cuda.mem_get_info()[0] if device != "cpu" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return device, needed > free / 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device, needed > (memory if device == "cpu" else torch.cuda.mem_get_info()[0]) / 2
 
 
 def _lineage_warnings(report: ProbeReport) -> list[str]:

@@ -16,7 +16,9 @@ from ctl_merge.reference import ModelRef
 RECIPE = "ctl_merge_recipe.yaml"
 
 
-def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str) -> str:
+def build_card(
+    plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str, attached: str = ""
+) -> str:
     """README.md of the merged model: the Hub's metadata, then text. `licences`: None where a source states none."""
     agreed = set(licences.values())
     licence = agreed.pop() if len(agreed) == 1 else None
@@ -39,6 +41,7 @@ def build_card(plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, st
             "## Models\n",
             *_table(plan, manifest),
             licence_note,
+            attached,
             "## Recipe\n",
             f"{_fence(plan.recipe.text)}yaml\n{plan.recipe.text.rstrip()}\n{_fence(plan.recipe.text)}\n",
             "## How it was made\n",

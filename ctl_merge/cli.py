@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import ctl_merge
 from ctl_merge.errors import CtlMergeError
@@ -81,6 +82,10 @@ def merge_command(
     no_hash: Annotated[
         bool, typer.Option("--no-hash", help="Do not hash local sources and output for the manifest.")
     ] = False,
+    probe_too: Annotated[
+        bool,
+        typer.Option("--probe", help="Probe the merge too, as the recipe's `probe:` says; the card tells the result."),
+    ] = False,
     as_json: JsonFlag = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
@@ -108,6 +113,7 @@ def merge_command(
         result = opened.write(
             output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
             meter=_no_bar if quiet or not sys.stderr.isatty() else _progress_bar,
+            attach=_probe_attached(opened) if probe_too else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
@@ -116,6 +122,124 @@ def merge_command(
         print(json.dumps({"output": str(result.folder), **result.manifest}, indent=2, ensure_ascii=False))
     elif not quiet:
         _show_result(result)
+
+
+class ManyModels(TyperCommand):
+    """`--models A B C` is `--models A --models B --models C`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        many = False
+        for arg in args:
+            if arg.startswith("-"):
+                many = arg == "--models"
+                spread += [] if many else [arg]
+            else:
+                spread += ["--models", arg] if many else [arg]
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=ManyModels)
+def probe(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="The merge to probe; it is not written.", metavar="[RECIPE]")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: FILE, FILE:column,column or org/dataset:column@split, named NAME=…; may be repeated."),
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option(help="Parents, without a recipe: two for a sweep over α.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that --models come from.", metavar="MODEL")] = None,
+    merged: Annotated[
+        str | None, typer.Option(help="A merge that is there already, whatever made it.", metavar="FOLDER")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report.", metavar="FOLDER")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Windows of each data set. Default: 64.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. Default: 256.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
+    ] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Also replace each block's features by the linear ones.")
+    ] = False,
+    null: Annotated[bool, typer.Option("--null", help="Also probe a random task vector of the same size.")] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help="cpu, cuda:N, auto, or disk: weights are read block by block.", metavar="MAP")
+    ] = None,
+    blocks: Annotated[str | None, typer.Option(help="Path of the model's list of blocks, if not found.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
+    _configure_logging(verbose=False, quiet=False)
+    if not sys.stderr.isatty():
+        _silence_hub()
+    if recipe is not None and not recipe.is_file():
+        raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
+    from ctl_merge.probing import api
+
+    options = api.Options(
+        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, blocks=blocks, chat=chat,
+        patch=patch, null=null,
+    )  # fmt: skip
+    if recipe is not None and not (models or base or merged):
+        report = api.probe_recipe(recipe, data or [], options, sequences, length)
+    elif merged is not None and recipe is None:
+        report = api.probe_merged(merged, models or [], base, data or [], options=options)
+    elif models and base and recipe is None:
+        report = api.probe_pair(models, base, data or [], options=options)
+    else:
+        raise typer.BadParameter("give a RECIPE, or --models A B --base C, or --merged FOLDER")
+    if output:
+        report.save(output)
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        _show_probe(report, output)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="The merge to compare; it is not written.", metavar="RECIPE")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where task vectors begin, for a recipe without base_model.", metavar="MODEL"),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            click_type=click.Choice(["block", "kind", "tensor"]), help="One table only. Default: by block and by kind."
+        ),
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads that read and compare. Default: the CPU cores.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare a merge with its parents in weight space: sizes, angles, signs, what it is made of. No data needed."""
+    _configure_logging(verbose=False, quiet=False)
+    if not sys.stderr.isatty():
+        _silence_hub()
+    if not recipe.is_file():
+        raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
+    from ctl_merge.compare import compare
+    from ctl_merge.compare_table import render
+    from ctl_merge.merging import Merge
+    from ctl_merge.reference import ModelRef
+    from ctl_merge.writer import pool
+
+    opened = Merge(recipe, num_workers=num_workers)
+    for warning in opened.plan.warnings:
+        logging.getLogger("ctl_merge").warning(warning)
+    meter = _progress_bar if sys.stderr.isatty() else _no_bar
+    with pool(opened.workers) as mapped, meter("comparing", len(opened.plan.tensors)) as told:
+        found = compare(opened, mapped, base=ModelRef.parse(base, recipe.parent) if base else None, told=told)
+    if as_json:
+        print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        _print(render(found.data, (by,) if by else ("block", "kind")), at_most=100)
 
 
 @app.command()
@@ -151,7 +275,7 @@ def main() -> None:
 def _no_recipe(path: Path) -> str:
     import difflib
 
-    near = difflib.get_close_matches(str(path), ["merge", "methods", "schema"], n=1)
+    near = difflib.get_close_matches(str(path), ["merge", "probe", "compare", "methods", "schema"], n=1)
     hint = f" (did you mean the command `{near[0]}`?)" if near else ""
     return f"there is no file {str(path)!r}{hint}"
 
@@ -175,6 +299,28 @@ def _silence_hub() -> None:
     os.environ["HF_HUB_VERBOSITY"] = "error"
     if loaded := sys.modules.get("huggingface_hub.utils"):
         loaded.disable_progress_bars()
+
+
+def _probe_attached(opened: Any) -> Callable[[Path], str]:
+    """Probes the merge and puts the report into the output's folder."""
+
+    def attach(folder: Path) -> str:
+        from ctl_merge.probing import api
+        from ctl_merge.probing.verdict import markdown
+
+        report = api.probe_opened(opened)
+        report.save(folder / "probe")
+        return markdown(report.data)
+
+    return attach
+
+
+def _show_probe(report: Any, output: Path | None) -> None:
+    from ctl_merge.probing.terminal import render
+
+    _print(render(report.data))
+    if output:
+        print(f"→ {output / 'report.html'}")
 
 
 def _no_bar(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:

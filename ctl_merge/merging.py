@@ -97,12 +97,13 @@ class Merge:
 
     def write(
         self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
-        meter: Meter = no_meter,
+        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None,
     ) -> MergeResult:  # fmt: skip
         """Merge into the folder `output`, which appears whole or not at all.
 
         Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
-        `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes.
+        `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes. `attach(folder)` may put
+        files into the folder before it is whole, and gives Markdown for the card.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
         with disk_errors(target.final):
@@ -120,7 +121,7 @@ class Merge:
             with meter("merging", sum(shard.nbytes for shard in self.shards)) as told:
                 resumed = ShardWriter(folder, self.shards, self.merged).write(self.workers, told)
             with disk_errors(folder):
-                manifest = self._finish(folder, hash_files)
+                manifest = self._finish(folder, hash_files, attach(folder) if attach else "")
                 target.commit()
         finally:
             target.close()
@@ -172,7 +173,7 @@ class Merge:
         content = json.dumps([self.recipe.text, sources, tensors, shards], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _finish(self, folder: Path, hash_files: bool) -> dict[str, Any]:
+    def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
         first = self.checkpoints[self.recipe.refs[0]]
         _copy_companions(first.folder, folder)
@@ -183,7 +184,7 @@ class Merge:
             )
         licences = {ref: stated_licence(c.folder) for ref, c in self.checkpoints.items()}
         name = folder.name.removesuffix(".partial")
-        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name), "utf-8")
+        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, attached), "utf-8")
         (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)

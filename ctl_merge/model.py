@@ -97,14 +97,22 @@ def empty_model(config: Mapping[str, Any], name: str) -> Any:
         raise CheckpointError(
             f"{name}: transformers has no {architecture!r}; models that bring code of their own cannot be run"
         )
+    if config.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"{name}: transformers has no model_type {config.get('model_type')!r}")
     typed = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(with_floats(config))
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(typed, dtype=torch.float32)
     return model.eval()
 
 
-def load_weights(checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False) -> Any:
-    """The checkpoint as a model in float32: its weights in memory on `device`, or read there block by block."""
+def load_weights(
+    checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False,
+    blocks: str | None = None,
+) -> Any:  # fmt: skip
+    """The checkpoint as a model in float32: its weights in memory on `device`, or read there block by block.
+
+    `blocks`: path of the list of blocks, where it cannot be found.
+    """
     model = empty_model(checkpoint.config, checkpoint.name)
     weights = ModuleWeights(model, checkpoint, as_written=as_written)
     if weights.stores_tied:
@@ -112,13 +120,14 @@ def load_weights(checkpoint: Checkpoint, device: str = "cpu", streamed: bool = F
         weights = ModuleWeights(model, checkpoint, as_written=as_written)
     if not streamed:
         return materialise(model, weights, device)
-    classes = {type(block).__name__ for stack in find_blocks(model).values() for block in stack.values()}
+    classes = {type(block).__name__ for stack in find_blocks(model, blocks).values() for block in stack.values()}
     return stream(model, weights, device, classes)
 
 
 def materialise(model: Any, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
     """Give the model all its weights, on one device."""
     model.tie_weights()
+    _read_buffers(model, weights)
     done: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in done:
@@ -136,11 +145,35 @@ def stream(model: Any, weights: Mapping[str, Tensor], device: torch.device | str
     from accelerate.hooks import attach_align_device_hook
 
     model.tie_weights()
+    _read_buffers(model, weights)
+    _keep_ids(model)
     attach_align_device_hook(
         model, execution_device=torch.device(device), offload=True, weights_map=weights,
         preload_module_classes=sorted(blocks),
     )  # fmt: skip
     return model
+
+
+def _read_buffers(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Give the model the buffers that belong to its state, such as a router's correction bias: few and small.
+
+    Those that the checkpoint lacks stay as the model's class makes them.
+    """
+    stored = set(weights) & model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(weights[name])
+
+
+def _keep_ids(model: Any) -> None:
+    """Llama 4 moves the token ids to where its embedding's weights are: nowhere while they are streamed."""
+    called: dict[str, Any] = {}
+    model.register_forward_pre_hook(lambda module, args, kwargs: called.update(kwargs), with_kwargs=True)
+    embedding = model.get_input_embeddings()
+    if embedding is not None:
+        embedding.register_forward_pre_hook(
+            lambda module, args: (called["input_ids"],) if args and args[0].is_meta else None
+        )
 
 
 def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.Module]]:

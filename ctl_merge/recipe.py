@@ -60,6 +60,15 @@ class SourceSchema(BaseModel):
     parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
 
 
+class ProbeSchema(BaseModel):
+    """How the merge is to be probed: what `ctl-merge probe` takes as options."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
+    sequences: int = Field(64, ge=1, description="windows of each data set")
+    length: int = Field(256, ge=2, description="tokens of a window")
+
+
 class RecipeSchema(BaseModel):
     """A merge: the method, the models, their parameters."""
 
@@ -77,6 +86,7 @@ class RecipeSchema(BaseModel):
     tokenizer_source: Literal["base"] | None = Field(
         None, description="`base`: keep the base's vocabulary and drop the rows that only other models have"
     )
+    probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
     missing: Literal["error", "base", "skip"] = Field(
         "error", description="tensors that only some models have: refuse, take the base's, or leave them out"
@@ -107,6 +117,7 @@ class Recipe:
     seed: int
     missing: Literal["error", "base", "skip"]
     allow_nonfinite: bool
+    probe: ProbeSchema | None
     text: str
     name: str
     warnings: tuple[str, ...] = ()
@@ -164,7 +175,8 @@ class _Checker:
         return Recipe(
             method=method, models=tuple(sources), base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
             keep_base_vocabulary=schema.tokenizer_source == "base", seed=schema.seed, missing=schema.missing,
-            allow_nonfinite=schema.nonfinite == "allow", text=self.document.text, name=self.document.name,
+            allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
+            text=self.document.text, name=self.document.name,
             warnings=tuple(self.warnings),
         )  # fmt: skip
 

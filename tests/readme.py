@@ -18,13 +18,17 @@ def tree() -> str:
     from test_layers import ROW as order
 
     package = ROOT / "ctl_merge"
-    files = [p for p in package.glob("*.py") if p.stem != "__main__"]
-    files.sort(key=lambda p: (order.get(p.stem, -1), p.stem))
-    lines = [f"    {p.name:<20}{_first_line(p)}" for p in files]
-    lines.insert(2, f"    {'methods/':<20}{_first_line(package / 'methods' / '__init__.py')}")
-    methods = sorted((package / "methods").glob("[!_]*.py"))
-    lines[3:3] = [f"      {p.name:<18} {_first_line(p)}" for p in methods]
-    return "```\nctl_merge/\n" + "\n".join(lines) + "\n```"
+    lines = {}
+    for path in package.glob("*.py"):
+        lines[order.get(path.stem, 99), path.stem] = [f"    {path.name:<20}{_first_line(path)}"]
+    for folder in (path.parent for path in package.glob("*/__init__.py")):
+        inside = sorted(folder.glob("[!_]*.py"), key=lambda p: order[f"{folder.name}.{p.stem}"])  # noqa: B023
+        lines[order[f"{folder.name}.__init__"], folder.name] = [
+            f"    {folder.name + '/':<20}{_first_line(folder / '__init__.py')}",
+            *(f"      {path.name:<18} {_first_line(path)}" for path in inside),
+        ]
+    del lines[order["__main__"], "__main__"]
+    return "```\nctl_merge/\n" + "\n".join(line for key in sorted(lines) for line in lines[key]) + "\n```"
 
 
 def recipes() -> str:

@@ -1,1 +1,1 @@
-"""The feature probe: Cross-Task Linearity of a merge, block by block."""
+"""The feature probe: Cross-Task Linearity, block by block."""

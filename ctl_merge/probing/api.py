@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from ctl_merge.probing.null import Combination, SignFlipped
 from ctl_merge.probing.report import ProbeReport, build_report
 from ctl_merge.probing.run import Rider, Running, Subject, observe
 from ctl_merge.probing.texts import default_texts
-from ctl_merge.recipe import Recipe, parse_recipe
+from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
+from ctl_merge.reference import ModelRef
+from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
 from ctl_merge.writer import pool
 
@@ -79,11 +81,33 @@ def probe_pair(
     return report
 
 
+def probe_recipe(
+    path: Path, data: Sequence[str], options: Options, sequences: int | None, length: int | None
+) -> ProbeReport:
+    """Probe a recipe file; what is not given here comes from its `probe:` section."""
+    opened = Merge(path)
+    section = opened.recipe.probe
+    if section:
+        options = replace(options, sequences=sequences or section.sequences, length=length or section.length)
+    return probe(opened, data or (section.data if section else []), options=options)
+
+
+def probe_opened(opened: Merge) -> ProbeReport:
+    """Probe a merge as its recipe's `probe:` section says."""
+    section = opened.recipe.probe or ProbeSchema()
+    return probe(opened, section.data, sequences=section.sequences, length=section.length)
+
+
 def probe_merged(
-    merged: str, models: Sequence[str], base: str, data: str | Sequence[str] = (), *, options: Options | None = None,
-    **how: Any,
+    merged: str, models: Sequence[str] = (), base: str | None = None, data: str | Sequence[str] = (), *,
+    options: Options | None = None, **how: Any,
 ) -> ProbeReport:  # fmt: skip
-    """A merge that lies in a folder or on the Hub, whatever made it, against its parents and their base."""
+    """A merge that lies in a folder or on the Hub, whatever made it, against its parents and their base.
+
+    Parents and base come from the recipe in the merge's folder where they are not given.
+    """
+    if not models or base is None:
+        models, base = _parents_of(merged, models, base)
     everyone = [*models, merged]
     opened = Merge(parse_recipe(_recipe_text("task_arithmetic", everyone, [1.0] * len(everyone), base)))
     opened.fetch()
@@ -91,6 +115,18 @@ def probe_merged(
     parents = {_short(model): views[model] for model in models}
     subject = _subject(views[base], parents, {MERGED: views[merged]}, opened.workers)
     return _probe(subject, [Rider(MERGED, views[merged])], MERGED, opened, data, options or Options(**how))
+
+
+def _parents_of(merged: str, models: Sequence[str], base: str | None) -> tuple[list[str], str]:
+    """Parents and base as the recipe that lies in a merge's folder names them."""
+    folder = open_checkpoint(ModelRef.parse(merged)).folder
+    for name in ("ctl_merge_recipe.yaml", "mergekit_config.yml"):
+        if (folder / name).is_file():
+            recipe = load_recipe(folder / name)
+            if recipe.base is not None:
+                own = [ref.text for ref in recipe.refs if ref != recipe.base]
+                return list(models) or own, base or recipe.base.text
+    raise ProbeError(f"{merged} does not say what it was merged from: give --models A B … and --base C")
 
 
 def load_model(recipe: Recipe | str | Path, device_map: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""Inner products of the models' features: all that the probe's numbers follow from.
+"""Inner products of features: all that the metrics need.
 
 At a site (the output of a block, or of its attention or MLP) the features of M sources form a Gram matrix for each
 sequence and stratum of tokens, summed over tokens in float64: a few KB instead of every feature map of every model.
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASSIVE = 8  # dimensions that the robust variant leaves out: those in which the base's features are largest
+# Dimensions that the robust variant leaves out: those in which the base's features of the first sequence are largest.
+MASSIVE = 8
 
 
 @dataclass
@@ -30,6 +31,7 @@ class SiteGrams:
     gram: list[Tensor] = field(default_factory=list)
     robust: list[Tensor] = field(default_factory=list)
     cosines: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
 
     def add(self, features: Tensor, strata: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Take in one batch.
@@ -38,7 +40,8 @@ class SiteGrams:
         (M,) between whose combinations of the sources the per-token cosine is taken.
         """
         if not self.massive:
-            squares = features[0].double().square().mean((0, 1))
+            counted = strata[0].any(0)  # of one sequence, so that the batch size changes nothing
+            squares = features[0, 0, counted].double().square().mean(0)
             self.massive = squares.topk(min(MASSIVE, len(squares))).indices.sort().values.tolist()
         for sequence, masks in zip(features.transpose(0, 1), strata, strict=True):
             by_token = sequence.double().transpose(0, 1)  # (T, M, H)
@@ -48,6 +51,7 @@ class SiteGrams:
             self.gram.append(torch.einsum("st,tmn->smn", counted, tokens).cpu())
             self.robust.append(torch.einsum("st,tmn->smn", counted, tokens - few @ few.transpose(1, 2)).cpu())
             self.cosines.append(torch.stack([counted @ _cosine(tokens, a, b) for a, b in pairs], dim=1).cpu())
+            self.tokens.append(counted.sum(1).cpu())
 
 
 def _cosine(gram: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ class Grams:
         for site, grams in self.sites.items():
             found[f"{site}/sources"] = np.array(grams.sources)
             found[f"{site}/massive"] = np.array(grams.massive)
-            for name in ("gram", "robust", "cosines"):
+            for name in ("gram", "robust", "cosines", "tokens"):
                 found[f"{site}/{name}"] = torch.stack(getattr(grams, name)).numpy()
         return found
 

@@ -53,9 +53,16 @@ class Lockstep:
         self._brought: dict[str, Any] = {}
         self._act_on: Callable[[dict[str, Any]], Any] = lambda brought: None
         self._result: Any = None
+        self._originals: list[tuple[nn.Module, Any]] = []
         for name, own in blocks.items():
             for site, block in own.items():
                 self._instrument(name, site, block)
+
+    def release(self) -> None:
+        """Give every block its own forward back."""
+        for block, forward in self._originals:
+            block.forward = forward  # type: ignore[method-assign]
+        self._originals.clear()
 
     def run(self, forwards: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
         """Run every model's forward to its end; the first error of any of them ends all, and is raised."""
@@ -88,6 +95,7 @@ class Lockstep:
 
     def _instrument(self, name: str, site: str, block: nn.Module) -> None:
         original = block.forward
+        self._originals.append((block, original))
         parts = _parts(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:

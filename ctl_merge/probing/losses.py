@@ -1,4 +1,4 @@
-"""What a merge costs in loss, and how much of it is the price of not being linear."""
+"""What a merge costs in loss, and why."""
 
 from __future__ import annotations
 

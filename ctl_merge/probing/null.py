@@ -1,4 +1,4 @@
-"""A merge as large as the probed one, with a task vector that means nothing."""
+"""A random merge of the same size, to compare with."""
 
 from __future__ import annotations
 

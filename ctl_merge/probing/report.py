@@ -1,4 +1,4 @@
-"""What a probe found: plain data, in the form that `probe.json` documents."""
+"""What a probe found, as plain data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 import ctl_merge
+from ctl_merge.probing.grams import Grams
+from ctl_merge.probing.grams import save as save_grams
 from ctl_merge.probing.metrics import DRAWS, disagreement, inner, interpolation, ratio, site_metrics, unit
 from ctl_merge.probing.run import BASE, INPUT, Observations, Rider, Subject
 
@@ -25,6 +27,7 @@ class ProbeReport:
     """The report as plain data (`data`, the content of probe.json) and as flat rows (`rows`, one a block and merge)."""
 
     data: dict[str, Any]
+    statistics: Mapping[str, Grams]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -35,10 +38,18 @@ class ProbeReport:
         """probe.json: numbers as they are, null where a number does not exist."""
         return json.dumps(_plain(self.data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
-    def save(self, folder: Path) -> None:
-        """Write probe.json."""
+    def save(self, folder: str | Path) -> None:
+        """Write probe.json, report.html, the figures and the statistics into a folder."""
+        from ctl_merge.probing.figures import write_figures
+        from ctl_merge.probing.page import render_page
+
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        plain = json.loads(self.to_json())
         (folder / "probe.json").write_text(self.to_json(), "utf-8")
+        (folder / "report.html").write_text(render_page(plain), "utf-8")
+        write_figures(plain, folder / "figures")
+        save_grams(folder / "grams.npz", self.statistics)
 
 
 def build_report(
@@ -59,7 +70,8 @@ def build_report(
             "base": subject.base.name, "parents": list(subject.parents), "merges": merges,
             "settings": dict(settings), "warnings": [], "lineage": lineage(subject),
             "sets": {name: _set(subject, riders, found) for name, found in observed.items()},
-        }
+        },
+        {name: found.grams for name, found in observed.items()},
     )  # fmt: skip
 
 
@@ -96,7 +108,7 @@ def _row(subject: Subject, riders: Sequence[Rider], found: Observations, site: s
     merged = grams.sources.index(name)
     ghost = grams.sources.index(f"{name}/ghost") if f"{name}/ghost" in grams.sources else None
     gram, robust = (torch.stack(part).numpy() for part in (grams.gram, grams.robust))  # (N, S, M, M)
-    cosines = torch.stack(grams.cosines).sum((0, 1)) / torch.stack(found.grams.tokens).sum()
+    cosines = torch.stack(grams.cosines).sum((0, 1)) / torch.stack(grams.tokens).sum()
     c = found.coefficients[site][place]
     metrics = site_metrics(
         gram.sum(1), robust.sum(1), float(cosines[place]), c, merged, ghost, np.random.default_rng(_SEED)

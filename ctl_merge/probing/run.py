@@ -1,4 +1,4 @@
-"""Running a merge, its parents and its base through the same texts in step, and keeping what the metrics need."""
+"""Models run in step over texts; statistics kept."""
 
 from __future__ import annotations
 
@@ -53,12 +53,17 @@ class Subject:
     def coefficients(self, merge: int, tensors: Sequence[str] | None = None) -> tuple[np.ndarray, float]:
         """The merge's effective coefficients in weight space over some tensors (all: None), and their R².
 
-        Those of the whole model where the parents do not differ in these tensors.
+        The whole model's for a parent that is the base in these tensors: its features differ by what lies before.
         """
         gram, k = self.weights.total(tensors), len(self.parents)
-        if tensors is not None and not np.diag(gram)[:k].any():
-            gram = self.weights.total()
-        return self.weights.coefficients(gram, merge)
+        unmoved = np.diag(gram)[:k] == 0
+        if tensors is None or not unmoved.any():
+            return self.weights.coefficients(gram, merge)
+        whole = self.weights.coefficients(self.weights.total(), merge)
+        if unmoved.all():
+            return whole
+        found, explained = self.weights.coefficients(gram, merge)
+        return np.where(unmoved, whole[0], found), explained
 
 
 @dataclass
@@ -86,31 +91,60 @@ def observe(
     told: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Observations]:  # fmt: skip
     """Run all models over all sets in step, in float32; `told` hears of each finished sequence."""
-    models = {BASE: load_weights(subject.base, running.device, running.streamed)}
-    models |= {n: load_weights(c, running.device, running.streamed) for n, c in subject.parents.items()}
+    models = {BASE: _load(subject.base, running)}
+    models |= {name: _load(parent, running) for name, parent in subject.parents.items()}
     for rider in riders:
         models[rider.name] = _rider_model(rider, models, running)
-    sites = {}
-    for name, model in models.items():
-        model.config.use_cache = False
-        stacks = find_blocks(model, running.blocks)
-        sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
-    observer = _Observer(subject, riders, tensors_below(models[BASE], subject.base, sites[BASE]))
-    lockstep = Lockstep(sites, observer.on_inputs, observer.on_outputs)
     found = {}
-    for tokens in sets:
-        observer.begin()
-        for ids, strata in _batches(tokens, running.batch):
-            observer.strata = strata
-            calls = {name: _forward(model, ids.to(running.device)) for name, model in models.items()}
-            logits = lockstep.run({name: call for name, (call, _) in calls.items()})
-            labels = calls[BASE][1]
-            if labels is not None:
-                observer.losses.add(logits, labels, observer.whole, 1 + len(subject.parents))
-            observer.grams.tokens += list(strata.sum(2).double())
-            told(len(ids))
-        found[tokens.name] = observer.end()
+    with Session(subject, riders, models, running.blocks) as session:
+        for tokens in sets:
+            for ids, strata in _batches(tokens, running.batch):
+                session.run(ids.to(running.device), strata)
+                told(len(ids))
+            found[tokens.name] = session.end()
     return found
+
+
+class Session:
+    """Models whose blocks meet while they run: `run` any number of batches, `end` gives what was observed.
+
+    On leaving, the models are as they were.
+    """
+
+    def __init__(
+        self, subject: Subject, riders: Sequence[Rider], models: Mapping[str, Any], blocks: str | None = None
+    ) -> None:
+        sites = {}
+        for name, model in models.items():
+            _forbid_cache(model)
+            stacks = find_blocks(model, blocks)
+            sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
+        self.models, self.parents = models, 1 + len(subject.parents)
+        self.observer = _Observer(subject, riders, tensors_below(models[BASE], subject.base, sites[BASE]))
+        self.lockstep = Lockstep(sites, self.observer.on_inputs, self.observer.on_outputs)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lockstep.release()
+
+    def run(self, ids: Tensor, strata: Tensor) -> None:
+        """One batch: ids (B, T), strata (B, S, T) bool."""
+        observer = self.observer
+        observer.strata = strata
+        calls = {name: _forward(model, ids) for name, model in self.models.items()}
+        logits = self.lockstep.run({name: call for name, (call, _) in calls.items()})
+        labels = calls[BASE][1]
+        if labels is not None:
+            observer.losses.add(logits, labels, observer.whole, self.parents)
+        observer.grams.tokens += list(strata.sum(2).double())
+
+    def end(self) -> Observations:
+        """What was observed since the start or the last end."""
+        found = self.observer.end()
+        self.observer.begin()
+        return found
 
 
 def _rider_model(rider: Rider, models: Mapping[str, Any], running: Running) -> Any:
@@ -118,7 +152,18 @@ def _rider_model(rider: Rider, models: Mapping[str, Any], running: Running) -> A
     original = models.get(rider.name.partition("/")[0])
     if rider.patch and original is not None and not running.streamed:
         return copy.deepcopy(original, {id(p): p for p in original.parameters()})
-    return load_weights(rider.checkpoint, running.device, running.streamed, rider.as_written)
+    return _load(rider.checkpoint, running, rider.as_written)
+
+
+def _load(checkpoint: Checkpoint, running: Running, as_written: bool = False) -> Any:
+    return load_weights(checkpoint, running.device, running.streamed, as_written, running.blocks)
+
+
+def _forbid_cache(model: Any) -> None:
+    """No part of the model may keep keys and values: a block that is run twice would attend to its first run."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
 
 
 def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,9 +273,11 @@ class _Observer:
         kept = [rider for rider in self.riders if not rider.patch]
         names = [*self.names, *(rider.name for rider in kept)]
         features = [*(outputs[name] for name in names), *ghosts.values()]
-        strata = self.strata[..., -features[0].shape[1] :].to(features[0].device)
         if features[0].ndim != 3 or any(f.shape != features[0].shape for f in features):
             return  # not a sequence of vectors: no residual stream
+        length = features[0].shape[1]  # an encoder reads the first tokens of a window, a decoder after it the last
+        strata = self.strata[..., :length] if "encoder" in site.split(".") else self.strata[..., -length:]
+        strata = strata.to(features[0].device)
         grams = self.grams.sites.setdefault(site, SiteGrams([*names, *(f"{name}/ghost" for name in ghosts)]))
         self.coefficients[site] = coefficients
         size = len(grams.sources)

@@ -1,4 +1,4 @@
-"""Texts to probe on where none are given: the quickstart tasks."""
+"""Texts for a probe that is given none."""
 
 from __future__ import annotations
 

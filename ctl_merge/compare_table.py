@@ -1,0 +1,129 @@
+"""A comparison in weight space, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ctl_merge.findings import percent, signed
+
+TABLES = ("block", "kind", "tensor")
+_SHOWN = 0.2  # the density in the tables; all of them are in the first one
+_WIDE = 3  # parents that have a column each
+
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+def render(data: Mapping[str, Any], by: Sequence[str] = ("block", "kind")) -> Any:
+    """What `Comparison.data` says, sentences first, in at most 100 columns."""
+    from rich.console import Group
+    from rich.text import Text
+
+    model = data["model"]
+    head = Text(f"{data['method']} against its parents, from {data['base']}: ", "bold")
+    head.append(f"{model['tensors']:,} tensors, {model['parameters']:,} parameters", "not bold")
+    flags = [_item("!", flag["message"], "yellow") for flag in data["flags"]]
+    findings = [_item("·", finding) for finding in data["findings"]]
+    parts: list[Any] = [head, *flags, *findings, Text(), _signs(data) if model["signs"] else Text()]
+    for kind in by:
+        parts += [Text(), _table(data, kind)]
+    return Group(*parts, Text(), Text(_legend(data), "dim"))
+
+
+def _item(mark: str, text: str, style: str = "") -> Any:
+    """A point of a list whose further lines are indented."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(Text(mark, style), Text(text, style))
+    return grid
+
+
+def _plain(title: str) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    return Table(title=Text(title, "bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+
+
+def _signs(data: Mapping[str, Any]) -> Any:
+    table = _plain("signs of the task vectors")
+    table.add_column("among the largest entries of each", justify="left")
+    for signs in data["model"]["signs"]:
+        table.add_column("all" if signs["density"] == 1 else percent(signs["density"]), justify="right", min_width=6)
+    labels = {"contested": "at least two take part", "conflict": "  of these, opposed", "chance": "  opposed by chance"}
+    for key, label in labels.items():
+        table.add_row(label, *(percent(signs[key]) for signs in data["model"]["signs"]))
+    return table
+
+
+def _table(data: Mapping[str, Any], kind: str) -> Any:
+    """One line for each block, kind of module or tensor, the whole model last."""
+    from rich.text import Text
+
+    columns = list(_columns(data))
+    table = _plain({"block": "by block", "kind": "by kind of module", "tensor": "by tensor"}[kind])
+    table.add_column(kind if kind != "kind" else "module", overflow="fold")
+    for header, _ in columns:
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    for row in data[f"{kind}s"]:
+        name = Text(row["name"])
+        name.append(" !" if row["flags"] else "", "yellow")
+        table.add_row(name, *(show(row) for _, show in columns))
+    table.add_row(Text("the model", "bold"), *(Text(show(data["model"]), "bold") for _, show in columns))
+    return table
+
+
+def _columns(data: Mapping[str, Any]) -> Iterator[Column]:
+    """A column for each parent where they are few, the range over parents where they are many."""
+    parents = list(data["parents"])
+    short = {parent: parent if len(parent) <= 7 else f"{parent[:6]}…" for parent in parents}
+    if len(parents) < _WIDE:
+        for parent in parents:
+            yield f"‖τ‖/‖θ₀‖\n{short[parent]}", lambda row, p=parent: percent(row["parents"][p]["task_vector"])
+    else:
+        yield "‖τ‖/‖θ₀‖\nparents", lambda row: _range(_of_parents(row, "task_vector"), percent)
+    yield "‖τ‖/‖θ₀‖\nmerged", lambda row: percent(row["merged"]["task_vector"])
+    if len(parents) > 1:
+        yield "cos\nof τ", lambda row: _range([pair["cosine"] for pair in row["pairs"]], signed)
+        yield "signs\nopposed", lambda row: percent(_shown(row)["conflict"])
+    if len(parents) <= _WIDE:
+        for parent in parents:
+            yield f"ĉ\n{short[parent]}", lambda row, p=parent: _number(row["parents"][p]["coefficient"])
+    else:
+        yield "ĉ\nparents", lambda row: _range(_of_parents(row, "coefficient"), _number)
+    yield "R²\nof ĉ", lambda row: _number(row["merged"]["explained"])
+    yield "round-\ning", lambda row: percent(row["merged"]["rounding_loss"])
+
+
+def _of_parents(row: Row, key: str) -> list[float | None]:
+    return [numbers[key] for numbers in row["parents"].values()]
+
+
+def _range(values: list[float | None], show: Callable[[float], str]) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return "–"
+    low, high = show(known[0]), show(known[-1])
+    return low if low == high else f"{low.removesuffix(' %')}…{high}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def _shown(row: Row) -> Row:
+    return min(row["signs"], key=lambda signs: abs(signs["density"] - _SHOWN))
+
+
+def _legend(data: Mapping[str, Any]) -> str:
+    lines = [
+        "τ = θ − θ₀ is a task vector. ĉ: the mix of the parents' task vectors nearest to the merged one; R²: its share."
+    ]
+    if len(data["parents"]) > 1:
+        density = percent(_shown(data["model"])["density"])
+        lines.append(f"signs opposed: of the entries among the {density} largest of at least two parents.")
+    lines.append("rounding: the error of the output's dtype as a share of the merged τ.")
+    return " ".join(lines)

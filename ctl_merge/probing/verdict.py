@@ -1,0 +1,382 @@
+"""What a probe's numbers support, in plain words.
+
+Reads the plain data of `probe.json`; every key that a probe may lack (losses, patches, null, sweep, written) is
+optional. No sentence is written without the numbers it rests on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Data = Mapping[str, Any]
+FLOOR = 3  # R below this many times the rounding floor cannot be told from rounding
+LINEAGE = 0.9  # finetunes of a base have a cosine to it above this
+LEAN = 0.05  # how far ĉ has to part from the weights, between two parents, to be called a preference
+_NEAR = 0.9  # blocks whose value is at least this share of the largest are named beside it
+_DEGREES = ((0.1, "nearly linear"), (0.3, "mostly linear"), (0.7, "partly linear"), (1.0, "hardly linear"))
+
+
+def verdict(data: Data) -> list[str]:
+    """Three to six short statements: cautions, linearity, the blocks to blame, the parents followed, cost, advice."""
+    data = printable(data)
+    found = [cautions(data), _linearity(data), _blame(data), _following(data), _cost(data), _advice(data)]
+    return [line for line in found if line]
+
+
+def markdown(data: Data) -> str:
+    """The verdict as a list and one table row for each data set, for a model card."""
+    head = ["data", "R first → last block", "explained", "merged", "best parent", "dilution", "non-linearity"]
+    lines = [f"- {_escaped(line)}" for line in verdict(data)]
+    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    data = printable(data)
+    for name, found in data["sets"].items():
+        blocks, costs = rows(data, name), costs_of(data, name)
+        cells = [name, "–", "–", "–", "–", "–", "–"]
+        if blocks:
+            first, last = number(blocks[0], "nonlinearity"), number(blocks[-1], "nonlinearity")
+            cells[1:3] = [f"{shown(first)} → {shown(last)}", share(last)]
+        if costs:
+            cells[3] = shown(number(found["losses"]["nll"].get(main_merge(data)["name"]), "value"))
+            cells[4] = f"{shown(costs['loss'])} ({costs['parent']})"
+            cells[5:] = [interval(costs["dilution"], signed=True), interval(costs["nonlinearity"], signed=True)]
+        lines.append(f"| {' | '.join(map(_escaped, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+# Reading the data
+
+
+def printable(data: Any) -> Any:
+    """The same data with its texts in one line each and without control characters: names come from outside."""
+    if isinstance(data, str):
+        return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in data)
+    if isinstance(data, Mapping):
+        return {printable(str(key)): printable(value) for key, value in data.items()}
+    return [printable(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def number(found: Any, *keys: str) -> float | None:
+    """The finite number at a path of keys, or None."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    usable = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+    return float(found) if usable else None
+
+
+def main_merge(data: Data) -> dict[str, Any]:
+    """The merge that the report is about: the one marked `main`, else the first."""
+    return next((merge for merge in data["merges"] if merge.get("main")), data["merges"][0])
+
+
+def rows(data: Data, name: str, merge: str | None = None, parts: Iterable[str] = ("block",)) -> list[dict[str, Any]]:
+    """The rows of a data set by depth: of one merge (None: the main one), at blocks or other parts."""
+    merge, wanted = main_merge(data)["name"] if merge is None else merge, set(parts)
+    return [row for row in data["sets"][name]["blocks"] if row["merge"] == merge and row["part"] in wanted]
+
+
+def place(data: Data, row: Data) -> str:
+    """`3`, `input`, or `encoder 3` where a model has several stacks."""
+    stacks = list(dict.fromkeys(r["stack"] for found in data["sets"].values() for r in found["blocks"]))
+    own = "input" if row["index"] is None else str(row["index"])
+    if len(stacks) < 2:
+        return own
+    split = [stack.split(".") for stack in stacks]
+    common = next((i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1), 0)
+    return f"{row['stack'].split('.')[common]} {own}"
+
+
+def costs_of(data: Data, name: str) -> dict[str, Any] | None:
+    """The main merge's loss against the best parent of a data set, and the two costs that it is made of."""
+    losses = data["sets"][name].get("losses")
+    merge = main_merge(data)["name"]
+    if not losses or merge not in losses.get("merges", {}):
+        return None
+    known = {p: loss for p in data["parents"] if (loss := number(losses["nll"].get(p), "value")) is not None}
+    if not known:
+        return None
+    best, own = min(known, key=lambda parent: known[parent]), losses["merges"][merge]
+    return {
+        "parent": best, "loss": known[best], "base": number(losses["nll"].get("base"), "value"),
+        "merged": number(losses["nll"].get(merge), "value"), "ensemble": own["ensemble"],
+        "dilution": own["dilution_cost"].get(best), "nonlinearity": own["nonlinearity_cost"],
+        "patch": own.get("patch") or {},
+    }  # fmt: skip
+
+
+# Writing numbers
+
+
+def shown(value: float | None, signed: bool = False, digits: int = 3) -> str:
+    """A number to be read; – where there is none. The minus is a minus."""
+    if value is None:
+        return "–"
+    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
+    text = text if abs(value) < 1e4 else f"{value:.2e}"
+    return text.replace("-", "−")
+
+
+def interval(found: Any, signed: bool = False) -> str:
+    """`0.323 [0.218, 0.432]`."""
+    low, high = number(found, "low"), number(found, "high")
+    bounds = f" [{shown(low)}, {shown(high)}]" if low is not None and high is not None else ""
+    return shown(number(found, "value"), signed) + bounds
+
+
+def share(nonlinearity: float | None) -> str:
+    """1 - R² in per cent: what linear mixing explains."""
+    if nonlinearity is None:
+        return "–"
+    explained = max(0.0, 1 - nonlinearity**2)
+    return "none" if explained == 0 else f"{100 * explained:.1f} %" if explained > 0.99 else f"{100 * explained:.0f} %"
+
+
+def spans(chosen: Iterable[str], among: Sequence[str]) -> str:
+    """`blocks 0–2 and 4`: neighbours among all blocks are drawn together."""
+    runs: list[list[str]] = []
+    wanted, last = set(chosen), -2
+    for i, label in enumerate(among):
+        if label in wanted:
+            runs = [*runs[:-1], [*runs[-1], label]] if i == last + 1 else [*runs, [label]]
+            last = i
+    texts = [run[0] if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
+    return f"block{'s' if len(wanted) > 1 else ''} {listed(texts)}"
+
+
+def listed(texts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", text)
+
+
+def degree(nonlinearity: float) -> str:
+    """R in words; the thresholds leave 99, 91 and 51 % explained."""
+    return next((word for bound, word in _DEGREES if nonlinearity < bound), "not linear")
+
+
+# The statements
+
+
+def _focus(data: Data) -> list[str]:
+    """The data sets that are spoken of: all, or of more than two the least and the most linear at the end."""
+    last = {
+        n: r for n in data["sets"] if rows(data, n) and (r := number(rows(data, n)[-1], "nonlinearity")) is not None
+    }
+    names = sorted(last, key=lambda name: last[name], reverse=True)
+    return [name for name in data["sets"] if name in (names if len(names) < 3 else (names[0], names[-1]))]
+
+
+def _has_r(data: Data, name: str) -> list[dict[str, Any]]:
+    return [row for row in rows(data, name) if number(row, "nonlinearity") is not None]
+
+
+def below_floor(row: Data) -> bool:
+    """Whether R cannot be told from rounding."""
+    value, floor = number(row, "nonlinearity"), number(row, "floor")
+    return value is not None and floor is not None and value < FLOOR * floor
+
+
+def cautions(data: Data) -> str:
+    """What has to be known before any other number is read; empty where nothing has."""
+    found = []
+    for row in data.get("lineage", []):
+        cosine = number(row, "cosine_to_base")
+        if cosine is not None and cosine < LINEAGE:
+            found.append(
+                f"the weights of {row['parent']} have a cosine of {shown(cosine)} with the base (finetunes are above "
+                f"{LINEAGE}): it may not descend from this base, and then the rest means little"
+            )
+    for name in _focus(data):
+        blocks = _has_r(data, name)
+        labels = [place(data, row) for row in blocks]
+        low = [label for row, label in zip(blocks, labels, strict=True) if below_floor(row)]
+        if low:
+            found.append(
+                f"below floor on {name}: at {spans(low, labels)} R is under {FLOOR} times that of rounding alone"
+            )
+        odd = [r for r in blocks if (number(r, "cos") or 0) > 0.99 and r["nonlinearity"] > 0.3]
+        if odd:
+            top = max(r["nonlinearity"] for r in odd)
+            where = spans([place(data, r) for r in odd], labels)
+            found.append(f"on {name} cosines at {where} exceed 0.99 while R is up to {shown(top)}: trust R, not cos")
+    return f"Caution: {'; '.join(found)}." if found else ""
+
+
+def _linearity(data: Data) -> str:
+    names = _focus(data)
+    if not names:
+        return "Linearity: the parents do not disagree on these texts, or were not compared, so R is not defined."
+    ends = {name: (_has_r(data, name)[0], _has_r(data, name)[-1]) for name in names}
+    parts = [
+        f"{share(last['nonlinearity'])} for {n} (R {_r(last)}, {degree(last['nonlinearity'])})"
+        for n, (_, last) in ends.items()
+    ]
+    first, last = ends[names[0]]
+    text = (
+        f"Linearity: after the last block ({place(data, last)}) linear mixing explains {listed(parts)} of what the "
+        "parents disagree on."
+    )
+    if first is not last:
+        text += (
+            f" After block {place(data, first)} it was {listed([share(f['nonlinearity']) for f, _ in ends.values()])}."
+        )
+    nulls = [
+        f"{shown(r)} for {n}" for n, (_, end) in ends.items() if (r := number(end, "nonlinearity_null")) is not None
+    ]
+    if nulls:
+        text += f" A random task vector of the same size gives R {listed(nulls)} there."
+    every = [row for name in names for row in _has_r(data, name)]
+    floors = [floor for row in every if (floor := number(row, "floor")) is not None]
+    if floors and not any(map(below_floor, every)):
+        text += f" Rounding alone gives R of at most {shown(max(floors))}: it does not matter."
+    return text
+
+
+def _r(row: Data) -> str:
+    return interval(
+        {"value": row["nonlinearity"], "low": row.get("nonlinearity_low"), "high": row.get("nonlinearity_high")}
+    )
+
+
+def _blame(data: Data) -> str:
+    created, mended = [], []
+    for name in _focus(data):
+        blocks = [row for row in rows(data, name) if number(row, "local") is not None]
+        labels = [place(data, row) for row in blocks]
+        if blocks:
+            top = max(blocks, key=lambda row: row["local"])
+            near = [place(data, r) for r in blocks if r is not top and r["local"] >= _NEAR * top["local"] > 0]
+            close = f"; {spans(near, labels)} within 10 %" if near else ""
+            created.append(f"block {place(data, top)} on {name} (local part {shown(top['local'])}{close})")
+        mended += _mended(data, name)
+    text = [f"most deviation is created by {listed(created)}."] if created else []
+    return f"Origin: {' '.join([*text, *mended])}" if text or mended else ""
+
+
+def _mended(data: Data, name: str) -> list[str]:
+    """The block after which linear features would recover the most loss, if any recovers some beyond doubt."""
+    patch = (costs_of(data, name) or {}).get("patch", {})
+    known = {site: gain for site, gain in patch.items() if number(gain, "value") is not None}
+    if not known:
+        return []
+    site = max(known, key=lambda s: known[s]["value"])
+    label = next((place(data, row) for row in rows(data, name) if row["block"] == site), site)
+    if not (number(known[site], "low") or 0) > 0:
+        return [f"No block's patch recovers loss beyond doubt on {name} (at best {interval(known[site])})."]
+    return [f"Made linear up to block {label}, {name} would gain {interval(known[site])} nats per token."]
+
+
+def leaning(data: Data, row: Data) -> str | None:
+    """The parent whose ĉ exceeds its weight by at least LEAN more than another's does."""
+    pairs = {p: (number(row, "effective_feature", p), number(row, "effective_weight", p)) for p in data["parents"]}
+    excess = {p: f - w for p, (f, w) in pairs.items() if f is not None and w is not None}
+    if len(excess) < 2 or max(excess.values()) - min(excess.values()) < LEAN:
+        return None
+    return max(excess, key=lambda parent: excess[parent])
+
+
+def _following(data: Data) -> str:
+    parts = []
+    for name in _focus(data) if len(data["parents"]) > 1 else []:
+        blocks = rows(data, name)
+        labels, leads = [place(data, row) for row in blocks], [leaning(data, row) for row in blocks]
+        texts = []
+        for parent in sorted({lead for lead in leads if lead}, key=leads.count, reverse=True)[:2]:
+            chosen = [row for row, lead in zip(blocks, leads, strict=True) if lead == parent]
+            features, weights = (_mix(data, chosen, key) for key in ("effective_feature", "effective_weight"))
+            where = spans([place(data, row) for row in chosen], labels)
+            texts.append(
+                f"{where} lean{'s' * (len(chosen) == 1)} to {parent} ({features} in features, {weights} in weights)"
+            )
+        parts.append(f"on {name} {listed(texts)}" if texts else f"on {name} no block prefers one by {LEAN} or more")
+    return f"Parents: {'; '.join(parts)}." if parts else ""
+
+
+def _mix(data: Data, chosen: Sequence[Data], key: str) -> str:
+    """Mean effective coefficients of some blocks: `math 0.43, code 0.35`."""
+    return ", ".join(
+        f"{parent} {shown(_mean(row[key].get(parent) for row in chosen), digits=2)}" for parent in data["parents"]
+    )
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [v for value in values if (v := number(value)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _cost(data: Data) -> str:
+    texts = []
+    for name in _focus(data) or list(data["sets"])[:2]:
+        costs = costs_of(data, name)
+        if costs is None or costs["merged"] is None:
+            continue
+        gap = costs["merged"] - costs["loss"]
+        side = f"{shown(abs(gap))} {'worse' if gap > 0 else 'better'} than its best parent {costs['parent']}"
+        base = f" (base {shown(costs['base'])})" if costs["base"] is not None else ""
+        texts.append(
+            f"{'on' if not texts else 'On'} {name} the merge's loss is {shown(costs['merged'])} nats per token{base}, {side}: "
+            f"dilution {_costing(costs['dilution'])}, non-linearity {_costing(costs['nonlinearity'])}."
+        )
+    return f"Cost: {' '.join(texts)}" if texts else ""
+
+
+def _costing(found: Any) -> str:
+    value, low, high = (number(found, key) for key in ("value", "low", "high"))
+    if value is None:
+        return "unknown"
+    if value < 0 and low is not None and high is not None:
+        value, low, high, verb = -value, -high, -low, "gains"
+    else:
+        verb = "costs" if value >= 0 else "gains"
+        value = abs(value)
+    doubt = ", an interval that includes 0" if low is not None and high is not None and low <= 0 <= high else ""
+    return f"{verb} {interval({'value': value, 'low': low, 'high': high})}{doubt}"
+
+
+def _advice(data: Data) -> str:
+    names = _focus(data)
+    costs = {name: found for name in names if (found := costs_of(data, name))}
+    paying = [name for name, found in costs.items() if (number(found["nonlinearity"], "low") or 0) > 0]
+    bent = [name for name in names if (number(rows(data, name)[-1], "nonlinearity") or 0) >= 0.3]
+    tips = []
+    blamed = list(dict.fromkeys(place(data, row) for name in paying or bent for row in _top_local(data, name)))
+    if paying or (bent and not costs):
+        where = f", or smaller ones only in block{'s' if len(blamed) > 1 else ''} {listed(blamed)}" if blamed else ""
+        tips.append(f"smaller coefficients{where}: the deviation shrinks with their square where linearity holds")
+    elif costs:
+        tips.append("leave linearity alone: its cost is not distinguishable from 0")
+    diluted = [
+        n for n, f in costs.items() if (number(f["dilution"], "low") or 0) > 0 and (f["merged"] or 0) > f["loss"]
+    ]
+    if diluted:
+        tips.append(listed([f"more weight on {costs[n]['parent']} if {n} matters most" for n in diluted]))
+    if any(below_floor(row) for name in names for row in rows(data, name)):
+        tips.append("writing the merge in float32, since rounding is as large as what is measured")
+    tips += [
+        f"α = {alpha:g}, the best of the sweep on {n}" for n in costs if (alpha := _best_alpha(data, n)) is not None
+    ]
+    return f"To try: {'; '.join(tips)}." if tips else ""
+
+
+def sweep(data: Data) -> list[dict[str, Any]]:
+    """The merges that have an α, by α; empty unless there are two."""
+    found = sorted((m for m in data["merges"] if number(m, "alpha") is not None), key=lambda merge: merge["alpha"])
+    return found if len(found) > 1 else []
+
+
+def _best_alpha(data: Data, name: str) -> float | None:
+    """The α of lowest loss, where it is not the main merge's."""
+    nll = data["sets"][name]["losses"]["nll"]
+    known = [(loss, m) for m in sweep(data) if (loss := number(nll.get(m["name"]), "value")) is not None]
+    best = min(known, key=lambda pair: pair[0])[1] if known else None
+    return best["alpha"] if best and best["name"] != main_merge(data)["name"] else None
+
+
+def _top_local(data: Data, name: str) -> list[dict[str, Any]]:
+    known = [row for row in rows(data, name) if (number(row, "local") or 0) > 0]
+    return [max(known, key=lambda row: row["local"])] if known else []

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from ctl_merge.merging import open_merge as open_merge
     from ctl_merge.methods import PerModel as PerModel
     from ctl_merge.methods import merge_method as merge_method
+    from ctl_merge.probing.api import load_model as load_model
+    from ctl_merge.probing.api import probe as probe
+    from ctl_merge.probing.api import probe_merged as probe_merged
+    from ctl_merge.probing.api import probe_pair as probe_pair
+    from ctl_merge.probing.loaded import observing as observing
+    from ctl_merge.probing.report import ProbeReport as ProbeReport
     from ctl_merge.recipe import Recipe as Recipe
     from ctl_merge.recipe import load_recipe as load_recipe
     from ctl_merge.recipe import parse_recipe as parse_recipe
@@ -26,6 +32,7 @@ _PUBLIC = {
     "CtlMergeError": "errors", "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
     "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe",
     "parse_recipe": "recipe", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
+    "observing": "probing.loaded", "probe_pair": "probing.api", "probe_merged": "probing.api",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
@@ -200,6 +200,14 @@ def probe(
         _show_probe(report, output)
 
 
+class By(Enum):
+    """Of what a comparison shows one line each."""
+
+    block = "block"
+    kind = "kind"
+    tensor = "tensor"
+
+
 @app.command()
 def compare(
     recipe: Annotated[Path, typer.Argument(help="The merge to compare; it is not written.", metavar="RECIPE")],
@@ -207,12 +215,7 @@ def compare(
         str | None,
         typer.Option(help="Where task vectors begin, for a recipe without base_model.", metavar="MODEL"),
     ] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            click_type=click.Choice(["block", "kind", "tensor"]), help="One table only. Default: by block and by kind."
-        ),
-    ] = None,
+    by: Annotated[By | None, typer.Option(help="One table only. Default: by block and by kind.")] = None,
     num_workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Threads that read and compare. Default: the CPU cores.")
     ] = None,
@@ -239,7 +242,7 @@ def compare(
     if as_json:
         print(json.dumps(found.data, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        _print(render(found.data, (by,) if by else ("block", "kind")), at_most=100)
+        _print(render(found.data, (by.value,) if by else ("block", "kind")), at_most=100)
 
 
 @app.command()

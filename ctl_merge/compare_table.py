@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ctl_merge.findings import percent, signed
@@ -82,7 +83,7 @@ def _columns(data: Mapping[str, Any]) -> Iterator[Column]:
     short = {parent: parent if len(parent) <= 7 else f"{parent[:6]}…" for parent in parents}
     if len(parents) < _WIDE:
         for parent in parents:
-            yield f"‖τ‖/‖θ₀‖\n{short[parent]}", lambda row, p=parent: percent(row["parents"][p]["task_vector"])
+            yield f"‖τ‖/‖θ₀‖\n{short[parent]}", partial(_of_parent, parent=parent, key="task_vector", show=percent)
     else:
         yield "‖τ‖/‖θ₀‖\nparents", lambda row: _range(_of_parents(row, "task_vector"), percent)
     yield "‖τ‖/‖θ₀‖\nmerged", lambda row: percent(row["merged"]["task_vector"])
@@ -91,11 +92,15 @@ def _columns(data: Mapping[str, Any]) -> Iterator[Column]:
         yield "signs\nopposed", lambda row: percent(_shown(row)["conflict"])
     if len(parents) <= _WIDE:
         for parent in parents:
-            yield f"ĉ\n{short[parent]}", lambda row, p=parent: _number(row["parents"][p]["coefficient"])
+            yield f"ĉ\n{short[parent]}", partial(_of_parent, parent=parent, key="coefficient", show=_number)
     else:
         yield "ĉ\nparents", lambda row: _range(_of_parents(row, "coefficient"), _number)
     yield "R²\nof ĉ", lambda row: _number(row["merged"]["explained"])
     yield "round-\ning", lambda row: percent(row["merged"]["rounding_loss"])
+
+
+def _of_parent(row: Row, parent: str, key: str, show: Callable[[float | None], str]) -> str:
+    return show(row["parents"][parent][key])
 
 
 def _of_parents(row: Row, key: str) -> list[float | None]:

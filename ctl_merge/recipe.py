@@ -65,8 +65,8 @@ class ProbeSchema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
-    sequences: int = Field(64, ge=1, description="windows of each data set")
-    length: int = Field(256, ge=2, description="tokens of a window")
+    sequences: int = Field(default=64, ge=1, description="windows of each data set")
+    length: int = Field(default=256, ge=2, description="tokens of a window")
 
 
 class RecipeSchema(BaseModel):

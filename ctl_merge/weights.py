@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.checkpoint import CHUNK, Checkpoint, chunks, torch_dtype
 from ctl_merge.header import MERGEABLE
+from ctl_merge.methods.sparsify import choose_bin, count_upper
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def tensor_statistics(
     gram, rounding = torch.zeros(k + 2, k + 2, dtype=torch.float64), 0.0
     voters, conflicts = np.zeros((len(densities), k + 1), np.int64), np.zeros(len(densities), np.int64)
     nonfinite = np.zeros(k + 3, np.int64)
-    for start, stack in _stacks(name, base, parents, numel, merged):
+    for stack in _stacks(name, base, parents, numel, merged):
         rounded = stack[-1].to(dtype).double()
         if not math.isfinite(float(stack.sum())) or not math.isfinite(float(rounded.sum())):
             nonfinite += _drop_nonfinite(stack, rounded)
@@ -115,8 +117,8 @@ def tensor_statistics(
 
 def _stacks(
     name: str, base: Checkpoint, parents: Sequence[Checkpoint], numel: int, merged: Checkpoint | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """Chunks of [θ_1 .. θ_k, θ_0, θ_m] in float64, in one buffer: where each starts, and (k + 1 or k + 2, n)."""
+) -> Iterator[Tensor]:
+    """Chunks of [θ_1 .. θ_k, θ_0, θ_m] in float64, one buffer: (k + 1 or k + 2, n), overwritten by the next."""
     sources = (*parents, base)
     buffer = torch.empty(len(sources) + (merged is not None), min(CHUNK, numel), dtype=torch.float64)
     step = max(CHUNK, merged.block(name)) if merged else numel
@@ -133,7 +135,7 @@ def _stacks(
                 stack[-1] = block[begin:end]
             elif merged:
                 merged.read_into(name, stack[-1], first + begin)
-            yield first + begin, stack
+            yield stack
 
 
 def _cuts(
@@ -144,7 +146,7 @@ def _cuts(
     if all(density == 1.0 for density in densities):
         return found
     counts = torch.zeros(len(parents), 1 << 15, dtype=torch.int64)
-    for _, stack in _stacks(name, base, parents, numel):
+    for stack in _stacks(name, base, parents, numel):
         counts += count_upper(torch.nan_to_num(stack[:-1].sub_(stack[-1]), 0.0, 0.0, 0.0))
     for at, density in enumerate(densities):
         if density < 1.0:

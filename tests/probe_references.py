@@ -29,8 +29,8 @@ from ctl_merge.probing.run import Observations, Rider, Running, Subject, observe
 from ctl_merge.weights import task_grams
 
 Coefficients = Sequence[float]
+Parts = Mapping[str, str | Sequence[str]]  # a part's name -> its path below a block, or the paths that it may have
 MASSIVE = 8
-ALL = slice(None)
 
 
 # ---- models
@@ -140,49 +140,63 @@ def hooked(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-@torch.no_grad()
-def features(model: nn.Module, ids: Tensor, parts: Mapping[str, str]) -> tuple[dict[str, Tensor], Tensor]:
-    """The output of every block, of its parts and what goes into a stack: (N, T, H) by site, and the logits.
+def keeping(model: nn.Module, site: str, parts: Parts, kept: dict[str, Tensor]) -> list[Any]:
+    """Hooks that keep the outputs of a block and of its parts."""
 
-    `parts`: name of a part -> its path below a block.
-    """
+    def keep(where: str) -> Callable[..., None]:
+        return lambda module, args, output: kept.__setitem__(where, hidden(output).double())
+
+    block = model.get_submodule(site)
+    inside, handles = dict(block.named_modules()), [block.register_forward_hook(keep(site))]
+    for part, paths in parts.items():
+        below = next((p for p in ([paths] if isinstance(paths, str) else paths) if p in inside), None)
+        if below is not None:
+            handles.append(inside[below].register_forward_hook(keep(f"{site}.{part}")))
+    return handles
+
+
+@torch.no_grad()
+def features(model: nn.Module, ids: Tensor, parts: Parts) -> tuple[dict[str, Tensor], Tensor]:
+    """The output of every block, of its parts and what goes into a stack: (N, T, H) by site, and the logits."""
     kept: dict[str, Tensor] = {}
     handles = []
-
-    def keep(site: str) -> Callable[..., None]:
-        return lambda module, args, output: kept.__setitem__(site, hidden(output).double())
-
     for path, blocks in stacks(model).items():
         first_input = lambda module, args, kwargs, site=f"{path}.input": kept.__setitem__(  # noqa: E731
             site, (args[0] if args else kwargs["hidden_states"]).double()
         )
         handles.append(blocks[0].register_forward_pre_hook(first_input, with_kwargs=True))
-        for i, block in enumerate(blocks):
-            handles.append(block.register_forward_hook(keep(f"{path}.{i}")))
-            for part, below in parts.items():
-                module = dict(block.named_modules()).get(below)
-                if module is not None:
-                    handles.append(module.register_forward_hook(keep(f"{path}.{i}.{part}")))
+        for i in range(len(blocks)):
+            handles += keeping(model, f"{path}.{i}", parts, kept)
     with hooked(handles):
         output = model(**inputs_of(model, ids), use_cache=False)
     return kept, output.logits.double()
 
 
 @torch.no_grad()
-def on_other_inputs(model: nn.Module, ids: Tensor, site: str, replacement: Tensor) -> Tensor:
-    """B_m(I): what the block at `site` puts out, in the model's own forward, when it is given `replacement`."""
-    block, found = model.get_submodule(site), []
+def on_other_inputs(model: nn.Module, ids: Tensor, site: str, replacement: Tensor, parts: Parts) -> dict[str, Tensor]:
+    """B_m(I): what the block at `site` and its parts put out, in the model's own forward, if given `replacement`."""
+    kept: dict[str, Tensor] = {}
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         new = replacement.float()
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    with hooked([
-        block.register_forward_pre_hook(replace, with_kwargs=True),
-        block.register_forward_hook(lambda module, args, output: found.append(hidden(output).double())),
-    ]):  # fmt: skip
+    replacing = model.get_submodule(site).register_forward_pre_hook(replace, with_kwargs=True)
+    with hooked([replacing, *keeping(model, site, parts, kept)]):
         model(**inputs_of(model, ids), use_cache=False)
-    return found[0]
+    return kept
+
+
+@torch.no_grad()
+def patched_logits(model: nn.Module, ids: Tensor, site: str, replacement: Tensor) -> Tensor:
+    """The logits of a model whose features after the block at `site` are replaced."""
+
+    def replace(module: nn.Module, args: tuple, output: Any) -> Any:
+        new = replacement.float()
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with hooked([model.get_submodule(site).register_forward_hook(replace)]):
+        return model(**inputs_of(model, ids), use_cache=False).logits.double()
 
 
 # ---- numbers
@@ -230,8 +244,6 @@ def definition(
     """All numbers of one site, under the report's names. Features (N, T, H), the base's first."""
     centre, parents = affine(coefficients, sources), sources[1:]
     keep = [d for d in range(merged.shape[2]) if d not in massive_dimensions(sources[0])]
-    apart = nonlinearity(2 * centre - centre, sources, coefficients)  # 0: I is linear
-    assert apart == 0
     found, explained = effective(merged, sources)
     size = float((merged - centre).norm()) / nonlinearity(merged, sources, coefficients)  # sqrt of the disagreement
     return {
@@ -272,7 +284,7 @@ class Plain:
 
 
 def run_plain(
-    family: Family, coefficients: Coefficients, ids: Tensor, parts: Mapping[str, str] | None = None,
+    family: Family, coefficients: Coefficients, ids: Tensor, parts: Parts | None = None,
     merged: nn.Module | None = None,
 ) -> Plain:  # fmt: skip
     """The definition: whole models, one after the other. `merged` is the weights' own affine combination by default."""
@@ -287,7 +299,7 @@ def run_plain(
             before = f"{path}.{i - 1}" if i else f"{path}.input"
             if before in found.sources:
                 mixed = affine(coefficients, found.sources[before])
-                found.ghosts[f"{path}.{i}"] = on_other_inputs(merged, ids, f"{path}.{i}", mixed)
+                found.ghosts |= on_other_inputs(merged, ids, f"{path}.{i}", mixed, parts or {})
     return found
 
 

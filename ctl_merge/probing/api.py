@@ -14,6 +14,7 @@ from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import DataError, ProbeError
 from ctl_merge.merging import Merge
 from ctl_merge.model import find_blocks, load_weights
+from ctl_merge.probing import ranks
 from ctl_merge.probing.data import DataSpec, TokenSet, cut, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
 from ctl_merge.probing.report import ProbeReport, build_report
@@ -188,7 +189,10 @@ def _probe(
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
     running = Running(device=device, streamed=streamed, batch=options.batch, blocks=options.blocks)
-    observed = observe(subject, riders, sets, running)
+    several = ranks.state()
+    observed = observe(subject, riders, ranks.share(sets, several) if several else sets, running)
+    if several:
+        observed = ranks.gather(observed, several)
     settings = {
         "sequences": options.sequences, "length": options.length, "compute": "float32", "statistics": "float64",
         "device": device, "streamed": streamed, "torch": torch.__version__,

@@ -41,11 +41,15 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Windows of one data set: ids (N, T); strata (N, S, T) bool, in the order of STRATA."""
+    """Windows of one data set: ids (N, T); strata (N, S, T) bool, in the order of STRATA.
+
+    `first`: the first window of the whole set (1, T) where these are a later part of it.
+    """
 
     name: str
     ids: Tensor
     strata: Tensor
+    first: Tensor | None = None
 
 
 def load_tokens(spec: DataSpec, tokenizer: Any, sequences: int, length: int, chat: bool = False) -> TokenSet:

@@ -53,15 +53,15 @@ class Lockstep:
         self._brought: dict[str, Any] = {}
         self._act_on: Callable[[dict[str, Any]], Any] = lambda brought: None
         self._result: Any = None
-        self._originals: list[tuple[nn.Module, Any]] = []
+        self._originals: list[tuple[nn.Module, str, Any]] = []
         for name, own in blocks.items():
             for site, block in own.items():
                 self._instrument(name, site, block)
 
     def release(self) -> None:
         """Give every block its own forward back."""
-        for block, forward in self._originals:
-            block.forward = forward  # type: ignore[method-assign]
+        for block, attribute, forward in self._originals:
+            setattr(block, attribute, forward)
         self._originals.clear()
 
     def run(self, forwards: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
@@ -94,8 +94,10 @@ class Lockstep:
             self._result = self._act_on({name: brought[name] for name in self._names})
 
     def _instrument(self, name: str, site: str, block: nn.Module) -> None:
-        original = block.forward
-        self._originals.append((block, original))
+        # Where weights are streamed, accelerate reads the block's before this and forgets them after.
+        attribute = "_old_forward" if hasattr(block, "_hf_hook") else "forward"
+        original = getattr(block, attribute)
+        self._originals.append((block, attribute, original))
         parts = _parts(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -114,7 +116,7 @@ class Lockstep:
                 return result
             return (replacement, *result[1:]) if isinstance(result, tuple) else replacement
 
-        block.forward = forward  # type: ignore[method-assign]
+        setattr(block, attribute, forward)
 
 
 def first(output: Any) -> Tensor:
@@ -132,23 +134,24 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tens
 def _parts(block: nn.Module) -> dict[str, nn.Module]:
     """The attention and the MLP among a block's children (or theirs, as in T5): the first whose class is so called."""
     children = [*block.children(), *(grand for child in block.children() for grand in child.children())]
-    found = {}
+    found: dict[str, nn.Module] = {}
     for part, pattern in _PARTS.items():
-        module = next((child for child in children if pattern.search(type(child).__name__)), None)
+        left = [child for child in children if child not in found.values()]  # a Qwen3MoeAttention is no mixture
+        module = next((child for child in left if pattern.search(type(child).__name__)), None)
         if module is not None:
             found[part] = module
     return found
 
 
 class _recording:
-    """While entered, the outputs of the parts are kept."""
+    """While entered, the outputs of the parts are kept, as copies: Falcon's block adds to them in place."""
 
     def __init__(self, parts: Mapping[str, nn.Module], kept: dict[str, Tensor]) -> None:
         self.parts, self.kept = parts, kept
 
     def __enter__(self) -> None:
         def keep(part: str) -> Callable[..., None]:
-            return lambda module, args, output: self.kept.__setitem__(part, first(output))
+            return lambda module, args, output: self.kept.__setitem__(part, first(output).clone())
 
         self.handles = [module.register_forward_hook(keep(part)) for part, module in self.parts.items()]
 

@@ -98,6 +98,8 @@ def observe(
     found = {}
     with Session(subject, riders, models, running.blocks) as session:
         for tokens in sets:
+            if tokens.first is not None:
+                session.calibrate(tokens.first.to(running.device))
             for ids, strata in _batches(tokens, running.batch):
                 session.run(ids.to(running.device), strata)
                 told(len(ids))
@@ -115,8 +117,8 @@ class Session:
         self, subject: Subject, riders: Sequence[Rider], models: Mapping[str, Any], blocks: str | None = None
     ) -> None:
         sites = {}
+        self.caching = [config for model in models.values() for config in _forbid_cache(model)]
         for name, model in models.items():
-            _forbid_cache(model)
             stacks = find_blocks(model, blocks)
             sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
         self.models, self.parents = models, 1 + len(subject.parents)
@@ -128,6 +130,8 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.lockstep.release()
+        for config in self.caching:
+            config.use_cache = True
 
     def run(self, ids: Tensor, strata: Tensor) -> None:
         """One batch: ids (B, T), strata (B, S, T) bool."""
@@ -139,6 +143,13 @@ class Session:
         if labels is not None:
             observer.losses.add(logits, labels, observer.whole, self.parents)
         observer.grams.tokens += list(strata.sum(2).double())
+
+    def calibrate(self, ids: Tensor) -> None:
+        """Choose the massive dimensions by the first window of a set whose first part is another rank's."""
+        self.run(ids, torch.ones(1, len(STRATA), ids.shape[1], dtype=torch.bool))
+        massive = {site: grams.massive for site, grams in self.observer.grams.sites.items()}
+        self.observer.begin()
+        self.observer.massive = massive
 
     def end(self) -> Observations:
         """What was observed since the start or the last end."""
@@ -159,11 +170,16 @@ def _load(checkpoint: Checkpoint, running: Running, as_written: bool = False) ->
     return load_weights(checkpoint, running.device, running.streamed, as_written, running.blocks)
 
 
-def _forbid_cache(model: Any) -> None:
-    """No part of the model may keep keys and values: a block that is run twice would attend to its first run."""
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
+def _forbid_cache(model: Any) -> list[Any]:
+    """Let no part of a model keep keys and values: a block that is run twice would attend to its first run.
+
+    Returns the configs of the parts that would have.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    found = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in found:
+        config.use_cache = False
+    return found
 
 
 def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,6 +231,7 @@ class _Observer:
     def begin(self) -> None:
         """Forget the last data set."""
         self.grams = Grams(list(STRATA))
+        self.massive: dict[str, list[int]] = {}
         self.coefficients: dict[str, list[np.ndarray]] = {}
         self.losses = Losses([*self.names, *(rider.name for rider in self.riders)], [r.name for r in self.riders])
 
@@ -278,7 +295,8 @@ class _Observer:
         length = features[0].shape[1]  # an encoder reads the first tokens of a window, a decoder after it the last
         strata = self.strata[..., :length] if "encoder" in site.split(".") else self.strata[..., -length:]
         strata = strata.to(features[0].device)
-        grams = self.grams.sites.setdefault(site, SiteGrams([*names, *(f"{name}/ghost" for name in ghosts)]))
+        sources = [*names, *(f"{name}/ghost" for name in ghosts)]
+        grams = self.grams.sites.setdefault(site, SiteGrams(sources, self.massive.get(site, [])))
         self.coefficients[site] = coefficients
         size = len(grams.sources)
         of_kept = [c for rider, c in zip(self.riders, coefficients, strict=True) if not rider.patch]

@@ -21,7 +21,7 @@ _DEGREES = ((0.1, "nearly linear"), (0.3, "mostly linear"), (0.7, "partly linear
 
 def verdict(data: Data) -> list[str]:
     """Three to six short statements: cautions, linearity, the blocks to blame, the parents followed, cost, advice."""
-    data = printable(data)
+    data = prepared(data)
     found = [cautions(data), _linearity(data), _blame(data), _following(data), _cost(data), _advice(data)]
     return [line for line in found if line]
 
@@ -31,7 +31,7 @@ def markdown(data: Data) -> str:
     head = ["data", "R first → last block", "explained", "merged", "best parent", "dilution", "non-linearity"]
     lines = [f"- {_escaped(line)}" for line in verdict(data)]
     lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    data = printable(data)
+    data = prepared(data)
     for name, found in data["sets"].items():
         blocks, costs = rows(data, name), costs_of(data, name)
         cells = [name, "–", "–", "–", "–", "–", "–"]
@@ -58,6 +58,18 @@ def printable(data: Any) -> Any:
     return [printable(item) for item in data] if isinstance(data, list | tuple) else data
 
 
+def prepared(data: Data) -> dict[str, Any]:
+    """The data with clean texts, and in each row its `place` for people."""
+    data = printable(data)
+    every = [row for found in data["sets"].values() for row in found["blocks"]]
+    split = [stack.split(".") for stack in dict.fromkeys(row["stack"] for row in every)]
+    common = next((i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1), 0)
+    for row in every:
+        own = "input" if row["index"] is None else str(row["index"])
+        row["place"] = f"{row['stack'].split('.')[common]} {own}" if len(split) > 1 else own
+    return data  # type: ignore[return-value]
+
+
 def number(found: Any, *keys: str) -> float | None:
     """The finite number at a path of keys, or None."""
     for key in keys:
@@ -77,15 +89,9 @@ def rows(data: Data, name: str, merge: str | None = None, parts: Iterable[str] =
     return [row for row in data["sets"][name]["blocks"] if row["merge"] == merge and row["part"] in wanted]
 
 
-def place(data: Data, row: Data) -> str:
-    """`3`, `input`, or `encoder 3` where a model has several stacks."""
-    stacks = list(dict.fromkeys(r["stack"] for found in data["sets"].values() for r in found["blocks"]))
-    own = "input" if row["index"] is None else str(row["index"])
-    if len(stacks) < 2:
-        return own
-    split = [stack.split(".") for stack in stacks]
-    common = next((i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1), 0)
-    return f"{row['stack'].split('.')[common]} {own}"
+def place(row: Data) -> str:
+    """Where a row of prepared data is: `3`, `input`, or `encoder 3` where a model has several stacks."""
+    return row["place"]
 
 
 def costs_of(data: Data, name: str) -> dict[str, Any] | None:
@@ -193,7 +199,7 @@ def cautions(data: Data) -> str:
             )
     for name in _focus(data):
         blocks = _has_r(data, name)
-        labels = [place(data, row) for row in blocks]
+        labels = [place(row) for row in blocks]
         low = [label for row, label in zip(blocks, labels, strict=True) if below_floor(row)]
         if low:
             found.append(
@@ -202,7 +208,7 @@ def cautions(data: Data) -> str:
         odd = [r for r in blocks if (number(r, "cos") or 0) > 0.99 and r["nonlinearity"] > 0.3]
         if odd:
             top = max(r["nonlinearity"] for r in odd)
-            where = spans([place(data, r) for r in odd], labels)
+            where = spans([place(r) for r in odd], labels)
             found.append(f"on {name} cosines at {where} exceed 0.99 while R is up to {shown(top)}: trust R, not cos")
     return f"Caution: {'; '.join(found)}." if found else ""
 
@@ -218,13 +224,11 @@ def _linearity(data: Data) -> str:
     ]
     first, last = ends[names[0]]
     text = (
-        f"Linearity: after the last block ({place(data, last)}) linear mixing explains {listed(parts)} of what the "
+        f"Linearity: after the last block ({place(last)}) linear mixing explains {listed(parts)} of what the "
         "parents disagree on."
     )
     if first is not last:
-        text += (
-            f" After block {place(data, first)} it was {listed([share(f['nonlinearity']) for f, _ in ends.values()])}."
-        )
+        text += f" After block {place(first)} it was {listed([share(f['nonlinearity']) for f, _ in ends.values()])}."
     nulls = [
         f"{shown(r)} for {n}" for n, (_, end) in ends.items() if (r := number(end, "nonlinearity_null")) is not None
     ]
@@ -247,12 +251,12 @@ def _blame(data: Data) -> str:
     created, mended = [], []
     for name in _focus(data):
         blocks = [row for row in rows(data, name) if number(row, "local") is not None]
-        labels = [place(data, row) for row in blocks]
+        labels = [place(row) for row in blocks]
         if blocks:
             top = max(blocks, key=lambda row: row["local"])
-            near = [place(data, r) for r in blocks if r is not top and r["local"] >= _NEAR * top["local"] > 0]
+            near = [place(r) for r in blocks if r is not top and r["local"] >= _NEAR * top["local"] > 0]
             close = f"; {spans(near, labels)} within 10 %" if near else ""
-            created.append(f"block {place(data, top)} on {name} (local part {shown(top['local'])}{close})")
+            created.append(f"block {place(top)} on {name} (local part {shown(top['local'])}{close})")
         mended += _mended(data, name)
     text = [f"most deviation is created by {listed(created)}."] if created else []
     return f"Origin: {' '.join([*text, *mended])}" if text or mended else ""
@@ -265,7 +269,7 @@ def _mended(data: Data, name: str) -> list[str]:
     if not known:
         return []
     site = max(known, key=lambda s: known[s]["value"])
-    label = next((place(data, row) for row in rows(data, name) if row["block"] == site), site)
+    label = next((place(row) for row in rows(data, name) if row["block"] == site), site)
     if not (number(known[site], "low") or 0) > 0:
         return [f"No block's patch recovers loss beyond doubt on {name} (at best {interval(known[site])})."]
     return [f"Made linear up to block {label}, {name} would gain {interval(known[site])} nats per token."]
@@ -284,12 +288,12 @@ def _following(data: Data) -> str:
     parts = []
     for name in _focus(data) if len(data["parents"]) > 1 else []:
         blocks = rows(data, name)
-        labels, leads = [place(data, row) for row in blocks], [leaning(data, row) for row in blocks]
+        labels, leads = [place(row) for row in blocks], [leaning(data, row) for row in blocks]
         texts = []
         for parent in sorted({lead for lead in leads if lead}, key=leads.count, reverse=True)[:2]:
             chosen = [row for row, lead in zip(blocks, leads, strict=True) if lead == parent]
             features, weights = (_mix(data, chosen, key) for key in ("effective_feature", "effective_weight"))
-            where = spans([place(data, row) for row in chosen], labels)
+            where = spans([place(row) for row in chosen], labels)
             texts.append(
                 f"{where} lean{'s' * (len(chosen) == 1)} to {parent} ({features} in features, {weights} in weights)"
             )
@@ -310,7 +314,7 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 
 def _cost(data: Data) -> str:
-    texts = []
+    texts: list[str] = []
     for name in _focus(data) or list(data["sets"])[:2]:
         costs = costs_of(data, name)
         if costs is None or costs["merged"] is None:
@@ -319,7 +323,8 @@ def _cost(data: Data) -> str:
         side = f"{shown(abs(gap))} {'worse' if gap > 0 else 'better'} than its best parent {costs['parent']}"
         base = f" (base {shown(costs['base'])})" if costs["base"] is not None else ""
         texts.append(
-            f"{'on' if not texts else 'On'} {name} the merge's loss is {shown(costs['merged'])} nats per token{base}, {side}: "
+            f"{'On' if texts else 'on'} {name} the merge's loss is {shown(costs['merged'])} nats per token{base}, "
+            f"{side}: "
             f"dilution {_costing(costs['dilution'])}, non-linearity {_costing(costs['nonlinearity'])}."
         )
     return f"Cost: {' '.join(texts)}" if texts else ""
@@ -344,12 +349,12 @@ def _advice(data: Data) -> str:
     paying = [name for name, found in costs.items() if (number(found["nonlinearity"], "low") or 0) > 0]
     bent = [name for name in names if (number(rows(data, name)[-1], "nonlinearity") or 0) >= 0.3]
     tips = []
-    blamed = list(dict.fromkeys(place(data, row) for name in paying or bent for row in _top_local(data, name)))
+    blamed = list(dict.fromkeys(place(row) for name in paying or bent for row in _top_local(data, name)))
     if paying or (bent and not costs):
         where = f", or smaller ones only in block{'s' if len(blamed) > 1 else ''} {listed(blamed)}" if blamed else ""
         tips.append(f"smaller coefficients{where}: the deviation shrinks with their square where linearity holds")
     elif costs:
-        tips.append("leave linearity alone: its cost is not distinguishable from 0")
+        tips.append("leave linearity alone: its cost is not above 0 beyond doubt")
     diluted = [
         n for n, f in costs.items() if (number(f["dilution"], "low") or 0) > 0 and (f["merged"] or 0) > f["loss"]
     ]

@@ -1,0 +1,69 @@
+"""Sequences shared by the ranks of a launcher, statistics gathered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ctl_merge.errors import DeviceError
+from ctl_merge.probing.data import TokenSet
+from ctl_merge.probing.run import Observations
+
+
+def state() -> Any:
+    """accelerate's PartialState where a launcher started several processes, else None.
+
+    Raises DeviceError where fewer processes came up than were asked for: `accelerate launch --cpu` starts only one.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked == 1:
+        return None
+    import torch
+    from accelerate import PartialState
+
+    found = PartialState(cpu=not torch.cuda.is_available())
+    if found.num_processes != asked:
+        raise DeviceError(f"{asked} processes were asked for and {found.num_processes} came up: use torchrun")
+    return found
+
+
+def share(sets: Sequence[TokenSet], ranks: Any) -> list[TokenSet]:
+    """This rank's consecutive part of every set's sequences."""
+    found = []
+    for tokens in sets:
+        bounds = [len(tokens.ids) * r // ranks.num_processes for r in (ranks.process_index, ranks.process_index + 1)]
+        if bounds[0] == bounds[1]:
+            raise DeviceError(
+                f"{tokens.name} has {len(tokens.ids)} sequences, too few for {ranks.num_processes} processes"
+            )
+        part = slice(*bounds)
+        first = tokens.ids[:1] if bounds[0] else None
+        found.append(replace(tokens, ids=tokens.ids[part], strata=tokens.strata[part], first=first))
+    return found
+
+
+def gather(observed: Mapping[str, Observations], ranks: Any) -> dict[str, Observations]:
+    """All ranks' observations, in the order of the sequences: the same on every rank."""
+    from accelerate.utils import gather_object
+
+    parts = gather_object([dict(observed)])
+    return {name: _joined([part[name] for part in parts]) for name in observed}
+
+
+def _joined(parts: list[Observations]) -> Observations:
+    first, *others = parts
+    for other in others:
+        first.grams.tokens += other.grams.tokens
+        for site, grams in first.grams.sites.items():
+            for name in ("gram", "robust", "cosines"):
+                getattr(grams, name).extend(getattr(other.grams.sites[site], name))
+        if first.losses and other.losses:
+            first.losses.tokens += other.losses.tokens
+            for each in fields(first.losses):
+                table, more = getattr(first.losses, each.name), getattr(other.losses, each.name)
+                if isinstance(table, dict):
+                    for key in table:
+                        table[key] += more[key]
+    return first

@@ -135,6 +135,7 @@ class Panel:
     height: float = 190
     log: bool = False
     title: str = ""
+    unit: str = "R"
     top: float = 0
 
     def __post_init__(self) -> None:
@@ -145,6 +146,9 @@ class Panel:
             y = self.y(tick)
             self.canvas.add("path", d=f"M{LEFT} {y:.1f}H{RIGHT}", stroke="soft" if tick == 0 else "grid")
             self.canvas.text(LEFT - 8, y + 4, _tick(tick), text_anchor="end", fill="soft")
+        middle = self.top + self.height / 2
+        turn = f"rotate(-90 14 {middle:.1f})"
+        self.canvas.text(14, middle, self.unit, text_anchor="middle", fill="soft", transform=turn)
         self.canvas.height = self.top + self.height + 6
 
     def y(self, value: float) -> float:
@@ -362,7 +366,7 @@ def _cosines(data: Data) -> Figure | None:
     if not known:
         return None
     low, high = (10.0 ** f(math.log10(v)) for f, v in ((math.floor, min(known)), (math.ceil, max(known))))
-    panel = Panel(Canvas(), low, high if high > low else 10 * low, log=True)
+    panel = Panel(Canvas(), low, high if high > low else 10 * low, log=True, unit="1 − cos")
     for i, (name, by) in enumerate(sets.items()):
         for key, look in (("cos_parents", {"stroke_dasharray": "7 4", "stroke_width": 1.5}), ("cos", {})):
             values = [distance(by[label], key) if label in by else None for label in depth.labels]
@@ -459,50 +463,66 @@ def _parts(data: Data) -> Figure | None:
 
 def _coefficients(data: Data) -> Figure | None:
     sets, depth = _sites(data)
-    lines: list[tuple[str, str, list[float | None]]] = []
+    lines: list[tuple[str, str, list[float | None], list[float | None]]] = []
     for parent in data["parents"]:
         for i, (name, by) in enumerate(sets.items()):
+            weights = _values(by, depth, "effective_weight", parent)
             if i == 0:
-                lines.append((parent, "in weights", _values(by, depth, "effective_weight", parent)))
-            lines.append((parent, f"on {name}", _values(by, depth, "effective_feature", parent)))
-    known = [abs(v) for *_, values in lines for v in values if v is not None]
-    if not known:
+                lines.append((parent, "in weights", weights, weights))
+            lines.append((parent, f"on {name}", _values(by, depth, "effective_feature", parent), weights))
+    if not any(value is not None for _, _, values, _ in lines for value in values):
         return None
-    return _heat_map(data, lines, depth, max(known) or 1)
-
-
-def _heat_map(data: Data, lines: Sequence[tuple[str, str, list[float | None]]], depth: Depth, most: float) -> Figure:
-    canvas, left, size = Canvas(height=4), 108, 26
-    step = (RIGHT - left) / len(depth.labels)
-    for i, (parent, label, values) in enumerate(lines):
-        if i == 0 or lines[i - 1][0] != parent:
+    canvas, left = Canvas(height=4), 116
+    apart = [
+        abs(v - w) for _, _, vs, ws in lines for v, w in zip(vs, ws, strict=True) if v is not None and w is not None
+    ]
+    for i, (parent, label, values, weights) in enumerate(lines):
+        if label == "in weights":
+            canvas.height += 8 if i else 0
             canvas.text(8, canvas.height + 16, parent, room=RIGHT - 8, font_weight=600, font_size=13)
             canvas.height += 24
-        canvas.text(left - 8, canvas.height + 17, label, room=left - 12, text_anchor="end", fill="soft")
-        for n, value in enumerate(values):
-            if value is None:
-                continue
-            x, tip = left + n * step, f"{parent} {label}, {_where(depth.labels[n])}: {shown(value, digits=4)}"
-            look = {"fill": "s0" if value >= 0 else "s1", "fill_opacity": f"{0.06 + 0.5 * abs(value) / most:.3f}"}
-            canvas.add("rect", tip, x=x, y=canvas.height, width=max(step - 1, 0.8), height=size - 2, **look)
-            if step >= 27:
-                canvas.text(x + step / 2, canvas.height + 16, shown(value, digits=2), text_anchor="middle",
-                            font_size=11, pointer_events="none")  # fmt: skip
-        canvas.height += size + (6 if i + 1 == len(lines) or lines[i + 1][0] != parent else 0)
-    last = -99.0
-    for n, label in enumerate(depth.labels):
-        x = left + (n + 0.5) * step
-        if x - last >= 9 + 7 * len(label):
-            canvas.text(x, canvas.height + 10, label, text_anchor="middle", fill="soft")
-            last = x
-    canvas.text((left + RIGHT) / 2, canvas.height + 27, "block", text_anchor="middle", fill="soft")
-    canvas.height += 34
+        canvas.text(left - 8, canvas.height + 16, label, room=left - 12, text_anchor="end", fill="soft")
+        _cells(canvas, left, depth, f"{parent} {label}", values, weights, max([0.1, *apart]))
+    _cell_axis(canvas, left, depth)
     return Figure(
         "coefficients", "Which parent each block follows",
         "Effective coefficient of each parent: in weights, how much of it the merge's weights hold; on each data set, "
-        "how much of it the merge's features show. Under linearity the rows of a parent agree.",
+        "how much of it the merge's features show. Under linearity they agree. Orange: the features show less of the "
+        "parent than the weights hold; blue: more.",
         canvas.svg("Heat map of effective coefficients by parent and block"),
     )  # fmt: skip
+
+
+def _cells(
+    canvas: Canvas, left: float, depth: Depth, label: str, values: Sequence[float | None],
+    weights: Sequence[float | None], most: float,
+) -> None:  # fmt: skip
+    """One row of numbers, coloured by how far they are from the weights."""
+    step = (RIGHT - left) / len(depth.labels)
+    for n, (value, weight) in enumerate(zip(values, weights, strict=True)):
+        if value is None:
+            continue
+        x, apart = left + n * step, 0 if weight is None else value - weight
+        colour = "soft" if abs(apart) < 1e-9 else "s0" if apart > 0 else "s1"
+        opacity = 0.1 if colour == "soft" else 0.06 + 0.54 * abs(apart) / most
+        tip = f"{label}, {_where(depth.labels[n])}: {shown(value, digits=4)}"
+        canvas.add("rect", tip, x=x, y=canvas.height, width=max(step - 1, 0.8), height=24, fill=colour,
+                   fill_opacity=f"{opacity:.3f}")  # fmt: skip
+        if step >= 27:
+            canvas.text(x + step / 2, canvas.height + 16, shown(value, digits=2), text_anchor="middle", font_size=11,
+                        pointer_events="none")  # fmt: skip
+    canvas.height += 26
+
+
+def _cell_axis(canvas: Canvas, left: float, depth: Depth) -> None:
+    step, last = (RIGHT - left) / len(depth.labels), -99.0
+    for n, label in enumerate(depth.labels):
+        x = left + (n + 0.5) * step
+        if x - last >= 9 + 7 * len(label):
+            canvas.text(x, canvas.height + 12, label, text_anchor="middle", fill="soft")
+            last = x
+    canvas.text((left + RIGHT) / 2, canvas.height + 29, "block", text_anchor="middle", fill="soft")
+    canvas.height += 36
 
 
 def _losses(data: Data) -> Figure | None:
@@ -532,7 +552,7 @@ def _waterfall(
     lines: list[tuple[str, Any]] = [(n, found) for n, found, _ in models if number(found, "value") is not None]
     lines += [("ensemble", costs["ensemble"]), merged]
     values = [v for _, found in lines for key in ("value", "low", "high") if (v := number(found, key)) is not None]
-    low, high, left, right = min(values), max(values), 140, RIGHT - 150
+    low, high, left, right = min(values), max(values), 140, RIGHT - 176
     if high <= low:
         low, high = low - 0.5, high + 0.5
     x: Callable[[float], float] = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
@@ -560,9 +580,13 @@ def _waterfall(
                 )
             canvas.add("circle", f"{label}: {interval(found)}", cx=x(value), cy=canvas.height + 10, r=5.5,
                        fill="ink" if strong or label == costs["parent"] else "soft")  # fmt: skip
-        canvas.text(right + 14, canvas.height + 14, shown(value), font_weight=600 if strong else 400)
+        canvas.text(right + 12, canvas.height + 14, shown(value), font_weight=600 if strong else 400)
         canvas.height += 22
-    canvas.height += 6
+    step = _step(high - low) * 2
+    for i in range(math.ceil(low / step), math.floor(high / step) + 1):
+        canvas.text(x(i * step), canvas.height + 12, _tick(i * step), text_anchor="middle", fill="soft")
+    canvas.text(right + 12, canvas.height + 12, "nats per token", fill="soft")
+    canvas.height += 24
 
 
 def _step_bar(
@@ -574,7 +598,7 @@ def _step_bar(
     canvas.add("rect", f"{label}: {interval(found, signed=True)}", x=min(x(start), x(end)), y=canvas.height + 4,
                width=max(abs(x(end) - x(start)), 1), height=12, fill=colour)  # fmt: skip
     canvas.text(130, canvas.height + 14, label, text_anchor="end", fill=colour)
-    canvas.text(RIGHT - 136, canvas.height + 14, interval(found, signed=True), fill=colour)
+    canvas.text(RIGHT - 164, canvas.height + 14, interval(found, signed=True), fill=colour)
     canvas.height += 22
 
 
@@ -591,7 +615,7 @@ def _patches(data: Data) -> Figure | None:
     if not known:
         return None
     low, canvas = -_top([-v for v in known], 0.0) if min(known) < 0 else 0.0, Canvas()
-    panel = Panel(canvas, low, _top(known, 1e-3), height=220)
+    panel = Panel(canvas, low, _top(known, 1e-3), height=220, unit="nats per token")
     width = min(0.7 * depth.step / len(gains), 20)
     for i, (name, patch) in enumerate(gains.items()):
         for label, row in sets[name].items():
@@ -630,13 +654,13 @@ def _sweep(data: Data) -> Figure | None:
         return number((data["sets"][name].get("losses") or {}).get("nll"), merge, "value")
 
     canvas = Canvas()
-    for title, of in (("R, mean over blocks", mean), ("loss, nats per token", loss)):
+    for title, unit, of in (("R, mean over blocks", "R", mean), ("Loss of the merge", "nats per token", loss)):
         known = {(n, m): v for n in data["sets"] for m in x if (v := of(n, m)) is not None}
         if not known:
             continue
         step = _step(max(known.values()) - min(known.values()) or 1)
         bottom = 0.0 if of is mean else step * math.floor(min(known.values()) / step)
-        panel = Panel(canvas, bottom, _top(known.values()), height=170, title=title)
+        panel = Panel(canvas, bottom, _top(known.values()), height=170, title=title, unit=unit)
         for i, name in enumerate(data["sets"]):
             panel.line([(x[m], known[name, m]) if (name, m) in known else None for m in x], stroke=_series(i))
             for merge in merges:

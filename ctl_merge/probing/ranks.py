@@ -57,7 +57,7 @@ def _joined(parts: list[Observations]) -> Observations:
     for other in others:
         first.grams.tokens += other.grams.tokens
         for site, grams in first.grams.sites.items():
-            for name in ("gram", "robust", "cosines"):
+            for name in ("gram", "robust", "cosines", "tokens"):
                 getattr(grams, name).extend(getattr(other.grams.sites[site], name))
         if first.losses and other.losses:
             first.losses.tokens += other.losses.tokens

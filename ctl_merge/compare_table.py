@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ctl_merge.findings import percent, signed
+from ctl_merge.findings import SHOWN, percent, signed
 
 TABLES = ("block", "kind", "tensor")
-_SHOWN = 0.2  # the density in the tables; all of them are in the first one
 _WIDE = 3  # parents that have a column each
+_NEGLIGIBLE = 0.0005  # rounding errors that are worth no column
 
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -46,7 +46,7 @@ def _plain(title: str) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    return Table(title=Text(title, "bold"), title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    return Table(title=Text(title, "bold"), title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 def _signs(data: Mapping[str, Any]) -> Any:
@@ -83,20 +83,21 @@ def _columns(data: Mapping[str, Any]) -> Iterator[Column]:
     short = {parent: parent if len(parent) <= 7 else f"{parent[:6]}…" for parent in parents}
     if len(parents) < _WIDE:
         for parent in parents:
-            yield f"‖τ‖/‖θ₀‖\n{short[parent]}", partial(_of_parent, parent=parent, key="task_vector", show=percent)
+            yield f"‖τ‖\n{short[parent]}", partial(_of_parent, parent=parent, key="task_vector", show=percent)
     else:
-        yield "‖τ‖/‖θ₀‖\nparents", lambda row: _range(_of_parents(row, "task_vector"), percent)
-    yield "‖τ‖/‖θ₀‖\nmerged", lambda row: percent(row["merged"]["task_vector"])
+        yield "‖τ‖\nparents", lambda row: _range(_of_parents(row, "task_vector"), percent)
+    yield "‖τ‖\nmerged", lambda row: percent(row["merged"]["task_vector"])
     if len(parents) > 1:
-        yield "cos\nof τ", lambda row: _range([pair["cosine"] for pair in row["pairs"]], signed)
+        yield "cos\nτ, τ", lambda row: _range([pair["cosine"] for pair in row["pairs"]], signed)
         yield "signs\nopposed", lambda row: percent(_shown(row)["conflict"])
     if len(parents) <= _WIDE:
         for parent in parents:
             yield f"ĉ\n{short[parent]}", partial(_of_parent, parent=parent, key="coefficient", show=_number)
     else:
         yield "ĉ\nparents", lambda row: _range(_of_parents(row, "coefficient"), _number)
-    yield "R²\nof ĉ", lambda row: _number(row["merged"]["explained"])
-    yield "round-\ning", lambda row: percent(row["merged"]["rounding_loss"])
+    yield "\nR²", lambda row: _number(row["merged"]["explained"])
+    if _has_rounding(data):
+        yield "round-\ning", lambda row: percent(row["merged"]["rounding_loss"])
 
 
 def _of_parent(row: Row, parent: str, key: str, show: Callable[[float | None], str]) -> str:
@@ -120,15 +121,21 @@ def _number(value: float | None) -> str:
 
 
 def _shown(row: Row) -> Row:
-    return min(row["signs"], key=lambda signs: abs(signs["density"] - _SHOWN))
+    return min(row["signs"], key=lambda signs: abs(signs["density"] - SHOWN))
 
 
 def _legend(data: Mapping[str, Any]) -> str:
-    lines = [
-        "τ = θ − θ₀ is a task vector. ĉ: the mix of the parents' task vectors nearest to the merged one; R²: its share."
-    ]
-    if len(data["parents"]) > 1:
+    told = ["‖τ‖: the norm of the task vector θ − θ₀ as a share of ‖θ₀‖."]
+    if data["model"]["signs"]:
         density = percent(_shown(data["model"])["density"])
-        lines.append(f"signs opposed: of the entries among the {density} largest of at least two parents.")
-    lines.append("rounding: the error of the output's dtype as a share of the merged τ.")
-    return " ".join(lines)
+        told.append(f"signs opposed: of the entries among the {density} largest of at least two task vectors.")
+    told.append("ĉ: the mix of the parents' task vectors that is nearest to the merged one; R²: the share it explains.")
+    if _has_rounding(data):
+        told.append("rounding: the error that the output's dtype adds, as a share of the merged ‖τ‖.")
+    if any(row["flags"] for kind in TABLES for row in data[f"{kind}s"]):
+        told.append("!: has `flags` in --json.")
+    return " ".join(told)
+
+
+def _has_rounding(data: Mapping[str, Any]) -> bool:
+    return any((row["merged"]["rounding_loss"] or 0) > _NEGLIGIBLE for row in data["kinds"])

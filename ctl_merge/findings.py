@@ -9,8 +9,10 @@ NEAR = 0.05  # of a task vector's norm: nearer to its end or to the base, a merg
 SAME = 0.01  # of the larger task vector's norm: parents that are nearer to each other count as the same
 EXPLODED = 3.0  # times the largest parent's task vector
 UNRELATED = 0.9  # cosine to the base below which a parent hardly comes from it
+FAR = 0.1  # of the base's norm: a task vector far larger than those of ordinary finetunes
 LOSSY = 0.1  # rounding error per norm of the merged task vector
-_SHOWN = 0.2  # the density of which the sentences speak
+SHOWN = 0.2  # the density of which sentences and tables speak
+_SUBSTANTIAL = 0.01  # of all parameters: groups that are worth a sentence
 _NAMES = 4
 
 Row = Mapping[str, Any]
@@ -132,39 +134,40 @@ def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
     if not known:
         yield "no model differs from the base"
         return
-    moved = _listed([f"{name} {percent(size)}" for name, size in sizes.items()])
+    moved = _listed([f"{name} moved by {percent(size)}" for name, size in sizes.items()])
     largest = max(known)
-    usual = "far more than the usual 1 % or less, so expect linearity to break" if largest > 0.1 else ""
-    yield f"task vectors: ‖τ‖ / ‖θ₀‖ is {moved}" + (f"; {usual}" if usual else "")
+    usual = "; ordinary finetunes of language models move by 1 % or less" if largest > FAR else ""
+    yield f"sizes: {moved} of the base's norm{usual}"
 
 
 def _directions(data: Mapping[str, Any]) -> Iterator[str]:
     pairs = [pair for pair in data["model"]["pairs"] if pair["cosine"] is not None]
+    if not pairs:
+        return
+    low, high = (pick(pairs, key=lambda pair: pair["cosine"]) for pick in (min, max))
     if len(pairs) == 1:
-        (pair,) = pairs
-        yield f"{' and '.join(pair['parents'])} {_angle(pair['cosine'])}: cos(τ, τ) = {signed(pair['cosine'])}"
-    elif pairs:
-        low, high = (pick(pairs, key=lambda pair: pair["cosine"]) for pick in (min, max))
-        told = [
-            f"{signed(p['cosine'])} ({' and '.join(p['parents'])}, which {_angle(p['cosine'])})" for p in (low, high)
-        ]
-        yield f"cosines of task vectors from {told[0]} to {told[1]}"
+        who = f"{' and '.join(low['parents'])} {_angle(low['cosine'])}"
+        yield f"directions: {who}; the cosine of their task vectors is {signed(low['cosine'])}"
+        return
+    ends = [f"{signed(pair['cosine'])} ({' and '.join(pair['parents'])})" for pair in (low, high)]
+    words = list(dict.fromkeys(_angle(pair["cosine"]) for pair in (low, high)))
+    yield f"directions: the cosines of task vectors reach from {ends[0]} to {ends[1]}: they {' to '.join(words)}"
 
 
 def _angle(cosine: float) -> str:
     if cosine < -0.1:
         return "work against each other"
-    return "hardly touch" if cosine < 0.1 else "share a little" if cosine < 0.5 else "went largely the same way"
+    return "hardly overlap" if cosine < 0.1 else "overlap in part" if cosine < 0.5 else "went largely the same way"
 
 
 def _signs(data: Mapping[str, Any]) -> Iterator[str]:
-    found = min(data["model"]["signs"], key=lambda s: abs(s["density"] - _SHOWN), default=None)
+    found = min(data["model"]["signs"], key=lambda s: abs(s["density"] - SHOWN), default=None)
     if found is None or found["conflict"] is None:
         return
     density, chance = percent(found["density"]), percent(found["chance"])
     yield (
         f"signs: {percent(found['contested'])} of the entries are among the {density} largest of at least two task "
-        f"vectors; in {percent(found['conflict'])} of those the signs are opposed (coins: {chance})"
+        f"vectors; in {percent(found['conflict'])} of those the signs are opposed (by chance: {chance})"
     )
 
 
@@ -175,29 +178,36 @@ def _merged(data: Mapping[str, Any]) -> Iterator[str]:
     mix = " + ".join(f"{n['coefficient']:.2f} {name}" for name, n in parents.items() if n["coefficient"] is not None)
     share = percent(merged["explained"])
     yield (
-        f"the merge: its task vector is {merged['to_largest_parent']:.2f} times the largest parent's, and "
-        f"{mix} explains {share} of it".replace("+ -", "- ")
+        f"merge: its task vector is {merged['to_largest_parent']:.2f} times as long as the longest parent's; "
+        f"{mix} explains {share} of it".replace("+ -", "− ")
     )
 
 
 def _places(data: Mapping[str, Any]) -> Iterator[str]:
-    """Where the merge is least a combination of its parents, and where their signs differ most, if that varies."""
+    """Where signs differ most and where the merge is least a combination of its parents, if that varies."""
     for groups in ("blocks", "kinds"):
-        rows = [row for row in data[groups] if row["merged"]["explained"] is not None]
-        if rows:
-            worst, best = (pick(rows, key=lambda row: row["merged"]["explained"]) for pick in (min, max))
-            low, high = worst["merged"]["explained"], best["merged"]["explained"]
-            if high - low > 0.1:
-                yield (
-                    f"of all {groups}, the parents explain {worst['name']} least ({percent(low)}) and {best['name']} "
-                    f"best ({percent(high)})"
-                )
+        rows = [row for row in data[groups] if row["parameters"] >= _SUBSTANTIAL * data["model"]["parameters"]]
+        yield from _spread(groups, "signs are opposed most in", [(row["name"], _opposed(row)) for row in rows])
+        explained = [(row["name"], row["merged"]["explained"]) for row in rows]
+        yield from _spread(groups, "the mix of parents explains the merge best in", explained)
+
+
+def _spread(groups: str, what: str, values: list[tuple[str, float | None]]) -> Iterator[str]:
+    known = sorted((value, name) for name, value in values if value is not None)
+    if known and known[-1][0] - known[0][0] > 0.1:
+        (low, least), (high, most) = known[0], known[-1]
+        yield f"{groups}: {what} {most} ({percent(high)}), least in {least} ({percent(low)})"
+
+
+def _opposed(row: Row) -> float | None:
+    found = min(row["signs"], key=lambda signs: abs(signs["density"] - SHOWN), default=None)
+    return found["conflict"] if found else None
 
 
 def _rounding(data: Mapping[str, Any]) -> Iterator[str]:
     loss = data["model"]["merged"]["rounding_loss"]
     if loss is not None and 0.005 < loss <= LOSSY:
-        yield f"rounding to {' or '.join(data['dtypes'])} adds an error of {percent(loss)} of the merged task vector"
+        yield f"rounding: {' or '.join(data['dtypes'])} adds an error of {percent(loss)} of the merged task vector"
 
 
 # ---- numbers

@@ -93,6 +93,8 @@ def empty_model(config: Mapping[str, Any], name: str) -> Any:
 
     architecture = (config.get("architectures") or [None])[0]
     kind = getattr(transformers, str(architecture), None)
+    if architecture is None:
+        raise CheckpointError(f"{name}: config.json has no `architectures`, which name the model's class")
     if kind is None:
         raise CheckpointError(
             f"{name}: transformers has no {architecture!r}; models that bring code of their own cannot be run"

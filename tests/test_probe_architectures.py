@@ -78,13 +78,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def assert_is_the_definition(probed: Probed, plain: Plain) -> None:
     """Every number at every site, up to the rounding of float32."""
     rows = probed.rows
+    linear = [site for site in rows if site.endswith(".input") and plain.numbers(site)["nonlinearity"] < 1e-4]
     assert rows.keys() == plain.merged.keys()
     for site, row in rows.items():
         for name, wanted in plain.numbers(site).items():
             if wanted is None:
                 assert row[name] is None
-            elif site.endswith(".input") and name.startswith("nonlinearity"):
-                assert row[name] < 1e-4  # an embedding is linear: nothing is left but rounding
+            elif site in linear and name.startswith("nonlinearity"):
+                assert row[name] < 1e-4  # nothing is left but rounding
             else:
                 assert row[name] == pytest.approx(wanted, rel=1e-4, abs=2e-5), (site, name)
 
@@ -101,7 +102,7 @@ def test_in_memory_and_streamed_are_the_definition_whatever_the_batch(name: str,
         assert all(row["nonlinearity"] > 0.01 for row in blocks)  # far above rounding: the comparison says something
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "mamba", "t5"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "mamba", "bert"])
 def test_streamed_is_in_memory_bit_for_bit(name: str, case: Callable[[str], Case]) -> None:
     own = case(name)
     one, other = (run_probe(own.family, WEIGHTS, own.tokens, streamed=streamed) for streamed in (False, True))

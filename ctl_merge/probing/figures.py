@@ -28,7 +28,7 @@ from ctl_merge.probing.verdict import (
     sweep,
 )
 
-WIDTH, LEFT, RIGHT = 540, 58, 526
+WIDTH, LEFT, RIGHT = 480, 62, 468
 # Colours that remain apart in the common kinds of colour blindness: (light, dark), 3:1 against their background.
 COLOURS = {
     "paper": ("#ffffff", "#16191d"), "ink": ("#1b1f24", "#e8eaed"), "soft": ("#59626d", "#a4adb8"),
@@ -87,19 +87,19 @@ class Canvas:
     def text(self, x: float, y: float, text: str, room: float = 999, **attributes: Any) -> None:
         """Text, shortened in its middle to fit `room` pixels."""
         size = attributes.setdefault("font_size", 12)
-        fitted = shorten(text, int(room / (0.56 * size)))
+        fitted = shorten(text, int(room / (0.6 * size)))
         written = " ".join(f'{k.replace("_", "-")}="{_value(v)}"' for k, v in ({"fill": "ink"} | attributes).items())
         tip = f"<title>{_text(text)}</title>" if fitted != text else ""
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" {written}>{tip}{_text(fitted)}</text>')
 
-    def mark(self, x: float, y: float, series: int, tip: str, hollow: bool = False) -> None:
+    def mark(self, x: float, y: float, series: int, tip: str, hollow: bool = False, size: float = 1) -> None:
         """A point, whose shape says its series as its colour does, with a larger target for the pointer."""
         points = {1: "M-4-4h8v8h-8z", 2: "M0-5.5L5 4H-5z", 3: "M0-5.5L5.5 0 0 5.5-5.5 0z", 4: "M-4.5-1.5h9v3h-9z"}
         shape = points.get(series % _SERIES, "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")
         colour = _series(series)
-        self.add("path", tip, d=shape, transform=f"translate({x:.1f} {y:.1f})", fill="paper" if hollow else colour,
+        self.add("path", tip, d=shape, transform=f"translate({x:.1f} {y:.1f}) scale({size:.2f})", fill="paper" if hollow else colour,
                  stroke=colour, stroke_width=1.5)  # fmt: skip
-        self.add("circle", tip, cx=x, cy=y, r=9, fill="transparent")
+        self.add("circle", tip, cx=x, cy=y, r=9 * size, fill="transparent")
 
     def legend(self, entries: Sequence[tuple[str, dict[str, Any] | int]]) -> None:
         """Entries in a row that wraps: a series' mark with its line, or a line's attributes."""
@@ -147,8 +147,8 @@ class Panel:
             self.canvas.add("path", d=f"M{LEFT} {y:.1f}H{RIGHT}", stroke="soft" if tick == 0 else "grid")
             self.canvas.text(LEFT - 8, y + 4, _tick(tick), text_anchor="end", fill="soft")
         middle = self.top + self.height / 2
-        turn = f"rotate(-90 14 {middle:.1f})"
-        self.canvas.text(14, middle, self.unit, text_anchor="middle", fill="soft", transform=turn)
+        turn = f"rotate(-90 12 {middle:.1f})"
+        self.canvas.text(12, middle, self.unit, text_anchor="middle", fill="soft", transform=turn)
         self.canvas.height = self.top + self.height + 6
 
     def y(self, value: float) -> float:
@@ -189,29 +189,38 @@ class Depth:
 
     labels: list[str]
     stacks: list[str]
-
-    def x(self, i: float) -> float:
-        return LEFT + (RIGHT - LEFT) * (i + 0.5) / len(self.labels)
+    left: float = LEFT
 
     @property
     def step(self) -> float:
-        return (RIGHT - LEFT) / len(self.labels)
+        return (RIGHT - self.left) / len(self.labels)
 
-    def axis(self, panel: Panel, name: str = "block") -> None:
+    @property
+    def size(self) -> float:
+        """Of marks, so that neighbours do not touch."""
+        return min(1.0, max(0.35, self.step / 14))
+
+    def x(self, i: float) -> float:
+        return self.left + (i + 0.5) * self.step
+
+    def axis(self, canvas: Canvas, top: float) -> None:
         """Numbers of the blocks (not all, where there is no room), a rule and a name for each of several stacks."""
-        canvas, y, last = panel.canvas, panel.top + panel.height + 17, -99.0
+        y = canvas.height + 11
         starts = [i for i, stack in enumerate(self.stacks) if i == 0 or stack != self.stacks[i - 1]]
+        stride = next(n for n in (1, 2, 4, 5, 10, 20, 50, 10**6) if n * self.step >= 22)
         for i, label in enumerate(self.labels):
-            short = label.rpartition(" ")[2]
-            if self.x(i) - last >= 9 + 7 * len(short):
-                canvas.text(self.x(i), y, short, text_anchor="middle", fill="soft")
-                last = self.x(i)
+            number_ = label.rpartition(" ")[2]
+            if not number_.isdigit() and self.step >= 22:
+                canvas.text(self.x(i), y, "in", text_anchor="middle", fill="soft")
+            elif number_.isdigit() and int(number_) % stride == 0:
+                canvas.text(self.x(i), y, number_, text_anchor="middle", fill="soft")
         for i in starts[1:]:
             x = self.x(i - 0.5)
-            canvas.add("path", d=f"M{x:.1f} {panel.top:.1f}v{panel.height:.1f}", stroke="soft", stroke_dasharray="2 3")
+            canvas.add("path", d=f"M{x:.1f} {top:.1f}V{y - 17:.1f}", stroke="soft", stroke_dasharray="2 3")
         for i, end in zip(starts, [*starts[1:], len(self.labels)], strict=True):
-            text = name if len(starts) == 1 else f"{self.labels[i].partition(' ')[0]} {name}"
-            canvas.text((self.x(i) + self.x(end - 1)) / 2, y + 17, text, text_anchor="middle", fill="soft")
+            text = "block" if len(starts) == 1 else f"{self.labels[i].partition(' ')[0]} block"
+            room = (end - i) * self.step
+            canvas.text((self.x(i) + self.x(end - 1)) / 2, y + 17, text, room=room, text_anchor="middle", fill="soft")
         canvas.height = y + 25
 
 
@@ -306,8 +315,8 @@ def _depth(data: Data) -> Figure | None:
         for place_, row in by.items():
             if (value := number(row, "nonlinearity")) is not None:
                 tip = "\n".join([f"{name}, {_where(place_)}", f"R = {_bounded(row)}", *_beside(row)])
-                panel.canvas.mark(depth.x(depth.labels.index(place_)), panel.y(value), i, tip)
-    depth.axis(panel)
+                panel.canvas.mark(depth.x(depth.labels.index(place_)), panel.y(value), i, tip, size=depth.size)
+    depth.axis(panel.canvas, panel.top)
     names = {"nonlinearity_null": "random task vector", "floor": "rounding alone"}
     have = [key for key in looks if any(v is not None for by in sets.values() for v in _values(by, depth, key))]
     panel.canvas.legend(
@@ -374,8 +383,8 @@ def _cosines(data: Data) -> Figure | None:
             for n, value in enumerate(values):
                 if value is not None:
                     tip = f"{name}, {_where(depth.labels[n])}\n1 − {_KEYS[key]} = {value:.3g}"
-                    panel.canvas.mark(depth.x(n), panel.y(value), i, tip, hollow=key == "cos_parents")
-    depth.axis(panel)
+                    panel.canvas.mark(depth.x(n), panel.y(value), i, tip, hollow=key == "cos_parents", size=depth.size)
+    depth.axis(panel.canvas, panel.top)
     panel.canvas.legend(
         [
             *((name, i) for i, name in enumerate(sets)),
@@ -403,7 +412,7 @@ def _bars(panel: Panel, depth: Depth, columns: Sequence[tuple[str, Sequence[floa
                 x = depth.x(n) + (k - len(columns) / 2) * width
                 tip = f"{name}, {_where(depth.labels[n])}\n{label}: {shown(value)}"
                 panel.canvas.add(
-                    "rect", tip, x=x, y=panel.y(value), width=max(width - 1, 0.8), height=panel.y(0) - panel.y(value),
+                    "rect", tip, x=x, y=panel.y(value), width=width - (1 if width > 4 else 0), height=panel.y(0) - panel.y(value),
                     fill=_series(k + 3),
                 )  # fmt: skip
 
@@ -420,7 +429,7 @@ def _origins(data: Data) -> Figure | None:
         panel = Panel(canvas, 0, high, height=150, title=name)
         _bars(panel, depth, [(text, _values(by, depth, key)) for key, text in keys.items()], name)
         panel.line(_points(_values(by, depth, "nonlinearity"), depth), stroke="ink", stroke_width=1.5)
-        depth.axis(panel)
+        depth.axis(panel.canvas, panel.top)
     canvas.legend([(text, {"stroke": _series(i + 3), "stroke_width": 9}) for i, text in enumerate(keys.values())]
                   + [("R", {"stroke": "ink", "stroke_width": 1.5})])  # fmt: skip
     return Figure(
@@ -450,8 +459,8 @@ def _parts(data: Data) -> Figure | None:
             for n, value in enumerate(values):
                 if value is not None:
                     tip = f"{name}, {_where(depth.labels[n])}, {part}\nR = {shown(value)}"
-                    canvas.mark(depth.x(n), panel.y(value), i + 2, tip)
-        depth.axis(panel)
+                    canvas.mark(depth.x(n), panel.y(value), i + 2, tip, size=depth.size)
+        depth.axis(panel.canvas, panel.top)
     canvas.legend([("after the block" if part == "block" else part, i + 2) for i, part in enumerate(parts)])
     return Figure(
         "parts", "R inside the blocks",
@@ -472,18 +481,18 @@ def _coefficients(data: Data) -> Figure | None:
             lines.append((parent, f"on {name}", _values(by, depth, "effective_feature", parent), weights))
     if not any(value is not None for _, _, values, _ in lines for value in values):
         return None
-    canvas, left = Canvas(height=4), 116
+    canvas, depth = Canvas(height=4), Depth(depth.labels, depth.stacks, left=116)
     apart = [
         abs(v - w) for _, _, vs, ws in lines for v, w in zip(vs, ws, strict=True) if v is not None and w is not None
     ]
     for i, (parent, label, values, weights) in enumerate(lines):
-        if label == "in weights":
+        if i == 0 or lines[i - 1][0] != parent:
             canvas.height += 8 if i else 0
             canvas.text(8, canvas.height + 16, parent, room=RIGHT - 8, font_weight=600, font_size=13)
             canvas.height += 24
-        canvas.text(left - 8, canvas.height + 16, label, room=left - 12, text_anchor="end", fill="soft")
-        _cells(canvas, left, depth, f"{parent} {label}", values, weights, max([0.1, *apart]))
-    _cell_axis(canvas, left, depth)
+        canvas.text(depth.left - 8, canvas.height + 16, label, room=depth.left - 12, text_anchor="end", fill="soft")
+        _cells(canvas, depth, f"{parent} {label}", values, weights, max([0.1, *apart]))
+    depth.axis(canvas, 0)
     return Figure(
         "coefficients", "Which parent each block follows",
         "Effective coefficient of each parent: in weights, how much of it the merge's weights hold; on each data set, "
@@ -494,35 +503,23 @@ def _coefficients(data: Data) -> Figure | None:
 
 
 def _cells(
-    canvas: Canvas, left: float, depth: Depth, label: str, values: Sequence[float | None],
+    canvas: Canvas, depth: Depth, label: str, values: Sequence[float | None],
     weights: Sequence[float | None], most: float,
 ) -> None:  # fmt: skip
     """One row of numbers, coloured by how far they are from the weights."""
-    step = (RIGHT - left) / len(depth.labels)
     for n, (value, weight) in enumerate(zip(values, weights, strict=True)):
         if value is None:
             continue
-        x, apart = left + n * step, 0 if weight is None else value - weight
+        x, apart = depth.x(n - 0.5), 0 if weight is None else value - weight
         colour = "soft" if abs(apart) < 1e-9 else "s0" if apart > 0 else "s1"
         opacity = 0.1 if colour == "soft" else 0.06 + 0.54 * abs(apart) / most
         tip = f"{label}, {_where(depth.labels[n])}: {shown(value, digits=4)}"
-        canvas.add("rect", tip, x=x, y=canvas.height, width=max(step - 1, 0.8), height=24, fill=colour,
+        canvas.add("rect", tip, x=x, y=canvas.height, width=depth.step - (1 if depth.step > 4 else 0), height=24, fill=colour,
                    fill_opacity=f"{opacity:.3f}")  # fmt: skip
-        if step >= 27:
-            canvas.text(x + step / 2, canvas.height + 16, shown(value, digits=2), text_anchor="middle", font_size=11,
+        if depth.step >= 27:
+            canvas.text(depth.x(n), canvas.height + 16, shown(value, digits=2), text_anchor="middle", font_size=11,
                         pointer_events="none")  # fmt: skip
     canvas.height += 26
-
-
-def _cell_axis(canvas: Canvas, left: float, depth: Depth) -> None:
-    step, last = (RIGHT - left) / len(depth.labels), -99.0
-    for n, label in enumerate(depth.labels):
-        x = left + (n + 0.5) * step
-        if x - last >= 9 + 7 * len(label):
-            canvas.text(x, canvas.height + 12, label, text_anchor="middle", fill="soft")
-            last = x
-    canvas.text((left + RIGHT) / 2, canvas.height + 29, "block", text_anchor="middle", fill="soft")
-    canvas.height += 36
 
 
 def _losses(data: Data) -> Figure | None:
@@ -552,11 +549,12 @@ def _waterfall(
     lines: list[tuple[str, Any]] = [(n, found) for n, found, _ in models if number(found, "value") is not None]
     lines += [("ensemble", costs["ensemble"]), merged]
     values = [v for _, found in lines for key in ("value", "low", "high") if (v := number(found, key)) is not None]
-    low, high, left, right = min(values), max(values), 140, RIGHT - 176
+    low, high, left, right = min(values), max(values), 132, RIGHT - 168
     if high <= low:
         low, high = low - 0.5, high + 0.5
     x: Callable[[float], float] = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
-    canvas.text(LEFT - 50, canvas.height + 20, title, room=RIGHT - LEFT, font_weight=600, font_size=13)
+    canvas.text(8, canvas.height + 20, title, room=RIGHT - 130, font_weight=600, font_size=13)
+    canvas.text(right + 10, canvas.height + 20, "nats per token", fill="soft")
     canvas.height += 32
     ensemble = number(costs["ensemble"], "value")
     ends = {
@@ -580,12 +578,12 @@ def _waterfall(
                 )
             canvas.add("circle", f"{label}: {interval(found)}", cx=x(value), cy=canvas.height + 10, r=5.5,
                        fill="ink" if strong or label == costs["parent"] else "soft")  # fmt: skip
-        canvas.text(right + 12, canvas.height + 14, shown(value), font_weight=600 if strong else 400)
+        canvas.text(right + 10, canvas.height + 14, shown(value), font_weight=600 if strong else 400)
         canvas.height += 22
-    step = _step(high - low) * 2
+    step = _step(high - low)
+    step *= 1 if x(low + step) - left > 34 else 2
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
         canvas.text(x(i * step), canvas.height + 12, _tick(i * step), text_anchor="middle", fill="soft")
-    canvas.text(right + 12, canvas.height + 12, "nats per token", fill="soft")
     canvas.height += 24
 
 
@@ -597,8 +595,8 @@ def _step_bar(
     colour = "s1" if end > start else "s0"
     canvas.add("rect", f"{label}: {interval(found, signed=True)}", x=min(x(start), x(end)), y=canvas.height + 4,
                width=max(abs(x(end) - x(start)), 1), height=12, fill=colour)  # fmt: skip
-    canvas.text(130, canvas.height + 14, label, text_anchor="end", fill=colour)
-    canvas.text(RIGHT - 164, canvas.height + 14, interval(found, signed=True), fill=colour)
+    canvas.text(122, canvas.height + 14, label, text_anchor="end", fill=colour)
+    canvas.text(RIGHT - 158, canvas.height + 14, interval(found, signed=True), fill=colour)
     canvas.height += 22
 
 
@@ -626,8 +624,8 @@ def _patches(data: Data) -> Figure | None:
             panel.whisker(x, gain, i)
             doubtful = (number(gain, "low") or 0) <= 0 <= (number(gain, "high") or 0)
             tip = f"{name}, {_where(label)}\nloss recovered: {interval(gain)} nats per token"
-            canvas.mark(x, panel.y(value), i, tip, hollow=doubtful)
-    depth.axis(panel)
+            canvas.mark(x, panel.y(value), i, tip, hollow=doubtful, size=depth.size)
+    depth.axis(panel.canvas, panel.top)
     canvas.legend([(name, i) for i, name in enumerate(gains)])
     return Figure(
         "patch", "Loss recovered by making a block's output linear",
@@ -660,7 +658,8 @@ def _sweep(data: Data) -> Figure | None:
             continue
         step = _step(max(known.values()) - min(known.values()) or 1)
         bottom = 0.0 if of is mean else step * math.floor(min(known.values()) / step)
-        panel = Panel(canvas, bottom, _top(known.values()), height=170, title=title, unit=unit)
+        top = _top(known.values()) if of is mean else step * math.ceil(max(known.values()) / step + 0.2)
+        panel = Panel(canvas, bottom, top, height=170, title=title, unit=unit)
         for i, name in enumerate(data["sets"]):
             panel.line([(x[m], known[name, m]) if (name, m) in known else None for m in x], stroke=_series(i))
             for merge in merges:

@@ -36,7 +36,7 @@ p{margin:0 0 8px}
  padding:14px 20px 6px;margin:20px 0 0;font-size:1.02rem}
 .verdict p{margin:0 0 10px;overflow-wrap:anywhere}
 .warning{border-left-color:var(--s1)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:14px;margin:16px 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(250px,1fr));gap:14px;margin:16px 0 0}
 .tile,figure,details{background:var(--paper);border:1px solid var(--grid);border-radius:8px}
 .tile{padding:14px 18px}
 .tile strong{display:block;font-size:1.9rem;line-height:1.2;font-variant-numeric:tabular-nums}

@@ -140,15 +140,17 @@ def share(nonlinearity: float | None) -> str:
 
 
 def spans(chosen: Iterable[str], among: Sequence[str]) -> str:
-    """`blocks 0–2 and 4`: neighbours among all blocks are drawn together."""
+    """`blocks 0–2 and 4`: neighbours among all blocks are drawn together; at most four such runs are named."""
     runs: list[list[str]] = []
     wanted, last = set(chosen), -2
     for i, label in enumerate(among):
         if label in wanted:
-            runs = [*runs[:-1], [*runs[-1], label]] if i == last + 1 else [*runs, [label]]
+            joined = i == last + 1 and label.rpartition(" ")[0] == runs[-1][0].rpartition(" ")[0]
+            runs = [*runs[:-1], [*runs[-1], label]] if joined else [*runs, [label]]
             last = i
-    texts = [run[0] if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
-    return f"block{'s' if len(wanted) > 1 else ''} {listed(texts)}"
+    texts = [run[0] if len(run) == 1 else f"{run[0]}–{run[-1].rpartition(' ')[2]}" for run in runs]
+    more = [f"{sum(map(len, runs[3:]))} more"] if len(runs) > 4 else []
+    return f"block{'s' if len(wanted) > 1 else ''} {listed([*texts[:3], *more] if more else texts)}"
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -292,20 +294,22 @@ def _following(data: Data) -> str:
         texts = []
         for parent in sorted({lead for lead in leads if lead}, key=leads.count, reverse=True)[:2]:
             chosen = [row for row, lead in zip(blocks, leads, strict=True) if lead == parent]
-            features, weights = (_mix(data, chosen, key) for key in ("effective_feature", "effective_weight"))
-            where = spans([place(row) for row in chosen], labels)
-            texts.append(
-                f"{where} lean{'s' * (len(chosen) == 1)} to {parent} ({features} in features, {weights} in weights)"
+            kept = {p: _kept(chosen, p) for p in data["parents"]}
+            least = min(kept, key=lambda p: kept[p][0] - kept[p][1])
+            numbers = ", ".join(
+                f"{p} {shown(kept[p][0], digits=2)} for {shown(kept[p][1], digits=2)}" for p in (parent, least)
             )
+            where = spans([place(row) for row in chosen], labels)
+            texts.append(f"{where} lean{'s' * (len(chosen) == 1)} to {parent} ({numbers})")
         parts.append(f"on {name} {listed(texts)}" if texts else f"on {name} no block prefers one by {LEAN} or more")
-    return f"Parents: {'; '.join(parts)}." if parts else ""
+    return f"Parents (ĉ in features for ĉ in weights): {'; '.join(parts)}." if parts else ""
 
 
-def _mix(data: Data, chosen: Sequence[Data], key: str) -> str:
-    """Mean effective coefficients of some blocks: `math 0.43, code 0.35`."""
-    return ", ".join(
-        f"{parent} {shown(_mean(row[key].get(parent) for row in chosen), digits=2)}" for parent in data["parents"]
-    )
+def _kept(chosen: Sequence[Data], parent: str) -> tuple[float, float]:
+    """Mean effective coefficient of a parent in features and in weights."""
+    spaces = ("effective_feature", "effective_weight")
+    feature, weight = (_mean(number(row, space, parent) for row in chosen) or 0.0 for space in spaces)
+    return feature, weight
 
 
 def _mean(values: Iterable[Any]) -> float | None:
@@ -358,8 +362,9 @@ def _advice(data: Data) -> str:
     diluted = [
         n for n, f in costs.items() if (number(f["dilution"], "low") or 0) > 0 and (f["merged"] or 0) > f["loss"]
     ]
-    if diluted:
-        tips.append(listed([f"more weight on {costs[n]['parent']} if {n} matters most" for n in diluted]))
+    for parent in dict.fromkeys(costs[n]["parent"] for n in diluted):
+        own = " or ".join(n for n in diluted if costs[n]["parent"] == parent)
+        tips.append(f"more weight on {parent} if {own} matters most")
     if any(below_floor(row) for name in names for row in rows(data, name)):
         tips.append("writing the merge in float32, since rounding is as large as what is measured")
     tips += [

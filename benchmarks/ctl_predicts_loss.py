@@ -1,0 +1,353 @@
+"""Does the nonlinearity ratio R predict what a merge costs in loss? Rank correlations over many merges of one family.
+
+    python benchmarks/ctl_predicts_loss.py --base BASE --experts math=MATH code=CODE \\
+        --text math=test.jsonl:question,answer --text code=code.jsonl:prompt,solution
+
+Every pair of experts and the set of all of them is merged in a dozen ways; each merge is probed on its experts' own
+texts (a text is named like its expert). Measured, as means over those texts, in nats per token:
+
+  gap    L(merged) - L(the text's own expert): what the merge costs. 0 is a merge as good as its experts.
+  cost   L(merged) - L(logit ensemble): the part of it that linearity does not explain. 0 where linearity is exact.
+
+R is taken over blocks and texts. Its floor as a predictor is what weights alone tell, without running anything: how far
+the merge is from its experts. Its ceiling is ±1. Intervals (95 %) resample merges, as if they were independent, and
+groups of experts, as merges of the same experts are not; groups that share an expert are not independent either, so
+the second interval too is narrower than it should be. The partial correlation is one of ranks, given ‖τ‖,
+cos(τ_i, τ_j) and the sum of coefficients (and its square). `--scale` moves the experts towards the base first.
+`--output DIR` gets results as JSON and a figure. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import ctl_merge
+from ctl_merge.reference import ModelRef
+from ctl_merge.stored import open_checkpoint
+from ctl_merge.weights import task_grams
+
+PREDICTORS = {
+    "R": "R, mean of blocks",
+    "R_last": "R, last block",
+    "local": "local part, sum of blocks",
+    "deviation": "‖dev‖ / ‖I‖, mean of blocks",
+    "angle": "1 - cos, mean of blocks",
+    "distance": "weights only: ‖θ_m - θ_i‖",
+    "tau_merged": "weights only: ‖τ_m‖",
+}
+OUTCOMES = {"gap": "L(merged) - L(own expert)", "cost": "L(merged) - L(logit ensemble)"}
+COLOURS = {"linear": "#0072B2", "task_arithmetic": "#D55E00", "ties": "#009E73", "dare_linear": "#CC79A7",
+           "slerp": "#000000"}  # fmt: skip
+DRAWS = 2000
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its parameters. `weights`: the experts' (None: 1/k each); only for pairs if they differ."""
+
+    label: str
+    method: str
+    parameters: Mapping[str, float]
+    weights: tuple[float, ...] | None = None
+
+    def recipe(self, base: Path, experts: Sequence[Path]) -> str | None:
+        """The recipe, or None where the method does not take so many models."""
+        weights = self.weights or (1 / len(experts),) * len(experts)
+        models = [{"model": str(e), "parameters": {"weight": w}} for e, w in zip(experts, weights, strict=False)]
+        if self.method == "slerp":
+            if len(experts) != 2:
+                return None
+            base, models = experts[0], [{"model": str(experts[1])}]
+        elif len(weights) != len(experts):
+            return None
+        elif self.method == "linear":  # the base is an input there; named, all recipes have the same reference
+            models.insert(0, {"model": str(base), "parameters": {"weight": 0.0}})
+        content = {"merge_method": self.method, "base_model": str(base), "models": models}
+        return json.dumps({**content, "parameters": dict(self.parameters)})
+
+
+ARITHMETIC = (0.3, 0.7, 1.0)
+SETTINGS = [
+    Setting("linear", "linear", {}),
+    Setting("linear 1:3", "linear", {}, (0.25, 0.75)),
+    Setting("linear 3:1", "linear", {}, (0.75, 0.25)),
+    *(Setting(f"task_arithmetic λ {s:g}", "task_arithmetic", {"weight": 1.0, "lambda": s}) for s in ARITHMETIC),
+    Setting("ties density 0.2", "ties", {"density": 0.2}),
+    Setting("ties density 0.5", "ties", {"density": 0.5}),
+    Setting("ties density 0.2, λ 0.5", "ties", {"density": 0.2, "lambda": 0.5}),
+    Setting("dare_linear density 0.5", "dare_linear", {"density": 0.5}),
+    Setting("dare_linear density 0.8", "dare_linear", {"density": 0.8}),
+    Setting("slerp t 0.5", "slerp", {"t": 0.5}),
+]
+
+
+# Measuring
+
+
+def measure(
+    setting: Setting, base: Path, experts: Mapping[str, Path], texts: Mapping[str, str], sequences: int, length: int
+) -> dict[str, object] | None:
+    """One merge of the experts, probed on their texts."""
+    text = setting.recipe(base, list(experts.values()))
+    if text is None:
+        return None
+    recipe = ctl_merge.parse_recipe(text)
+    report = ctl_merge.probe(recipe, [texts[name] for name in experts], sequences=sequences, length=length)
+    found: dict[str, list[float]] = {name: [] for name in ("gap", "cost", "ensemble_gap", *list(PREDICTORS)[:5])}
+    for name, path in experts.items():
+        losses = report.data["sets"][name]["losses"]
+        nll = {model: loss["value"] for model, loss in losses["nll"].items()}
+        own = nll.get(path.name, nll["base"])  # slerp's first expert is the base of its probe
+        ensemble = losses["merges"]["merged"]["ensemble"]["value"]
+        rows = [row for row in report.rows if row["set"] == name and row["part"] == "block"]
+        ratios = [row["nonlinearity"] for row in rows]
+        found["gap"].append(nll["merged"] - own)
+        found["cost"].append(nll["merged"] - ensemble)
+        found["ensemble_gap"].append(ensemble - own)
+        found["R"].append(float(np.mean(ratios)))
+        found["R_last"].append(ratios[-1])
+        found["local"].append(sum(row["local"] for row in rows))
+        found["deviation"].append(float(np.mean([row["relative_deviation"] for row in rows])))
+        found["angle"].append(float(np.mean([1 - row["cos"] for row in rows])))
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return {"recipe": setting.label, "method": setting.method, **means, **weight_space(base, experts, recipe)}
+
+
+def weight_space(base: Path, experts: Mapping[str, Path], recipe: ctl_merge.Recipe) -> dict[str, float]:
+    """Norms in units of ‖θ_0‖: of the task vectors (mean), of the merge's, from the merge to its experts (mean); the
+    task vectors' mean cosine; the sum of the merge's effective coefficients."""
+    opened = [open_checkpoint(ModelRef.parse(str(path))) for path in (base, *experts.values())]
+    grams = task_grams(opened[0], opened[1:], [ctl_merge.open_merge(recipe)])
+    gram, k = grams.total(), len(experts)
+    norms = np.sqrt(np.diag(gram) / gram[k, k])
+    apart = [math.sqrt(max(gram[i, i] - 2 * gram[i, -1] + gram[-1, -1], 0) / gram[k, k]) for i in range(k)]
+    cosines = [gram[i, j] / math.sqrt(gram[i, i] * gram[j, j]) for i, j in itertools.combinations(range(k), 2)]
+    return {
+        "distance": float(np.mean(apart)), "tau_merged": float(norms[-1]), "tau": float(norms[:k].mean()),
+        "cosine": float(np.mean(cosines)), "coefficients": float(grams.coefficients(gram, 0)[0].sum()),
+    }  # fmt: skip
+
+
+def groups(experts: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Every pair, and all experts together."""
+    for names in itertools.combinations(experts, 2):
+        yield {name: experts[name] for name in names}
+    if len(experts) > 2:
+        yield dict(experts)
+
+
+# Statistics
+
+
+def ranks(values: Array) -> Array:
+    """Ranks, their mean where values are equal: (n,) -> (n,)."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum()
+    return (last - (counts - 1) / 2)[places]
+
+
+def spearman(x: Array, y: Array, controls: Array | None = None) -> float:
+    """Rank correlation; of what a linear fit to the controls' ranks (n, c) leaves of both, if there are any."""
+    a, b = ranks(x), ranks(y)
+    known = [np.ones(len(x))]
+    if controls is not None:
+        known += [ranks(column) for column in controls.T]
+        known += [(known[-1] - known[-1].mean()) ** 2]  # the last control's effect need not be monotone
+    fit = np.stack(known, axis=1)
+    a, b = (v - fit @ np.linalg.lstsq(fit, v, rcond=1e-9)[0] for v in (a, b))
+    norm = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / norm if norm > 1e-9 else math.nan
+
+
+def within(x: Array, y: Array, labels: Array) -> Array:
+    """The rank correlation in each group of equal labels that has at least four merges."""
+    chosen = [labels == label for label in dict.fromkeys(labels)]
+    return np.array([spearman(x[c], y[c]) for c in chosen if c.sum() > 3])
+
+
+def interval(statistic: Callable[[Array], float], clusters: Sequence[Array]) -> list[float]:
+    """95 % bootstrap interval of a statistic of rows, from resampled clusters of rows."""
+    generator = np.random.default_rng(0)
+    draws = generator.integers(0, len(clusters), (DRAWS, len(clusters)))
+    found = [statistic(np.concatenate([clusters[i] for i in draw])) for draw in draws]
+    return [round(float(bound), 3) for bound in np.nanquantile(found, [0.025, 0.975])]
+
+
+def correlate(rows: Sequence[Mapping[str, object]], predictor: str, outcome: str) -> dict[str, object]:
+    """All correlations of a predictor with an outcome."""
+    x, y = (np.array([row[name] for row in rows], dtype=float) for name in (predictor, outcome))
+    controls = np.array([[row[name] for name in ("tau", "cosine", "coefficients")] for row in rows], dtype=float)
+    experts, recipes = (np.array([row[name] for row in rows]) for name in ("experts", "recipe"))
+    single = [np.array([i]) for i in range(len(rows))]
+    grouped = [np.flatnonzero(experts == name) for name in dict.fromkeys(experts)]
+    found: dict[str, object] = {"predictor": predictor, "outcome": outcome}
+    plain = lambda at: spearman(x[at], y[at])  # noqa: E731
+    partial = lambda at: spearman(x[at], y[at], controls[at])  # noqa: E731
+    everything = np.arange(len(rows))
+    for name, statistic in (("all", plain), ("partial", partial)):
+        found[name] = round(statistic(everything), 3)
+        found[f"{name}_by_merge"], found[f"{name}_by_group"] = interval(statistic, single), interval(statistic, grouped)
+    for name, labels in (("same_experts", experts), ("same_recipe", recipes)):
+        each = within(x, y, labels)
+        found[name] = round(float(each.mean()), 3)
+        found[f"{name}_by_group"] = interval(
+            lambda at, each=each: float(each[at].mean()), list(np.arange(len(each))[:, None])
+        )
+    return found
+
+
+# Showing
+
+
+def show(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[str, object]]) -> None:
+    """Means by recipe, then correlations, at 100 columns."""
+    table = Table(title=f"{len(rows)} merges, means over groups of experts", box=box.SIMPLE)
+    for column in ("recipe", "merges", "R", "R last", "gap", "cost"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for label in dict.fromkeys(str(row["recipe"]) for row in rows):
+        own = [row for row in rows if row["recipe"] == label]
+        means = [np.mean([float(row[name]) for row in own]) for name in ("R", "R_last", "gap", "cost")]  # type: ignore[arg-type]
+        table.add_row(label, str(len(own)), *(f"{mean:.2f}" for mean in means))
+    Console(width=100).print(table)
+    columns = {"all": "merge", "all ": "group", "partial": "group", "same_experts": "group", "same_recipe": "group"}
+    for outcome, title in OUTCOMES.items():
+        table = Table(title=f"rank correlation with the {outcome}, {title}; 95 %", box=box.SIMPLE)
+        table.add_column("predictor")
+        for name, unit in columns.items():
+            table.add_column(f"{name.strip().replace('_', ' ')},\nby {unit}", justify="right")
+        for found in correlations:
+            if found["outcome"] == outcome:
+                cells = [(found[n.strip()], found[f"{n.strip()}_by_{unit}"]) for n, unit in columns.items()]
+                shown = [f"{value:+.2f}\n[{low:.2f}, {high:.2f}]" for value, (low, high) in cells]  # type: ignore[misc]
+                table.add_row(PREDICTORS[str(found["predictor"])], *shown)
+        Console(width=100).print(table)
+
+
+def figure(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[str, object]]) -> str:
+    """R against both outcomes, coloured by method: an SVG."""
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 350" font-family="sans-serif" font-size="12">']
+    parts.append('<rect width="760" height="350" fill="#fff"/>')
+    for place, (outcome, title) in enumerate(OUTCOMES.items()):
+        rho = next(c for c in correlations if c["predictor"] == "R" and c["outcome"] == outcome)
+        low, high = rho["all_by_group"]  # type: ignore[misc]
+        head = f"{title}, nats per token: ρ = {rho['all']:.2f} [{low:.2f}, {high:.2f}]"
+        parts += _panel(rows, outcome, head, 45 + 375 * place)
+    for i, (method, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<circle cx="{60 + 130 * i}" cy="334" r="4.5" fill="{colour}" fill-opacity=".75"/>')
+        parts.append(f'<text x="{69 + 130 * i}" y="338">{method}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _panel(rows: Sequence[Mapping[str, object]], outcome: str, head: str, left: int) -> list[str]:
+    width, bottom, height = 320, 280, 240
+    xs, ys = ([float(row[name]) for row in rows] for name in ("R", outcome))  # type: ignore[arg-type]
+    ticks = (_ticks(xs), _ticks(ys))
+    (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in ticks)
+    across = lambda v: left + width * (v - x0) / (x1 - x0)  # noqa: E731
+    up = lambda v: bottom - height * (v - y0) / (y1 - y0)  # noqa: E731
+    parts = [f'<text x="{left}" y="22" font-size="11.5">{escape(head)}</text>']
+    for v in ticks[1]:
+        look = "#888" if abs(v) < 1e-9 else "#e4e4e4"
+        parts.append(f'<path d="M{left} {up(v):.1f}h{width}" stroke="{look}"/>')
+        parts.append(f'<text x="{left - 6}" y="{up(v) + 4:.1f}" text-anchor="end" fill="#555">{v:g}</text>')
+    for v in ticks[0]:
+        parts.append(f'<text x="{across(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{v:g}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">R, mean of blocks</text>')
+    for row, x, y in zip(rows, xs, ys, strict=True):
+        tip = escape(f"{row['recipe']}, {row['experts']}: R {x:.2f}, {y:.2f}")
+        parts.append(
+            f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="4.5" fill="{COLOURS[str(row["method"])]}" '
+            f'fill-opacity=".75" stroke="#fff" stroke-width=".6"><title>{tip}</title></circle>'
+        )
+    return parts
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers from below the least to above the largest value."""
+    span = max(values) - min(values) or 1.0
+    step = next(s for s in (m * 10.0**e for e in range(-3, 4) for m in (1, 2, 5)) if span / s <= 6)
+    first, last = math.floor(min(values) / step), math.ceil(max(values) / step)
+    return [round(i * step, 6) for i in range(first, last + 1)]
+
+
+# Running
+
+
+def named(text: str) -> tuple[str, str]:
+    name, separator, rest = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=...")
+    return name, rest
+
+
+def as_txt(name: str, source: str, folder: Path) -> str:
+    """The text's spec for the probe, which knows plain text by its suffix."""
+    path = Path(source)
+    if path.is_file() and path.suffix not in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
+        source = str(shutil.copyfile(path, folder / f"{name}.txt"))
+    return f"{name}={source}"
+
+
+def scaled(base: Path, experts: Mapping[str, Path], scale: float, folder: Path) -> dict[str, Path]:
+    """The experts θ_0 + scale τ."""
+    if scale == 1:
+        return dict(experts)
+    setting = Setting("", "task_arithmetic", {}, (scale,))
+    for path in experts.values():
+        ctl_merge.merge(ctl_merge.parse_recipe(setting.recipe(base, [path]) or ""), folder / path.name)
+    return {name: folder / path.name for name, path in experts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--experts", nargs="+", type=named, required=True, metavar="NAME=DIR")
+    parser.add_argument("--text", action="append", type=named, required=True, metavar="NAME=PATH[:FIELDS]")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--scale", type=float, default=1.0, help="experts are moved to base + SCALE τ first")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more slow very small models down")
+    parser.add_argument("--output", type=Path, help="folder for results and figure")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        texts = {name: as_txt(name, source, Path(temporary)) for name, source in options.text}
+        experts = scaled(options.base, {n: Path(p) for n, p in options.experts}, options.scale, Path(temporary))
+        for group, setting in itertools.product(groups(experts), SETTINGS):
+            row = measure(setting, options.base, group, texts, options.sequences, options.length)
+            if row is not None:
+                rows.append({"experts": "+".join(group), **row})
+    correlations = [correlate(rows, predictor, outcome) for outcome in OUTCOMES for predictor in PREDICTORS]
+    show(rows, correlations)
+    shape = {"sequences": options.sequences, "length": options.length, "scale": options.scale}
+    result = {"benchmark": "ctl_predicts_loss", **shape, "merges": len(rows), "correlations": correlations}
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        stem = "ctl_predicts_loss" + (f"_scale_{options.scale:g}" if options.scale != 1 else "")
+        compact = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in compact)
+        text = json.dumps({**result, "rows": []}, ensure_ascii=False).removesuffix("[]}")
+        (options.output / f"{stem}.json").write_text(f"{text}[\n  {lines}\n]}}\n", "utf-8")
+        (options.output / f"{stem}.svg").write_text(figure(rows, correlations), "utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Probing as people do it: a recipe, a pair over α, a merge made elsewhere, models in memory, ranks, commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ctl_merge
+from ctl_merge.cli import app
+from ctl_merge.errors import CtlMergeError
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
+BASE, CYCLE, SHIFT = (str(QUICKSTART / name) for name in ("base", "cycle", "shift"))
+SMALL = {"sequences": 4, "length": 24}
+RECIPE = QUICKSTART / "task_arithmetic.yaml"
+
+
+@pytest.fixture(scope="module")
+def report() -> ctl_merge.ProbeReport:
+    return ctl_merge.probe(RECIPE, patch=True, null=True, **SMALL)
+
+
+def by_block(report: ctl_merge.ProbeReport, name: str, merge: str = "merged", **where: str) -> list:
+    wanted = {"merge": merge, "part": "block", "set": "cycle", **where}
+    return [row[name] for row in report.rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def loaded(path: str | Path):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def test_a_recipe_is_probed_without_being_written(report: ctl_merge.ProbeReport, tmp_path: Path) -> None:
+    ratios = by_block(report, "nonlinearity")
+    assert len(ratios) == 6 and all(0 < r < 3 for r in ratios)
+    assert by_block(report, "effective_weight")[0] == pytest.approx({"cycle": 0.7, "shift": 0.7})
+    assert report.data["merges"][0]["explained_weight"] == pytest.approx(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_block_has_what_the_report_promises(report: ctl_merge.ProbeReport) -> None:
+    row = json.loads(report.to_json())["sets"]["shift"]["blocks"][-1]
+    promised = "block nonlinearity cos coef cos_parents effective_weight effective_feature local propagated".split()
+    assert all(row[name] is not None for name in promised)
+    assert row["nonlinearity_low"] <= row["nonlinearity"] <= row["nonlinearity_high"]
+    assert row["nonlinearity_null"] > 0
+
+
+def test_the_patch_at_the_last_block_leaves_only_the_head(report: ctl_merge.ProbeReport) -> None:
+    gains = report.data["sets"]["cycle"]["losses"]["merges"]["merged"]["patch"]
+    assert list(gains) == [f"model.layers.{i}" for i in range(6)]
+    assert all(np.isfinite(gain["value"]) for gain in gains.values())
+
+
+def test_losses_split_exactly(report: ctl_merge.ProbeReport) -> None:
+    losses = report.data["sets"]["cycle"]["losses"]
+    merged = losses["merges"]["merged"]
+    for parent in ("cycle", "shift"):
+        gap = losses["nll"]["merged"]["value"] - losses["nll"][parent]["value"]
+        split = merged["nonlinearity_cost"]["value"] + merged["dilution_cost"][parent]["value"]
+        assert gap == pytest.approx(split, abs=1e-12)
+
+
+def test_a_pair_is_swept_over_alpha() -> None:
+    found = ctl_merge.probe_pair([CYCLE, SHIFT], BASE, alphas=[0.0, 0.5, 1.0], **SMALL)
+    assert [entry["alpha"] for entry in found.data["merges"]] == [0.0, 0.5, 1.0]
+    assert max(by_block(found, "nonlinearity", merge="α = 0.5")) > 0.1
+    for end in ("α = 0", "α = 1"):  # the merge is a parent: no deviation, and 0 of the parents' disagreement
+        assert max(by_block(found, "relative_deviation", merge=end)) < 1e-5
+
+
+def test_a_merge_made_elsewhere_gives_the_same_numbers(report: ctl_merge.ProbeReport, tmp_path: Path) -> None:
+    folder = ctl_merge.merge(RECIPE, tmp_path / "merged").folder
+    (folder / "ctl_merge_recipe.yaml").unlink()
+    found = ctl_merge.probe_merged(str(folder), [CYCLE, SHIFT], BASE, **SMALL)
+    assert by_block(found, "nonlinearity") == pytest.approx(by_block(report, "nonlinearity"), rel=1e-3)
+    with pytest.raises(CtlMergeError, match="--models"):
+        ctl_merge.probe_merged(str(folder))
+
+
+def test_parents_come_from_the_recipe_in_the_merges_folder(tmp_path: Path) -> None:
+    recipe = f"merge_method: linear\nbase_model: {BASE}\nparameters: {{weight: 1.0}}\nmodels: [{{model: {CYCLE}}}]\n"
+    folder = ctl_merge.merge(ctl_merge.parse_recipe(recipe), tmp_path / "merged").folder
+    found = ctl_merge.probe_merged(str(folder), **SMALL)
+    assert found.data["parents"] == ["cycle"]
+    assert by_block(found, "effective_weight")[0] == pytest.approx({"cycle": 0.5}, abs=1e-6)
+
+
+def test_models_in_memory_give_the_same_numbers_and_are_left_as_they_were(tmp_path: Path) -> None:
+    folder = ctl_merge.merge(RECIPE, tmp_path / "merged").folder
+    merged = loaded(folder)
+    ids = torch.randint(3, 30, (4, 24), generator=torch.Generator().manual_seed(0))
+    before = merged(ids).logits
+    with ctl_merge.observing(
+        loaded(BASE), {"cycle": loaded(CYCLE), "shift": loaded(SHIFT)}, {"merged": merged}
+    ) as seen:
+        seen.run(ids[:2])
+        seen.run(ids[2:])
+        found = seen.report()
+    assert found.data["sets"]["input"]["sequences"] == 4
+    assert by_block(found, "effective_weight", set="input")[0] == pytest.approx({"cycle": 0.7, "shift": 0.7}, abs=1e-4)
+    assert torch.equal(merged(ids).logits, before)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "disk"])
+def test_a_merge_is_a_model_without_being_written(device_map: str, tmp_path: Path) -> None:
+    folder = ctl_merge.merge(RECIPE, tmp_path / "merged").folder
+    ids = torch.arange(3, 27).view(1, -1)
+    assert torch.equal(ctl_merge.load_model(RECIPE, device_map)(ids).logits, loaded(folder)(ids).logits)
+
+
+def test_ranks_share_the_sequences_and_find_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "ranked.py"
+    script.write_text(
+        "import os, sys, ctl_merge\n"
+        f"report = ctl_merge.probe({str(RECIPE)!r}, sequences=5, length=24)\n"
+        "if os.environ['RANK'] == '0':\n    open(sys.argv[1], 'w').write(report.to_json())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, tmp_path / "found.json"]
+    subprocess.run(command, check=True, capture_output=True)
+    ranked = json.loads((tmp_path / "found.json").read_text())
+    alone = json.loads(ctl_merge.probe(RECIPE, sequences=5, length=24).to_json())
+    for name in ("nonlinearity", "nonlinearity_robust", "cos_token", "local"):
+        values = [
+            [row[name] for row in found["sets"]["shift"]["blocks"] if row["part"] == "block"]
+            for found in (ranked, alone)
+        ]
+        assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_the_report_is_saved_whole(report: ctl_merge.ProbeReport, tmp_path: Path) -> None:
+    report.save(tmp_path)
+    assert json.loads((tmp_path / "probe.json").read_text())["format"] == 1
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert list((tmp_path / "figures").glob("*.svg"))
+    with np.load(tmp_path / "grams.npz") as grams:
+        assert grams["cycle/model.layers.0/gram"].shape[0] == SMALL["sequences"]
+
+
+def test_the_command_line_probes_and_the_card_tells(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.read_text().replace("model: ", f"model: {QUICKSTART}/").replace(": base", f": {BASE}")
+                      + "probe: {sequences: 3, length: 16}\n")  # fmt: skip
+    done = CliRunner().invoke(app, [str(recipe), "-o", str(tmp_path / "merged"), "--probe", "-q"])
+    assert done.exit_code == 0, done.output
+    assert "## Probe: Cross-Task Linearity" in (tmp_path / "merged" / "README.md").read_text()
+    assert json.loads((tmp_path / "merged" / "probe" / "probe.json").read_text())["settings"]["sequences"] == 3
+    done = CliRunner().invoke(
+        app, ["probe", "--models", CYCLE, SHIFT, "--base", BASE, "--sequences", "2", "--length", "16", "--json"]
+    )
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["merges"]) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["probe", str(RECIPE), "--length", "100000"], "context"),
+        (["probe", str(RECIPE), "--data", "nowhere.txt"], "neither a file nor a data set"),
+        (["probe", str(RECIPE), "--blocks", "model.nothing"], "--blocks"),
+        (["probe", "--models", CYCLE, "--base", BASE], "two models"),
+    ],
+)
+def test_bad_input_is_told(arguments: list[str], message: str) -> None:
+    with pytest.raises(CtlMergeError, match=message):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_an_empty_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(CtlMergeError, match="too few"):
+        ctl_merge.probe(RECIPE, [f"empty={tmp_path / 'empty.txt'}"], **SMALL)

@@ -59,7 +59,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its parameters. `weights`: the experts' (None: 1/k each); only for pairs if they differ."""
+    """A method with its parameters. `weights`: one per expert, for groups of that size (None: `weight`, or 1/k)."""
 
     label: str
     method: str
@@ -68,7 +68,7 @@ class Setting:
 
     def recipe(self, base: Path, experts: Sequence[Path]) -> str | None:
         """The recipe, or None where the method does not take so many models."""
-        weights = self.weights or (1 / len(experts),) * len(experts)
+        weights = self.weights or (self.parameters.get("weight", 1 / len(experts)),) * len(experts)
         models = [{"model": str(e), "parameters": {"weight": w}} for e, w in zip(experts, weights, strict=False)]
         if self.method == "slerp":
             if len(experts) != 2:
@@ -87,7 +87,7 @@ SETTINGS = [
     Setting("linear", "linear", {}),
     Setting("linear 1:3", "linear", {}, (0.25, 0.75)),
     Setting("linear 3:1", "linear", {}, (0.75, 0.25)),
-    *(Setting(f"task_arithmetic λ {s:g}", "task_arithmetic", {"weight": 1.0, "lambda": s}) for s in ARITHMETIC),
+    *(Setting(f"task_arithmetic λ {s:g}", "task_arithmetic", {"weight": s}) for s in ARITHMETIC),
     Setting("ties density 0.2", "ties", {"density": 0.2}),
     Setting("ties density 0.5", "ties", {"density": 0.5}),
     Setting("ties density 0.2, λ 0.5", "ties", {"density": 0.2, "lambda": 0.5}),

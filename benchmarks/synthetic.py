@@ -13,6 +13,7 @@ from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.header import TensorSpec
 from ctl_merge.writer import ShardWriter, plan_shards, write_index
 
+_HEAD = 64  # width of an attention head
 # hidden size, blocks, intermediate size, vocabulary, width of the key-value heads
 SIZES = {
     "20M": (256, 8, 688, 32000, 64),
@@ -24,11 +25,11 @@ SIZES = {
 _BLOCK = 1 << 20  # values are drawn once and laid out again and again: making them afresh would take minutes
 
 
-def llama_specs(size: str, dtype: str = "BF16") -> dict[str, TensorSpec]:
-    """The tensors of a Llama of that size."""
-    hidden, blocks, intermediate, vocabulary, heads = SIZES[size]
+def llama_specs(size: str, dtype: str = "BF16", blocks: int | None = None) -> dict[str, TensorSpec]:
+    """The tensors of a Llama of that size, or of its width with as many blocks as given."""
+    hidden, usual, intermediate, vocabulary, heads = SIZES[size]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
-    for block in range(blocks):
+    for block in range(blocks or usual):
         prefix = f"model.layers.{block}"
         shapes |= {
             f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
@@ -48,11 +49,13 @@ def llama_specs(size: str, dtype: str = "BF16") -> dict[str, TensorSpec]:
 class Synthetic(Checkpoint):
     """Model 0 is the base, N(0, 0.02²); model i is the base plus a task vector of a tenth of that size."""
 
-    def __init__(self, size: str, model: int) -> None:
-        self.name, self.tensors = f"{size}-{model}", llama_specs(size)
+    def __init__(self, size: str, model: int, blocks: int | None = None) -> None:
+        self.name, self.tensors = f"{size}-{model}", llama_specs(size, blocks=blocks)
+        hidden, usual, intermediate, vocabulary, heads = SIZES[size]
         self.config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": SIZES[size][1],
-            "hidden_size": SIZES[size][0], "vocab_size": SIZES[size][3], "torch_dtype": "bfloat16",
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": blocks or usual,
+            "hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocabulary,
+            "num_attention_heads": hidden // _HEAD, "num_key_value_heads": heads // _HEAD, "torch_dtype": "bfloat16",
         }  # fmt: skip
         base = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
         own = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(model)) * 0.002 if model else 0.0
@@ -67,19 +70,32 @@ class Synthetic(Checkpoint):
             filled, at = filled + count, 0
 
 
-def write_family(folder: Path, size: str, models: int, max_shard_bytes: int = 2 * 10**9) -> list[Path]:
+def write_family(
+    folder: Path, size: str, models: int, max_shard_bytes: int = 2 * 10**9, blocks: int | None = None
+) -> list[Path]:
     """Write a base and `models` finetunes; folders that are there already are kept."""
+    name = size if blocks is None else f"{size}-{blocks}-blocks"
     paths = []
     for model in range(models + 1):
-        path = folder / f"{size}-{model}"
+        path = folder / f"{name}-{model}"
         paths.append(path)
         if (path / "config.json").exists():
             continue
         path.mkdir(parents=True, exist_ok=True)
-        checkpoint = Synthetic(size, model)
+        checkpoint = Synthetic(size, model, blocks)
         shards = plan_shards(checkpoint.tensors, max_shard_bytes)
         ShardWriter(path, shards, checkpoint).write(workers=2)
         write_index(path, shards)
         (path / "journal").unlink()
         (path / "config.json").write_text(json.dumps(checkpoint.config))
     return paths
+
+
+def write_tokenizer(folder: Path, size: str) -> None:
+    """Beside a checkpoint, a tokenizer of its vocabulary: the words w0, w1, w2 ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZES[size][3])}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)

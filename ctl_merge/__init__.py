@@ -1,9 +1,12 @@
 """Merge Hugging Face checkpoints that share a base model.
 
->>> import ctl_merge                                    # doctest: +SKIP
->>> ctl_merge.merge("recipe.yaml", "merged")            # doctest: +SKIP
+A recipe is a lazy checkpoint: `open_merge` gives one whose tensors are merged when they are read, `merge` writes it,
+`load_model` runs it, `probe` looks into it.
 
-A recipe is a lazy checkpoint: `open_merge` gives one whose tensors are merged when they are read.
+>>> import ctl_merge
+>>> merged = ctl_merge.open_merge("recipes/quickstart/ties.yaml")
+>>> merged.read("model.norm.weight").shape
+torch.Size([96])
 """
 
 from importlib import import_module

@@ -141,8 +141,11 @@ class ManyModels(TyperCommand):
 
 @app.command(cls=ManyModels)
 def probe(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="The merge to probe; it is not written.", metavar="[RECIPE]")
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The merge to probe; it is not written. Several over the same models too.", metavar="RECIPE"
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -169,6 +172,10 @@ def probe(
     device_map: Annotated[
         str | None, typer.Option(help="cpu, cuda:N, auto, or disk: weights are read block by block.", metavar="MAP")
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for weights, such as cpu=8GiB; the rest is read as needed.", metavar="LIMITS"),
+    ] = None,
     blocks: Annotated[str | None, typer.Option(help="Path of the model's list of blocks, if not found.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -176,19 +183,20 @@ def probe(
     _configure_logging(verbose=False, quiet=False)
     if not sys.stderr.isatty():
         _silence_hub()
-    if recipe is not None and not recipe.is_file():
-        raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
+    for recipe in recipes or []:
+        if not recipe.is_file():
+            raise typer.BadParameter(_no_recipe(recipe), param_hint="RECIPE")
     from ctl_merge.probing import api
 
     options = api.Options(
-        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, blocks=blocks, chat=chat,
-        patch=patch, null=null,
+        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
+        blocks=blocks, chat=chat, patch=patch, null=null,
     )  # fmt: skip
-    if recipe is not None and not (models or base or merged):
-        report = api.probe_recipe(recipe, data or [], options, sequences, length)
-    elif merged is not None and recipe is None:
+    if recipes and not (models or merged):
+        report = api.probe_recipes(recipes, data or [], options, sequences, length, base)
+    elif merged is not None and not recipes:
         report = api.probe_merged(merged, models or [], base, data or [], options=options)
-    elif models and base and recipe is None:
+    elif models and base and not recipes:
         report = api.probe_pair(models, base, data or [], options=options)
     else:
         raise typer.BadParameter("give a RECIPE, or --models A B --base C, or --merged FOLDER")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from ctl_merge.findings import SHOWN, percent, signed
+from ctl_merge.findings import SHOWN, percent, short_name, signed
 
 TABLES = ("block", "kind", "tensor")
 _WIDE = 3  # parents that have a column each
@@ -22,11 +22,13 @@ def render(data: Mapping[str, Any], by: Sequence[str] = ("block", "kind")) -> An
     from rich.text import Text
 
     model = data["model"]
-    head = Text(f"{data['method']} against its parents, from {data['base']}: ", "bold")
+    head = Text(f"{data['method']} against its parents, from {short_name(data['base'])}: ", "bold")
     head.append(f"{model['tensors']:,} tensors, {model['parameters']:,} parameters", "not bold")
     flags = [_item("!", flag["message"], "yellow") for flag in data["flags"]]
     findings = [_item("·", finding) for finding in data["findings"]]
-    parts: list[Any] = [head, *flags, *findings, Text(), _signs(data) if model["signs"] else Text()]
+    parts: list[Any] = [head, *flags, *findings]
+    if model["signs"]:
+        parts += [Text(), _signs(data)]
     for kind in by:
         parts += [Text(), _table(data, kind)]
     return Group(*parts, Text(), Text(_legend(data), "dim"))
@@ -71,7 +73,7 @@ def _table(data: Mapping[str, Any], kind: str) -> Any:
         table.add_column(Text(header), justify="right", no_wrap=True)
     for row in data[f"{kind}s"]:
         name = Text(row["name"])
-        name.append(" !" if row["flags"] else "", "yellow")
+        name.append(" !" if _has_own_flag(row, data["model"]) else "", "yellow")
         table.add_row(name, *(show(row) for _, show in columns))
     table.add_row(Text("the model", "bold"), *(Text(show(data["model"]), "bold") for _, show in columns))
     return table
@@ -132,9 +134,14 @@ def _legend(data: Mapping[str, Any]) -> str:
     told.append("ĉ: the mix of the parents' task vectors that is nearest to the merged one; R²: the share it explains.")
     if _has_rounding(data):
         told.append("rounding: the error that the output's dtype adds, as a share of the merged ‖τ‖.")
-    if any(row["flags"] for kind in TABLES for row in data[f"{kind}s"]):
-        told.append("!: has `flags` in --json.")
+    if any(_has_own_flag(row, data["model"]) for kind in TABLES for row in data[f"{kind}s"]):
+        told.append("!: flagged, see above or `flags` in --json.")
     return " ".join(told)
+
+
+def _has_own_flag(row: Row, model: Row) -> bool:
+    """Whether it has a flag that the model as a whole does not have, or values that are not finite."""
+    return "nonfinite" in row["flags"] or not set(row["flags"]) <= set(model["flags"])
 
 
 def _has_rounding(data: Mapping[str, Any]) -> bool:

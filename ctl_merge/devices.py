@@ -29,7 +29,7 @@ def assign_devices(
     if device_map.lstrip().startswith("{"):
         table = _parse_table(device_map)
         return {name: _by_prefix(name, table) for name in specs}
-    return dict.fromkeys(specs, _checked(device_map))
+    return dict.fromkeys(specs, checked_device(device_map))
 
 
 def parse_max_memory(text: str | None) -> dict[int | str, int]:
@@ -56,7 +56,7 @@ def _accelerators(limits: dict[int | str, int]) -> list[str]:
     kind = torch.accelerator.current_accelerator()
     allowed = get_max_memory(limits or None)
     numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
-    return [_checked(number) for number in numbers] if kind else []
+    return [checked_device(number) for number in numbers] if kind else []
 
 
 def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _parse_table(text: str) -> dict[str, str]:
         table: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise DeviceError(f"--device-map is not valid JSON: {error}") from None
-    return {prefix: _checked(device) for prefix, device in table.items()}
+    return {prefix: checked_device(device) for prefix, device in table.items()}
 
 
 def _by_prefix(name: str, table: Mapping[str, str]) -> str:
@@ -86,7 +86,7 @@ def _by_prefix(name: str, table: Mapping[str, str]) -> str:
     return table[max(matching, key=len)]
 
 
-def _checked(device: Any) -> str:
+def checked_device(device: Any) -> str:
     """A device's full name, if it is there. `disk` is where weights are anyway: their arithmetic is the CPU's."""
     if device == "disk":
         return "cpu"

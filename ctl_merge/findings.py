@@ -13,6 +13,7 @@ FAR = 0.1  # of the base's norm: a task vector far larger than those of ordinary
 LOSSY = 0.1  # rounding error per norm of the merged task vector
 SHOWN = 0.2  # the density of which sentences and tables speak
 _SUBSTANTIAL = 0.01  # of all parameters: groups that are worth a sentence
+_ENTRIES = 100  # of which a share is worth a sentence
 _NAMES = 4
 
 Row = Mapping[str, Any]
@@ -72,12 +73,15 @@ def _subject(code: str) -> str:
 
 
 def _say_nonfinite(code: str, model: Row, data: Mapping[str, Any]) -> str:
-    counts = ", ".join(f"{n:,} of {who}" for who, n in model["nonfinite"].items() if n and who != "rounded")
-    overflow = model["nonfinite"]["rounded"]
-    also = f"{overflow:,} merged values exceed {' or '.join(data['dtypes'])}" if overflow else ""
+    whose = {**{name: name for name in data["parents"]}, "base": "the base", "merged": "the merge"}
+    counts = ", ".join(
+        f"{model['nonfinite'][who]:,} in {name}" for who, name in whose.items() if model["nonfinite"][who]
+    )
+    beyond = model["nonfinite"]["rounded"]
+    told = [f"NaN or infinity: {counts}"] if counts else []
+    told += [f"merged values beyond {' or '.join(data['dtypes'])}: {beyond:,}"] if beyond else []
     where = _few([row["name"] for row in data["tensors"] if "nonfinite" in row["flags"]])
-    told = "; ".join(filter(None, [f"not finite (NaN or infinity): {counts}" if counts else "", also]))
-    return f"{told} (in {where}); these entries are left out of all numbers here"
+    return f"{'; '.join(told)} (of {where}); these entries are left out of all numbers here"
 
 
 def _say_exploded(code: str, model: Row, data: Mapping[str, Any]) -> str:
@@ -87,7 +91,9 @@ def _say_exploded(code: str, model: Row, data: Mapping[str, Any]) -> str:
 
 def _say_base(code: str, model: Row, data: Mapping[str, Any]) -> str:
     share = percent(model["merged"]["to_largest_parent"])
-    return f"the merge is almost the base {data['base']}: its task vector is {share} of the largest parent's"
+    return (
+        f"the merge is almost the base {short_name(data['base'])}: its task vector is {share} of the largest parent's"
+    )
 
 
 def _say_parent(code: str, model: Row, data: Mapping[str, Any]) -> str:
@@ -98,7 +104,7 @@ def _say_parent(code: str, model: Row, data: Mapping[str, Any]) -> str:
 
 def _say_unrelated(code: str, model: Row, data: Mapping[str, Any]) -> str:
     cosine = model["parents"][code.partition(":")[2]]["cosine_to_base"]
-    return f"{_subject(code)} hardly comes from {data['base']}: the cosine of their weights is {cosine:.3f}"
+    return f"{_subject(code)} hardly comes from {short_name(data['base'])}: the cosine of their weights is {cosine:.3f}"
 
 
 def _say_rounded(code: str, model: Row, data: Mapping[str, Any]) -> str:
@@ -113,12 +119,14 @@ _MESSAGES: dict[str, Callable[[str, Row, Mapping[str, Any]], str]] = {
     "merged_is_parent": _say_parent,
     "unrelated": _say_unrelated,
     "rounded_away": _say_rounded,
-    "parent_is_base": lambda code, model, data: f"{_subject(code)} has the weights of the base {data['base']}",
+    "parent_is_base": lambda code, model, data: (
+        f"{_subject(code)} has the weights of the base {short_name(data['base'])}"
+    ),
     "same_parents": lambda code, model, data: f"{_subject(code)} are almost the same model",
 }
 _LOCAL: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
     "exploded": lambda code, data: f"the task vector is more than {EXPLODED:g} times the largest parent's",
-    "merged_is_base": lambda code, data: f"the merge is almost the base {data['base']}",
+    "merged_is_base": lambda code, data: f"the merge is almost the base {short_name(data['base'])}",
     "merged_is_parent": lambda code, data: f"the merge is almost {_subject(code)}",
     "same_parents": lambda code, data: f"{_subject(code)} are almost the same",
     "rounded_away": lambda code, data: f"rounding adds an error above {percent(LOSSY)} of the merged task vector",
@@ -134,10 +142,10 @@ def _sizes(data: Mapping[str, Any]) -> Iterator[str]:
     if not known:
         yield "no model differs from the base"
         return
-    moved = _listed([f"{name} moved by {percent(size)}" for name, size in sizes.items()])
+    moved = _listed([f"{name} by {percent(size)}" for name, size in sizes.items()])
     largest = max(known)
-    usual = "; ordinary finetunes of language models move by 1 % or less" if largest > FAR else ""
-    yield f"sizes: {moved} of the base's norm{usual}"
+    usual = "; ordinary finetunes of language models move by 1% or less" if largest > FAR else ""
+    yield f"sizes: training moved {moved} of the base's norm{usual}"
 
 
 def _directions(data: Mapping[str, Any]) -> Iterator[str]:
@@ -157,7 +165,7 @@ def _directions(data: Mapping[str, Any]) -> Iterator[str]:
 def _angle(cosine: float) -> str:
     if cosine < -0.1:
         return "work against each other"
-    return "hardly overlap" if cosine < 0.1 else "overlap in part" if cosine < 0.5 else "went largely the same way"
+    return "hardly overlap" if cosine < 0.1 else "overlap in part" if cosine < 0.5 else "largely agree"
 
 
 def _signs(data: Mapping[str, Any]) -> Iterator[str]:
@@ -200,8 +208,9 @@ def _spread(groups: str, what: str, values: list[tuple[str, float | None]]) -> I
 
 
 def _opposed(row: Row) -> float | None:
+    """The share of opposed signs, if it is one of many entries."""
     found = min(row["signs"], key=lambda signs: abs(signs["density"] - SHOWN), default=None)
-    return found["conflict"] if found else None
+    return found["conflict"] if found and found["contested"] * row["parameters"] >= _ENTRIES else None
 
 
 def _rounding(data: Mapping[str, Any]) -> Iterator[str]:
@@ -214,13 +223,13 @@ def _rounding(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def percent(share: float | None) -> str:
-    """`21 %`, `2.1 %`, `0.21 %`, `<0.01 %`: two digits."""
+    """`21%`, `2.1%`, `0.21%`, `<0.01%`."""
     if share is None:
         return "–"
     if 0 < share < 0.00005:
-        return "<0.01 %"
+        return "<0.01%"
     digits = 0 if share >= 0.0995 or share == 0 else 1 if share >= 0.00995 else 2
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}%"
 
 
 def signed(cosine: float | None) -> str:
@@ -229,6 +238,11 @@ def signed(cosine: float | None) -> str:
         return "–"
     text = f"{abs(cosine):.2f}"
     return ("−" if cosine < 0 and float(text) else "+") + text.removeprefix("0")
+
+
+def short_name(model: str) -> str:
+    """The last part of a folder or a Hub name."""
+    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def _listed(items: list[str]) -> str:

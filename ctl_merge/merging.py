@@ -110,7 +110,6 @@ class Merge:
             target.check(sum(shard.nbytes for shard in self.shards))
         if target.final.resolve() in {checkpoint.folder.resolve() for checkpoint in self.checkpoints.values()}:
             raise OutputError(f"{target.final} is one of the models that are merged: choose another output")
-        hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
         self.fetch()
         folder = target.open(self._fingerprint())
         try:
@@ -129,6 +128,7 @@ class Merge:
 
     def fetch(self) -> None:
         """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""
+        hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
         for checkpoint in self.checkpoints.values():
             checkpoint.fetch()
         for target, source in self.plan.tied.items():

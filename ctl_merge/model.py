@@ -109,11 +109,12 @@ def empty_model(config: Mapping[str, Any], name: str) -> Any:
 
 def load_weights(
     checkpoint: Checkpoint, device: str = "cpu", streamed: bool = False, as_written: bool = False,
-    blocks: str | None = None,
+    blocks: str | None = None, resident_bytes: int = 0,
 ) -> Any:  # fmt: skip
     """The checkpoint as a model in float32: its weights in memory on `device`, or read there block by block.
 
-    `blocks`: path of the list of blocks, where it cannot be found.
+    `blocks`: path of the list of blocks, where it cannot be found. `resident_bytes`: how much of a streamed model may
+    stay in memory.
     """
     model = empty_model(checkpoint.config, checkpoint.name)
     weights = ModuleWeights(model, checkpoint, as_written=as_written)
@@ -122,37 +123,62 @@ def load_weights(
         weights = ModuleWeights(model, checkpoint, as_written=as_written)
     if not streamed:
         return materialise(model, weights, device)
-    classes = {type(block).__name__ for stack in find_blocks(model, blocks).values() for block in stack.values()}
-    return stream(model, weights, device, classes)
+    stacks = find_blocks(model, blocks)
+    return stream(model, weights, device, {p: m for stack in stacks.values() for p, m in stack.items()}, resident_bytes)
 
 
 def materialise(model: Any, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Any:
     """Give the model all its weights, on one device."""
     model.tie_weights()
     _read_buffers(model, weights)
+    _fill(model, model.named_parameters(remove_duplicate=False), weights, device)
+    return model.to(device)
+
+
+def _fill(
+    model: Any,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    weights: Mapping[str, Tensor],
+    device: torch.device | str,
+) -> None:
     done: dict[int, nn.Parameter] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(parameters):
         if id(parameter) not in done:
             done[id(parameter)] = nn.Parameter(weights[name].to(device), requires_grad=False)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, done[id(parameter)])
-    return model.to(device)
 
 
-def stream(model: Any, weights: Mapping[str, Tensor], device: torch.device | str, blocks: set[str]) -> Any:
+def stream(
+    model: Any, weights: Mapping[str, Tensor], device: torch.device | str, blocks: Mapping[str, nn.Module],
+    resident_bytes: int = 0,
+) -> Any:  # fmt: skip
     """Let the model's weights be read when a module runs, a block at a time, and forgotten after.
 
-    `blocks`: class names of the modules whose weights are read together.
+    What is outside of the blocks, then the first blocks, stay in memory as far as `resident_bytes` reach; accelerate's
+    hooks load the others.
     """
-    from accelerate.hooks import attach_align_device_hook
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import PrefixedDataset
 
     model.tie_weights()
     _read_buffers(model, weights)
     _keep_ids(model)
-    attach_align_device_hook(
-        model, execution_device=torch.device(device), offload=True, weights_map=weights,
-        preload_module_classes=sorted(blocks),
-    )  # fmt: skip
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))  # the buffers
+    outside = {p: m for p, m in model.named_modules() if not any(f"{p}.".startswith(f"{block}.") for block in blocks)}
+    for path, module in {**outside, **blocks}.items():
+        whole = path in blocks  # a block's weights are read together, of other modules each its own
+        prefix = f"{path}." if path else ""
+        own = [(f"{prefix}{n}", p) for n, p in module.named_parameters(remove_duplicate=False, recurse=whole)]
+        resident_bytes -= sum(4 * parameter.numel() for _, parameter in own)
+        if own and resident_bytes >= 0:
+            _fill(model, own, weights, device)
+        elif own:
+            hook = AlignDevicesHook(
+                execution_device=torch.device(device), offload=True, place_submodules=whole,
+                weights_map=PrefixedDataset(weights, prefix),
+            )  # fmt: skip
+            add_hook_to_module(module, hook)
     return model
 
 

@@ -6,6 +6,7 @@ put out, in float64, and each number is its definition. `run_probe` runs the pro
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from checkpoints import recipe_text
 from tiny_architectures import VOCABULARY, auto_class, build, finetune
@@ -31,6 +33,15 @@ from ctl_merge.weights import task_grams
 Coefficients = Sequence[float]
 Parts = Mapping[str, str | Sequence[str]]  # a part's name -> its path below a block, or the paths that it may have
 MASSIVE = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread_a_model() -> Iterator[None]:
+    """Models run beside each other: with more threads than cores, tiny ones wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # ---- models
@@ -341,7 +352,7 @@ def run_probe(
     subject = subject_of({"merged": opened}, family)
     everyone = [Rider("merged", opened.merged), *riders]
     observed = observe(subject, everyone, [tokens], Running(streamed=streamed, batch=batch, blocks=blocks))
-    data = build_report(subject, everyone, observed, {}).data
+    data = json.loads(build_report(subject, everyone, observed, {}).to_json())
     return Probed(subject, observed[tokens.name], data["sets"][tokens.name], data)
 
 

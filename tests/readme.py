@@ -22,7 +22,7 @@ def tree() -> str:
     for path in package.glob("*.py"):
         lines[order.get(path.stem, 99), path.stem] = [f"    {path.name:<20}{_first_line(path)}"]
     for folder in (path.parent for path in package.glob("*/__init__.py")):
-        inside = sorted(folder.glob("[!_]*.py"), key=lambda p: order[f"{folder.name}.{p.stem}"])  # noqa: B023
+        inside = sorted(folder.glob("[!_]*.py"), key=lambda p: order[f"{folder.name}.{p.stem}"])
         lines[order[f"{folder.name}.__init__"], folder.name] = [
             f"    {folder.name + '/':<20}{_first_line(folder / '__init__.py')}",
             *(f"      {path.name:<18} {_first_line(path)}" for path in inside),

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from probe_references import Family, Plain, Probed, kl, nll, random_tokens, run_plain, run_probe, write_family
+from probe_references import (  # noqa: F401 (a fixture for all)
+    Family,
+    Plain,
+    Probed,
+    kl,
+    nll,
+    one_thread_a_model,
+    random_tokens,
+    run_plain,
+    run_probe,
+    write_family,
+)
 from tiny_architectures import ARCHITECTURES
 
 from ctl_merge.probing.data import TokenSet
@@ -96,7 +107,7 @@ def test_in_memory_and_streamed_are_the_definition_whatever_the_batch(name: str,
     for streamed, batch in ((False, 4), (True, 1)):
         probed = run_probe(own.family, WEIGHTS, own.tokens, streamed=streamed, batch=batch)
         assert_is_the_definition(probed, own.plain)
-        blocks = [row for row in probed.blocks().values()]
+        blocks = list(probed.blocks().values())
         assert len(blocks) == DEPTHS.get(name, 3)
         assert all(row["effective_weight"] == pytest.approx(WEIGHTS, abs=1e-5) for row in blocks)
         assert all(row["nonlinearity"] > 0.01 for row in blocks)  # far above rounding: the comparison says something
@@ -124,7 +135,9 @@ def test_an_encoder_decoder_is_scored_on_the_second_half_of_a_window(name: str, 
 def assert_losses(losses: Mapping[str, Any], plain: Plain, labels: torch.Tensor) -> None:
     base, one, two, merged = plain.logits
     ensemble = base + WEIGHTS[0] * (one - base) + WEIGHTS[1] * (two - base)
-    wanted = {name: nll(logits, labels) for name, logits in zip(("base", "1", "2", "merged"), plain.logits, strict=True)}
+    wanted = {
+        name: nll(logits, labels) for name, logits in zip(("base", "1", "2", "merged"), plain.logits, strict=True)
+    }
     assert {name: row["value"] for name, row in losses["nll"].items()} == pytest.approx(wanted, abs=1e-5)
     found = losses["merges"]["merged"]
     assert found["ensemble"]["value"] == pytest.approx(nll(ensemble, labels), abs=1e-5)
@@ -153,7 +166,10 @@ def test_strata_are_told_apart(case: Callable[[str], Case]) -> None:
 def test_an_encoder_has_the_strata_of_the_first_half_of_a_window(case: Callable[[str], Case]) -> None:
     own = case("t5")
     rows = run_probe(own.family, WEIGHTS, own.tokens).rows
-    for site, masks in (("encoder.block.1", own.tokens.strata[..., :9]), ("decoder.block.1", own.tokens.strata[..., 9:])):
+    for site, masks in (
+        ("encoder.block.1", own.tokens.strata[..., :9]),
+        ("decoder.block.1", own.tokens.strata[..., 9:]),
+    ):
         wanted = [own.plain.strata(site, masks[:, i : i + 1])[0] if masks[:, i].any() else None for i in range(3)]
         for found, value in zip(rows[site]["by_stratum"].values(), wanted, strict=True):
-            assert found != found if value is None else found == pytest.approx(value, rel=1e-4)
+            assert found is None if value is None else found == pytest.approx(value, rel=1e-4)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +16,42 @@ from ctl_merge.model import find_blocks, load_weights
 from ctl_merge.probing import ranks
 from ctl_merge.probing.data import DataSpec, TokenSet, cut, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
+from ctl_merge.probing.placement import Options, place, placed, weight_bytes
 from ctl_merge.probing.report import ProbeReport, build_report
-from ctl_merge.probing.run import Rider, Running, Subject, observe
+from ctl_merge.probing.run import Rider, Subject, observe
 from ctl_merge.probing.texts import default_texts
 from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
+from ctl_merge.roles import roles
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
 from ctl_merge.writer import pool
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"
-_LARGE_ANGLE = 0.9  # cosine to the base below which a parent hardly comes from it
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a probe is made. `sequences` windows of `length` tokens of each data set.
-
-    `device_map`: cpu, cuda:N, auto, or disk: weights are then read block by block and memory does not grow with depth
-    (None: auto, which reads so where the models together exceed half the memory). `patch`: replace each block's
-    features in turn by the interpolation and see what the loss gains. `null`: probe a random task vector of the same
-    size as well.
-    """
-
-    sequences: int = 64
-    length: int = 256
-    batch: int = 8
-    device_map: str | None = None
-    blocks: str | None = None
-    chat: bool = False
-    patch: bool = False
-    null: bool = False
 
 
 def probe(
-    recipe: Recipe | str | Path | Merge, data: str | Sequence[str] = (), *, options: Options | None = None, **how: Any
-) -> ProbeReport:
-    """Probe the merge that a recipe describes, without writing it.
+    recipe: Recipe | str | Path | Merge | Sequence[str | Path], data: str | Sequence[str] = (), *,
+    base: str | None = None, options: Options | None = None, **how: Any,
+) -> ProbeReport:  # fmt: skip
+    """Probe the merge that a recipe describes, or several recipes over the same models, without writing them.
 
     `data`: specs such as `math=test.jsonl:question,answer` or `wiki=corpus.txt`; the shipped tasks if there is none.
-    `how`: fields of Options.
+    `base`: the model that the others come from, where the recipe names none. `how`: fields of Options.
 
-    >>> import ctl_merge                                                                    # doctest: +SKIP
-    >>> report = ctl_merge.probe("recipes/quickstart/ties.yaml", sequences=8, length=64)    # doctest: +SKIP
-    >>> report.rows[-1]["nonlinearity"]                                                     # doctest: +SKIP
+    >>> import ctl_merge
+    >>> report = ctl_merge.probe("recipes/quickstart/ties.yaml", sequences=2, length=16)
+    >>> [row["block"] for row in report.rows if row["part"] == "block"][:2]
+    ['model.layers.0', 'model.layers.1']
     """
-    opened = recipe if isinstance(recipe, Merge) else Merge(recipe)
-    return _run({MERGED: opened}, MERGED, data, options or Options(**how))
+    several: Sequence[Any] = recipe if isinstance(recipe, list | tuple) else [recipe]
+    opened = [r if isinstance(r, Merge) else Merge(r) for r in several]
+    names = [MERGED] if len(opened) == 1 else [Path(merge.recipe.name).stem for merge in opened]
+    merges = dict(zip(names, opened, strict=True))
+    if len({frozenset(merge.recipe.refs) for merge in opened}) > 1 or len(merges) < len(opened):
+        raise ProbeError("recipes that are probed together have the same models, and names of their own")
+    return _run(merges, names[0], data, options or Options(**how), base)
 
 
 def probe_pair(
@@ -82,15 +69,15 @@ def probe_pair(
     return report
 
 
-def probe_recipe(
-    path: Path, data: Sequence[str], options: Options, sequences: int | None, length: int | None
-) -> ProbeReport:
-    """Probe a recipe file; what is not given here comes from its `probe:` section."""
-    opened = Merge(path)
-    section = opened.recipe.probe
+def probe_recipes(
+    paths: Sequence[Path], data: Sequence[str], options: Options, sequences: int | None, length: int | None,
+    base: str | None = None,
+) -> ProbeReport:  # fmt: skip
+    """Probe recipe files; what is not given here comes from the first one's `probe:` section."""
+    section = load_recipe(paths[0]).probe
     if section:
         options = replace(options, sequences=sequences or section.sequences, length=length or section.length)
-    return probe(opened, data or (section.data if section else []), options=options)
+    return probe(list(paths), data or (section.data if section else []), base=base, options=options)
 
 
 def probe_opened(opened: Merge) -> ProbeReport:
@@ -137,7 +124,7 @@ def load_model(recipe: Recipe | str | Path, device_map: str | None = None) -> An
     """
     opened = Merge(recipe)
     opened.fetch()
-    device, streamed = _place(device_map or "cpu", [opened.merged])
+    device, streamed = place(device_map or "cpu")
     return load_weights(opened.merged, device, streamed)
 
 
@@ -152,17 +139,18 @@ def _recipe_text(method: str, models: Sequence[str], weights: Sequence[float], b
     return json.dumps({"merge_method": method, "base_model": base, "models": listed}, ensure_ascii=False)
 
 
-def _run(merges: Mapping[str, Merge], main: str, data: str | Sequence[str], options: Options) -> ProbeReport:
+def _run(
+    merges: Mapping[str, Merge], main: str, data: str | Sequence[str], options: Options, base: str | None = None
+) -> ProbeReport:
     for merge in merges.values():
         merge.fetch()
     opened = merges[main]
-    refs = opened.recipe.refs
-    views = {_short(ref.text): opened.merged.parent(ref) for ref in refs[1:]}
+    own, parents = roles(opened, ModelRef.parse(base) if base else None)
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
-    subject = _subject(opened.merged.parent(refs[0]), views, lazy, opened.workers)
+    subject = _subject(own, parents, lazy, opened.workers)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
-    place = list(lazy).index(main)
     if any(spec.dtype in ("BF16", "F16") for spec in opened.merged.tensors.values()):
+        place = list(lazy).index(main)
         riders.append(Rider(f"{main}/written", opened.merged, ghost=False, as_written=True, weights_of=place))
     return _probe(subject, riders, main, opened, data, options)
 
@@ -180,26 +168,25 @@ def _probe(
 ) -> ProbeReport:
     sets = _token_sets(opened, data, options)
     place = list(subject.merges).index(main)
-    run = [subject.base, *subject.parents.values(), *(rider.checkpoint for rider in riders)]
-    device, streamed = _place(options.device_map, run)
     if options.null and subject.parents:
         riders += _null_riders(subject, main, place)
     if options.patch:
         sites = [site for stack in find_blocks(load_empty(subject.base), options.blocks).values() for site in stack]
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
-    running = Running(device=device, streamed=streamed, batch=options.batch, blocks=options.blocks)
+    running = placed(options, [subject.base, *subject.parents.values(), *(rider.checkpoint for rider in riders)])
     several = ranks.state()
     observed = observe(subject, riders, ranks.share(sets, several) if several else sets, running)
     if several:
         observed = ranks.gather(observed, several)
     settings = {
         "sequences": options.sequences, "length": options.length, "compute": "float32", "statistics": "float64",
-        "device": device, "streamed": streamed, "torch": torch.__version__,
+        "device": running.device, "streamed": running.streamed, "torch": torch.__version__,
+        "weight_bytes_in_memory": weight_bytes(running, len(riders) + 1 + len(subject.parents), subject.base),
     }  # fmt: skip
     report = build_report(subject, riders, observed, settings)
     report.data["merges"][place]["main"] = True
-    report.data["warnings"] = [*opened.plan.warnings, *_lineage_warnings(report)]
+    report.data["warnings"] = list(opened.plan.warnings)
     return report
 
 
@@ -237,29 +224,6 @@ def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> l
         ids = {name: tokenizer(t, add_special_tokens=False)["input_ids"] for name, t in default_texts().items()}
         return [cut(name, found, tokenizer, options.sequences, options.length) for name, found in ids.items()]
     return [load_tokens(DataSpec.parse(s), tokenizer, options.sequences, options.length, options.chat) for s in specs]
-
-
-def _place(device_map: str | None, checkpoints: Sequence[Checkpoint]) -> tuple[str, bool]:
-    """The device that computes, and whether weights are read block by block."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if device_map == "disk":
-        return device, True
-    if device_map not in (None, "auto"):
-        from ctl_merge.devices import assign_devices
-
-        return next(iter(assign_devices({"": next(iter(checkpoints[0].tensors.values()))}, device_map).values())), False
-    needed = 4 * sum(spec.numel for checkpoint in checkpoints for spec in checkpoint.tensors.values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return device, needed > (memory if device == "cpu" else torch.cuda.mem_get_info()[0]) / 2
-
-
-def _lineage_warnings(report: ProbeReport) -> list[str]:
-    return [
-        f"{entry['parent']} hardly comes from {report.data['base']}: cos(θ_i, θ_0) = {entry['cosine_to_base']:.3f}. "
-        "Linearity means little between models without a common base."
-        for entry in report.data["lineage"]
-        if not entry["cosine_to_base"] >= _LARGE_ANGLE
-    ]
 
 
 def _short(text: str) -> str:

@@ -35,9 +35,15 @@ class observing:
     `base`, `parents` and `merges` are transformers models of one architecture, in eval mode and float32. On leaving
     they are as they were.
 
-    >>> with ctl_merge.observing(base, {"math": math, "code": code}, {"merged": merged}) as seen:  # doctest: +SKIP
-    ...     seen.run(tokenizer(texts, return_tensors="pt")["input_ids"])
+    >>> import ctl_merge, torch, transformers
+    >>> load = transformers.AutoModelForCausalLM.from_pretrained
+    >>> base, cycle, shift = (load(f"recipes/quickstart/{name}") for name in ("base", "cycle", "shift"))
+    >>> merged = ctl_merge.load_model("recipes/quickstart/average.yaml")
+    >>> with ctl_merge.observing(base, {"cycle": cycle, "shift": shift}, {"merged": merged}) as seen:
+    ...     seen.run(torch.arange(3, 27).view(1, -1))
     ...     report = seen.report()
+    >>> report.data["merges"][0]["explained_weight"] > 0.999
+    True
     """
 
     def __init__(self, base: Any, parents: Mapping[str, Any], merges: Mapping[str, Any]) -> None:

@@ -61,7 +61,10 @@ class Lockstep:
     def release(self) -> None:
         """Give every block its own forward back."""
         for block, attribute, forward in self._originals:
-            setattr(block, attribute, forward)
+            if forward is None:  # the class's: a bound method kept on its own block would keep the block's weights
+                delattr(block, attribute)
+            else:
+                setattr(block, attribute, forward)
         self._originals.clear()
 
     def run(self, forwards: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
@@ -97,7 +100,7 @@ class Lockstep:
         # Where weights are streamed, accelerate reads the block's before this and forgets them after.
         attribute = "_old_forward" if hasattr(block, "_hf_hook") else "forward"
         original = getattr(block, attribute)
-        self._originals.append((block, attribute, original))
+        self._originals.append((block, attribute, vars(block).get(attribute)))
         parts = _parts(block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 
 Array = np.ndarray
 DRAWS = 1000
+RESOLUTION = 1e-13  # squared distance of features that float32 cannot tell apart, against their squared norm
 
 
 def unit(index: int, size: int) -> Array:
@@ -43,12 +44,14 @@ def disagreement(gram: Array, coefficients: Array) -> Array:
     """Σ |α_i| ‖F_i - F̄‖², F̄ = Σ α_i F_i / Σ α_i = I, over base and parents with α_0 = 1 - Σ c.
 
     For a convex combination of two parents it is α(1-α) ‖F_i - F_j‖². Absolute values keep it a size where the
-    coefficients extrapolate (task arithmetic has α_0 < 0).
+    coefficients extrapolate (task arithmetic has α_0 < 0). 0 where it is below what the features resolve.
     """
     size = gram.shape[-1]
     centre = interpolation(coefficients, size)
     shares = centre[: 1 + len(coefficients)]
-    return sum(abs(a) * inner(gram, unit(i, size) - centre, unit(i, size) - centre) for i, a in enumerate(shares))  # type: ignore[return-value]
+    found = sum(abs(a) * inner(gram, unit(i, size) - centre, unit(i, size) - centre) for i, a in enumerate(shares))
+    largest = np.diagonal(gram, axis1=-2, axis2=-1)[..., : len(shares)].max(-1)
+    return np.where(found > RESOLUTION * largest, found, 0.0)
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ctl_merge.probing.figures import COLOURS, Figure, figures
+from ctl_merge.probing.figures import Figure, figures
+from ctl_merge.probing.svg import COLOURS
 from ctl_merge.probing.verdict import (
     Data,
     below_floor,

@@ -84,6 +84,7 @@ class Running:
     streamed: bool = False
     batch: int = 8
     blocks: str | None = None  # path of the list of blocks, where it cannot be found
+    resident_bytes: int = 0  # how much of each streamed model may stay in memory
 
 
 def observe(
@@ -167,7 +168,9 @@ def _rider_model(rider: Rider, models: Mapping[str, Any], running: Running) -> A
 
 
 def _load(checkpoint: Checkpoint, running: Running, as_written: bool = False) -> Any:
-    return load_weights(checkpoint, running.device, running.streamed, as_written, running.blocks)
+    return load_weights(
+        checkpoint, running.device, running.streamed, as_written, running.blocks, running.resident_bytes
+    )
 
 
 def _forbid_cache(model: Any) -> list[Any]:

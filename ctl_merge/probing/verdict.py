@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 Data = Mapping[str, Any]
@@ -135,8 +136,10 @@ def share(nonlinearity: float | None) -> str:
     """1 - R² in per cent: what linear mixing explains."""
     if nonlinearity is None:
         return "–"
-    explained = max(0.0, 1 - nonlinearity**2)
-    return "none" if explained == 0 else f"{100 * explained:.1f} %" if explained > 0.99 else f"{100 * explained:.0f} %"
+    explained = 100 * max(0.0, 1 - nonlinearity**2)
+    if explained in (0, 100):
+        return "all" if explained else "none"
+    return "over 99.9 %" if explained >= 99.95 else f"{explained:.{0 if explained < 99 else 1}f} %"
 
 
 def spans(chosen: Iterable[str], among: Sequence[str]) -> str:
@@ -159,7 +162,7 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(text, quote=False))
 
 
 def degree(nonlinearity: float) -> str:
@@ -297,12 +300,12 @@ def _following(data: Data) -> str:
             kept = {p: _kept(chosen, p) for p in data["parents"]}
             least = min(kept, key=lambda p: kept[p][0] - kept[p][1])
             numbers = ", ".join(
-                f"{p} {shown(kept[p][0], digits=2)} for {shown(kept[p][1], digits=2)}" for p in (parent, least)
+                f"{p} {shown(kept[p][0], digits=2)} / {shown(kept[p][1], digits=2)}" for p in (parent, least)
             )
             where = spans([place(row) for row in chosen], labels)
-            texts.append(f"{where} lean{'s' * (len(chosen) == 1)} to {parent} ({numbers})")
+            texts.append(f"{where} lean{'s' * (len(chosen) == 1)} to {parent} (ĉ in features / weights: {numbers})")
         parts.append(f"on {name} {listed(texts)}" if texts else f"on {name} no block prefers one by {LEAN} or more")
-    return f"Parents (ĉ in features for ĉ in weights): {'; '.join(parts)}." if parts else ""
+    return f"Parents: {'; '.join(parts)}." if parts else ""
 
 
 def _kept(chosen: Sequence[Data], parent: str) -> tuple[float, float]:

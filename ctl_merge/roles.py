@@ -1,0 +1,59 @@
+"""Base and parents of a merge, as the merge sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.errors import RecipeError
+from ctl_merge.findings import short_name
+from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.merging import Merge
+from ctl_merge.methods import registry
+from ctl_merge.recipe import Source
+from ctl_merge.reference import ModelRef
+from ctl_merge.settings import Setting
+
+
+def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The base and the parents by short names, all under the names and shapes of the output.
+
+    `base`: the model that the parents come from, where the recipe does not name one. Raises RecipeError.
+    """
+    recipe = opened.recipe
+    if base is not None and recipe.method.space == "task_vectors":
+        raise RecipeError(f"--base: {recipe.method.name} has a base in the recipe already, {recipe.base}")
+    chosen = base or recipe.base
+    if chosen is None:
+        raise RecipeError(
+            f"{recipe.name}: {recipe.method.name} names no base model, and task vectors are differences from one. "
+            "Give the model that all others were trained from: --base org/name or a folder"
+        )
+    same = [ref for ref in recipe.refs if _state(ref) == _state(chosen)]
+    chosen = same[0] if same else chosen
+    merged = opened.merged if same else _with_model(opened, chosen)
+    refs = [ref for ref in dict.fromkeys(source.ref for source in recipe.models) if ref != chosen]
+    if not refs:
+        raise RecipeError(f"{recipe.name}: there is no model besides the base {chosen}: no parents")
+    return merged.parent(chosen), dict(zip(_short_names(refs), map(merged.parent, refs), strict=True))
+
+
+def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:
+    """The recipe's models and one more, matched with each other; what is done with them there does not matter."""
+    equal = {"weight": Setting(((None, 1.0),))}
+    models = tuple(Source(source.ref, equal) for source in (*opened.recipe.models, Source(ref)))
+    everyone = Merge(replace(opened.recipe, method=registry()["linear"], models=models, settings={}))
+    everyone.fetch()
+    return everyone.merged
+
+
+def _state(ref: ModelRef) -> tuple[Any, ...]:
+    return ref.folder, ref.repo_id, ref.revision
+
+
+def _short_names(refs: Sequence[ModelRef]) -> list[str]:
+    """The last part of each name where that tells them apart, else whole names."""
+    short = [short_name(ref.text) for ref in refs]
+    return short if len(set(short)) == len(short) else [ref.text for ref in refs]

@@ -10,10 +10,13 @@ texts (a text is named like its expert). Measured, as means over those texts, in
   cost   L(merged) - L(logit ensemble): the part of it that linearity does not explain. 0 where linearity is exact.
 
 R is taken over blocks and texts. Its floor as a predictor is what weights alone tell, without running anything: how far
-the merge is from its experts. Its ceiling is ±1. Intervals (95 %) resample merges, as if they were independent, and
-groups of experts, as merges of the same experts are not; groups that share an expert are not independent either, so
-the second interval too is narrower than it should be. The partial correlation is one of ranks, given ‖τ‖,
-cos(τ_i, τ_j) and the sum of coefficients (and its square). `--scale` moves the experts towards the base first.
+the merge is from its experts. Its ceiling is ±1; dilution, L(ensemble) - L(own expert), is listed for comparison, as the
+gap is the sum of both. Correlations over all merges; partial ones, of ranks, given ‖τ‖, cos(τ_i, τ_j) and the sum of
+coefficients (and its square), then given the distance to the experts as well; and means over merges of the same
+experts, and over merges by the same recipe. Once for all merges, once for those that do not extrapolate (coefficients
+sum to at most 1), as extrapolated logits are a poor ensemble. Intervals (95 %) resample groups of experts, or recipes;
+groups that share an expert are not independent, so they are narrower than they should be. Those that resample merges,
+as if these were independent, are in the JSON. `--scale` moves the experts towards the base first.
 `--output DIR` gets results as JSON and a figure. The last line is JSON.
 """
 
@@ -49,6 +52,14 @@ PREDICTORS = {
     "angle": "1 - cos, mean of blocks",
     "distance": "weights only: ‖θ_m - θ_i‖",
     "tau_merged": "weights only: ‖τ_m‖",
+    "dilution": "L(ensemble) - L(own expert)",
+}
+COLUMNS = {
+    "all": "all",
+    "partial": "partial",
+    "given_distance": "given distance",
+    "same_experts": "same experts",
+    "same_recipe": "same recipe",
 }
 OUTCOMES = {"gap": "L(merged) - L(own expert)", "cost": "L(merged) - L(logit ensemble)"}
 COLOURS = {"linear": "#0072B2", "task_arithmetic": "#D55E00", "ties": "#009E73", "dare_linear": "#CC79A7",
@@ -109,7 +120,7 @@ def measure(
         return None
     recipe = ctl_merge.parse_recipe(text)
     report = ctl_merge.probe(recipe, [texts[name] for name in experts], sequences=sequences, length=length)
-    found: dict[str, list[float]] = {name: [] for name in ("gap", "cost", "ensemble_gap", *list(PREDICTORS)[:5])}
+    found: dict[str, list[float]] = {name: [] for name in ("gap", "cost", "dilution", *list(PREDICTORS)[:5])}
     for name, path in experts.items():
         losses = report.data["sets"][name]["losses"]
         nll = {model: loss["value"] for model, loss in losses["nll"].items()}
@@ -119,7 +130,7 @@ def measure(
         ratios = [row["nonlinearity"] for row in rows]
         found["gap"].append(nll["merged"] - own)
         found["cost"].append(nll["merged"] - ensemble)
-        found["ensemble_gap"].append(ensemble - own)
+        found["dilution"].append(ensemble - own)
         found["R"].append(float(np.mean(ratios)))
         found["R_last"].append(ratios[-1])
         found["local"].append(sum(row["local"] for row in rows))
@@ -190,26 +201,40 @@ def interval(statistic: Callable[[Array], float], clusters: Sequence[Array]) -> 
 
 
 def correlate(rows: Sequence[Mapping[str, object]], predictor: str, outcome: str) -> dict[str, object]:
-    """All correlations of a predictor with an outcome."""
+    """All correlations of a predictor with an outcome, each with its interval."""
     x, y = (np.array([row[name] for row in rows], dtype=float) for name in (predictor, outcome))
-    controls = np.array([[row[name] for name in ("tau", "cosine", "coefficients")] for row in rows], dtype=float)
+    known = ("distance", "tau", "cosine", "coefficients")
+    controls = np.array([[row[name] for name in known] for row in rows], dtype=float)
     experts, recipes = (np.array([row[name] for row in rows]) for name in ("experts", "recipe"))
-    single = [np.array([i]) for i in range(len(rows))]
     grouped = [np.flatnonzero(experts == name) for name in dict.fromkeys(experts)]
+    overall: dict[str, Callable[[Array], float]] = {"all": lambda at: spearman(x[at], y[at])}
+    overall["partial"] = lambda at: spearman(x[at], y[at], controls[at, 1:])
+    if predictor != "distance":
+        overall["given_distance"] = lambda at: spearman(x[at], y[at], controls[at])
     found: dict[str, object] = {"predictor": predictor, "outcome": outcome}
-    plain = lambda at: spearman(x[at], y[at])  # noqa: E731
-    partial = lambda at: spearman(x[at], y[at], controls[at])  # noqa: E731
-    everything = np.arange(len(rows))
-    for name, statistic in (("all", plain), ("partial", partial)):
-        found[name] = round(statistic(everything), 3)
-        found[f"{name}_by_merge"], found[f"{name}_by_group"] = interval(statistic, single), interval(statistic, grouped)
+    for name, statistic in overall.items():
+        found[name] = round(statistic(np.arange(len(rows))), 3)
+        found[f"{name}_interval"] = interval(statistic, grouped)
+        found[f"{name}_by_merge"] = interval(statistic, list(np.arange(len(rows))[:, None]))
     for name, labels in (("same_experts", experts), ("same_recipe", recipes)):
         each = within(x, y, labels)
         found[name] = round(float(each.mean()), 3)
-        found[f"{name}_by_group"] = interval(
-            lambda at, each=each: float(each[at].mean()), list(np.arange(len(each))[:, None])
+        found[f"{name}_interval"] = interval(
+            lambda at, e=each: float(e[at].mean()), list(np.arange(len(each))[:, None])
         )
     return found
+
+
+def analyse(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """All predictors with all outcomes, over all merges and over those that do not extrapolate."""
+    within_reach = [row for row in rows if row["coefficients"] <= 1.05]  # type: ignore[operator]
+    return [
+        {"merges": name, "count": len(chosen), **correlate(chosen, predictor, outcome)}
+        for name, chosen in (("all", rows), ("not extrapolating", within_reach))
+        for outcome in OUTCOMES
+        for predictor in PREDICTORS
+        if predictor != outcome
+    ]
 
 
 # Showing
@@ -225,18 +250,25 @@ def show(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[st
         means = [np.mean([float(row[name]) for row in own]) for name in ("R", "R_last", "gap", "cost")]  # type: ignore[arg-type]
         table.add_row(label, str(len(own)), *(f"{mean:.2f}" for mean in means))
     Console(width=100).print(table)
-    columns = {"all": "merge", "all ": "group", "partial": "group", "same_experts": "group", "same_recipe": "group"}
-    for outcome, title in OUTCOMES.items():
-        table = Table(title=f"rank correlation with the {outcome}, {title}; 95 %", box=box.SIMPLE)
-        table.add_column("predictor")
-        for name, unit in columns.items():
-            table.add_column(f"{name.strip().replace('_', ' ')},\nby {unit}", justify="right")
-        for found in correlations:
-            if found["outcome"] == outcome:
-                cells = [(found[n.strip()], found[f"{n.strip()}_by_{unit}"]) for n, unit in columns.items()]
-                shown = [f"{value:+.2f}\n[{low:.2f}, {high:.2f}]" for value, (low, high) in cells]  # type: ignore[misc]
-                table.add_row(PREDICTORS[str(found["predictor"])], *shown)
+    for merges, (outcome, title) in itertools.product(
+        dict.fromkeys(c["merges"] for c in correlations), OUTCOMES.items()
+    ):
+        chosen = [c for c in correlations if c["merges"] == merges and c["outcome"] == outcome]
+        heading = f"{merges}: {chosen[0]['count']} merges, rank correlation with the {outcome}, {title}"
+        table = Table(title=heading, box=box.SIMPLE, padding=(0, 0, 0, 1))
+        for i, column in enumerate(("predictor", *COLUMNS.values())):
+            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+        for found in chosen:
+            cells = [_cell(found, name) for name in COLUMNS]
+            table.add_row(PREDICTORS[str(found["predictor"])], *cells)
         Console(width=100).print(table)
+
+
+def _cell(found: Mapping[str, object], name: str) -> str:
+    if name not in found:
+        return "–"
+    low, high = found[f"{name}_interval"]  # type: ignore[misc]
+    return f"{found[name]:+.2f}\n[{low:.2f}, {high:.2f}]"
 
 
 def figure(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[str, object]]) -> str:
@@ -245,7 +277,7 @@ def figure(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[
     parts.append('<rect width="760" height="350" fill="#fff"/>')
     for place, (outcome, title) in enumerate(OUTCOMES.items()):
         rho = next(c for c in correlations if c["predictor"] == "R" and c["outcome"] == outcome)
-        low, high = rho["all_by_group"]  # type: ignore[misc]
+        low, high = rho["all_interval"]  # type: ignore[misc]
         head = f"{title}, nats per token: ρ = {rho['all']:.2f} [{low:.2f}, {high:.2f}]"
         parts += _panel(rows, outcome, head, 45 + 375 * place)
     for i, (method, colour) in enumerate(COLOURS.items()):
@@ -333,20 +365,32 @@ def main() -> None:
         for group, setting in itertools.product(groups(experts), SETTINGS):
             row = measure(setting, options.base, group, texts, options.sequences, options.length)
             if row is not None:
-                rows.append({"experts": "+".join(group), **row})
-    correlations = [correlate(rows, predictor, outcome) for outcome in OUTCOMES for predictor in PREDICTORS]
-    show(rows, correlations)
+                rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                rows.append({"experts": "+".join(group), **rounded})
     shape = {"sequences": options.sequences, "length": options.length, "scale": options.scale}
-    result = {"benchmark": "ctl_predicts_loss", **shape, "merges": len(rows), "correlations": correlations}
+    correlations = analyse(rows)
+    show(rows, correlations)
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        stem = "ctl_predicts_loss" + (f"_scale_{options.scale:g}" if options.scale != 1 else "")
-        compact = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in compact)
-        text = json.dumps({**result, "rows": []}, ensure_ascii=False).removesuffix("[]}")
-        (options.output / f"{stem}.json").write_text(f"{text}[\n  {lines}\n]}}\n", "utf-8")
-        (options.output / f"{stem}.svg").write_text(figure(rows, correlations), "utf-8")
-    print(json.dumps(result))
+        save(options.output, shape, rows, correlations)
+    print(json.dumps({"benchmark": "ctl_predicts_loss", **shape, "merges": len(rows), "correlations": correlations}))
+
+
+def save(
+    folder: Path,
+    shape: Mapping[str, float],
+    rows: Sequence[Mapping[str, object]],
+    found: Sequence[Mapping[str, object]],
+) -> None:
+    """Results, one line a correlation or merge, and the figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scale = "" if shape["scale"] == 1 else f"_scale_{shape['scale']:g}"
+    path = folder / f"ctl_predicts_loss{scale}.json"
+    parts = [f'"{name}": {json.dumps(value)}' for name, value in {"benchmark": "ctl_predicts_loss", **shape}.items()]
+    for name, listed in (("correlations", found), ("rows", rows)):
+        lines = ",\n  ".join(json.dumps(item, ensure_ascii=False) for item in listed)
+        parts.append(f'"{name}": [\n  {lines}\n]')
+    path.write_text("{" + ",\n".join(parts) + "}\n", "utf-8")
+    path.with_suffix(".svg").write_text(figure(rows, found), "utf-8")
 
 
 if __name__ == "__main__":

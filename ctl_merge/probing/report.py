@@ -193,11 +193,13 @@ def _losses(subject: Subject, found: Observations, riders: Sequence[Rider]) -> d
 
     nll = {name: np.array(losses.nll[name]) for name in losses.models}
     merges = {}
+    main = riders[0].name
     for name in subject.merges:
         ensemble = np.array(losses.ensemble[name])
         merges[name] = {
             "ensemble": mean(losses.ensemble[name]), "nonlinearity_cost": mean(nll[name] - ensemble),  # type: ignore[arg-type]
             "dilution_cost": {p: mean(ensemble - nll[p]) for p in subject.parents},  # type: ignore[arg-type]
+            "against_first": mean(nll[name] - nll[main]) if name != main else None,  # type: ignore[arg-type]
             "kl": mean(losses.kl[name]), "agreement": mean(losses.agree[name]),
             "patch": {r.patch: mean(nll[name] - nll[r.name]) for r in _patches(riders, name)},  # type: ignore[arg-type]
         }  # fmt: skip

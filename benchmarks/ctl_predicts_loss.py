@@ -10,13 +10,15 @@ texts (a text is named like its expert). Measured, as means over those texts, in
   cost   L(merged) - L(logit ensemble): the part of it that linearity does not explain. 0 where linearity is exact.
 
 R is taken over blocks and texts. Its floor as a predictor is what weights alone tell, without running anything: how far
-the merge is from its experts. Its ceiling is ±1; dilution, L(ensemble) - L(own expert), is listed for comparison, as the
-gap is the sum of both. Correlations over all merges; partial ones, of ranks, given ‖τ‖, cos(τ_i, τ_j) and the sum of
-coefficients (and its square), then given the distance to the experts as well; and means over merges of the same
-experts, and over merges by the same recipe. Once for all merges, once for those that do not extrapolate (coefficients
-sum to at most 1), as extrapolated logits are a poor ensemble. Intervals (95 %) resample groups of experts, or recipes;
+the merge is from its experts. Its ceiling is ±1. Dilution, L(ensemble) - L(own expert), is listed for comparison: the
+gap is the cost plus that. Columns: correlation over all merges; partial, of ranks, given ‖τ‖, cos(τ_i, τ_j) and the sum of
+coefficients (and its square); given the distance to the experts as well; mean over merges of the same experts, and over
+merges by the same recipe. Tables: all merges, and those that do not extrapolate (coefficients sum to at most 1.05), as
+extrapolated logits are a poor ensemble. Intervals (95 %) resample groups of experts, or recipes in the last column;
 groups that share an expert are not independent, so they are narrower than they should be. Those that resample merges,
-as if these were independent, are in the JSON. `--scale` moves the experts towards the base first.
+as if these were independent, are in the JSON only.
+
+`--scale` moves the experts towards the base first.
 `--output DIR` gets results as JSON and a figure. The last line is JSON.
 """
 
@@ -47,12 +49,12 @@ from ctl_merge.weights import task_grams
 PREDICTORS = {
     "R": "R, mean of blocks",
     "R_last": "R, last block",
-    "local": "local part, sum of blocks",
-    "deviation": "‖dev‖ / ‖I‖, mean of blocks",
-    "angle": "1 - cos, mean of blocks",
-    "distance": "weights only: ‖θ_m - θ_i‖",
-    "tau_merged": "weights only: ‖τ_m‖",
-    "dilution": "L(ensemble) - L(own expert)",
+    "local": "local parts, sum",
+    "deviation": "‖dev‖ / ‖I‖, mean",
+    "angle": "1 - cos, mean",
+    "distance": "weights: ‖θ_m - θ_i‖",
+    "tau_merged": "weights: ‖τ_m‖",
+    "dilution": "dilution (losses)",
 }
 COLUMNS = {
     "all": "all",
@@ -255,7 +257,7 @@ def show(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[st
     ):
         chosen = [c for c in correlations if c["merges"] == merges and c["outcome"] == outcome]
         heading = f"{merges}: {chosen[0]['count']} merges, rank correlation with the {outcome}, {title}"
-        table = Table(title=heading, box=box.SIMPLE, padding=(0, 0, 0, 1))
+        table = Table(title=heading, box=box.SIMPLE, padding=0)
         for i, column in enumerate(("predictor", *COLUMNS.values())):
             table.add_column(column, justify="right" if i else "left", no_wrap=True)
         for found in chosen:

@@ -21,7 +21,13 @@ from ctl_merge.reference import ModelRef
 from ctl_merge.tokenizer import Difference, Vocabulary, compare, read_vocabulary
 
 # Buffers that models compute from their config: older checkpoints store them, and no reader needs them.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_bias|bias)$|embeddings\.position_ids$")
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$|embeddings\.position_ids$")
+_MASK = re.compile(r"\.(attn|attention)\.bias$")  # GPT-2's causal mask; other models learn biases of that name
+
+
+def _is_computed(name: str, spec: TensorSpec) -> bool:
+    square = len(spec.shape) == 4 and spec.shape[-1] == spec.shape[-2]
+    return bool(_COMPUTED.search(name) or (square and _MASK.search(name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,29 @@ def _check_architectures(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef
             )
 
 
+# What changes the function that the same weights compute.
+_FUNCTIONAL = (
+    "num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps layer_norm_eps rope_theta rope_scaling "
+    "rope_parameters sliding_window"
+).split()
+
+
+def _config_warnings(refs: Iterable[ModelRef], checkpoints: Mapping[ModelRef, FileCheckpoint]) -> list[str]:
+    """Where the same shapes do not mean the same function: settings that two configs both state, differently."""
+    first, *others = refs
+    own = checkpoints[first].config
+    found = []
+    for ref in others:
+        config = checkpoints[ref].config
+        differing = [key for key in _FUNCTIONAL if key in own and key in config and own[key] != config[key]]
+        if differing:
+            listed = ", ".join(f"{key} ({own[key]} and {config[key]})" for key in differing)
+            found.append(
+                f"{first} and {ref} were trained with different settings, of which the first's are kept: {listed}"
+            )
+    return found
+
+
 def few(names: Iterable[str], limit: int = 5) -> str:
     """The first names of a list and how many more there are."""
     names = sorted(names, key=natural)
@@ -83,7 +112,7 @@ class _Matcher:
         self.inputs = {name: {self.first: Input(self.first, name)} for name in checkpoints[self.first].tensors}
         self.tied: dict[str, str] = {}
         self.decisions: list[str] = []
-        self.warnings: list[str] = []
+        self.warnings = _config_warnings(recipe.refs, checkpoints)
         self._modules: ModuleMap | None = None
 
     @property
@@ -95,7 +124,10 @@ class _Matcher:
 
     def result(self) -> Correspondence:
         own = self.checkpoints[self.first].tensors
-        computed = {name for name in self.inputs if _COMPUTED.search(name) and "F" in self._spec(name).dtype}
+        specs = {name: self._spec(name) for name in self.inputs}
+        computed = {name for name, spec in specs.items() if _is_computed(name, spec) and "F" in spec.dtype}
+        if computed:
+            self.decisions.append(f"{len(computed)} stored buffers that the model computes are {self.first}'s")
         return Correspondence(
             inputs=self.inputs, specs={n: own[parts[self.first].tensor] for n, parts in self.inputs.items()},
             tied=self.tied, computed=frozenset(computed),
@@ -177,10 +209,12 @@ class _Matcher:
         if self.recipe.missing == "base":
             for ref in missing:
                 self.inputs[name][ref] = Input(self.first, self.inputs[name][self.first].tensor)
-        elif self.recipe.missing == "skip" or _COMPUTED.search(name):
+        elif self.recipe.missing == "skip" or _is_computed(name, self._spec(name)):
             del self.inputs[name]
         if self.recipe.missing != "error":
             what = "the base's is used" if self.recipe.missing == "base" else "left out"
+            if self.recipe.missing == "skip":
+                self.warnings.append(f"the output lacks {name}: transformers will make it up at random")
             self.decisions.append(
                 f"{name} is missing in {few(map(str, missing))}: {what} (missing: {self.recipe.missing})"
             )
@@ -191,8 +225,8 @@ class _Matcher:
         for ref in self.others:
             used = {parts[ref].tensor for parts in self.inputs.values() if ref in parts}
             extra = [name for name in self.checkpoints[ref].tensors if name not in used]
-            computed = [name for name in extra if _COMPUTED.search(name)]
-            extra = [name for name in extra if name not in set(computed)]
+            computed = {name for name in extra if _is_computed(name, self.checkpoints[ref].tensors[name])}
+            extra = [name for name in extra if name not in computed]
             lacking = [name for name, parts in self.inputs.items() if ref not in parts]
             if computed:
                 self.decisions.append(f"{ref}: {len(computed)} stored buffers that the model computes are left out")
@@ -234,7 +268,8 @@ class _Matcher:
 
     def _has_rows(self, name: str) -> bool:
         shape = self._spec(name).shape
-        return (len(shape) == 2 or name.endswith("bias")) and shape[0] >= (self._vocabulary() or 1 << 62)
+        is_table = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
+        return is_table and shape[0] >= (self._vocabulary() or 1 << 62)
 
     def _compare_tokens(self, ref: ModelRef, rows: set[str]) -> Difference:
         ours, theirs = (self._tokens(r, max(self._spec(name, r).shape[0] for name in rows)) for r in (self.first, ref))

@@ -131,7 +131,7 @@ class MergedCheckpoint(Checkpoint):
         arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns[key].items()}
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
-            rows = [uniform(seed, part.model.text, plan.name, start, count) for part in plan.inputs]
+            rows = [uniform(seed, part.model.short, plan.name, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import ctl_merge
 from ctl_merge import hub
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
@@ -108,8 +109,8 @@ class Merge:
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
         with disk_errors(target.final):
             target.check(sum(shard.nbytes for shard in self.shards))
-        if target.final.resolve() in {checkpoint.folder.resolve() for checkpoint in self.checkpoints.values()}:
-            raise OutputError(f"{target.final} is one of the models that are merged: choose another output")
+        if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.checkpoints.values()):
+            raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
         self.fetch()
         folder = target.open(self._fingerprint())
         try:
@@ -170,7 +171,8 @@ class Merge:
             (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
         ]
         shards = [(shard.file, list(shard.specs)) for shard in self.shards]
-        content = json.dumps([self.recipe.text, sources, tensors, shards], sort_keys=True)
+        versions = [ctl_merge.__version__, torch.__version__, sorted(set(self.devices.values()))]
+        content = json.dumps([self.recipe.text, sources, tensors, shards, versions], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:

@@ -82,7 +82,9 @@ class OutputFolder:
             found = marker.read_text("utf-8", errors="replace")
             if found == fingerprint:
                 return
-            if not fingerprint.startswith(found):  # else a run ended while it wrote this, its first file
+            if not self.overwrite and not fingerprint.startswith(
+                found
+            ):  # else a run ended while it wrote this, its first file
                 raise OutputError(
                     f"{self.path} is of another recipe, other sources or another shard size: "
                     "--overwrite starts again, and loses it"

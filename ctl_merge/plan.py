@@ -106,7 +106,8 @@ class _Builder:
         if len({kind if kind not in MERGEABLE else "float" for kind in kinds.values()}) > 1:
             listed = ", ".join(f"{ref}: {kind}" for ref, kind in kinds.items())
             raise MismatchError(f"{name} has dtypes that cannot be merged ({listed}): convert the odd one")
-        quantised = next((ref for ref, kind in kinds.items() if kind.startswith(("F4", "F6", "F8"))), None)
+        low = {ref: kind for ref, kind in kinds.items() if kind.startswith("F") and kind not in MERGEABLE}
+        quantised = next(iter(low), None)
         if quantised:
             raise MismatchError(f"{quantised}: {name} is quantised ({kinds[quantised]}): name the unquantised model")
 
@@ -158,8 +159,8 @@ def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> lis
             "a statistic of the whole model (`trim: model`) needs parameters that are the same for every tensor: "
             "remove gradients and filters, or use `trim: tensor`"
         )
-    densities = {d for tensor in merged for d in tensor.parameters.get("density", ())}
-    if densities == {1.0} and recipe.method.name.startswith(("ties", "dare")):
+    density = recipe.method.parameters.get("density")
+    if density and density.per_model and {d for tensor in merged for d in tensor.parameters["density"]} == {1.0}:
         return [
             f"`density` is 1.0 everywhere: {recipe.method.name} keeps every entry, so nothing is trimmed or dropped"
         ]

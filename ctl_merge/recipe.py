@@ -80,7 +80,7 @@ class RecipeSchema(BaseModel):
     )
     parameters: dict[str, Any] | None = Field(None, description="shared parameters, and defaults of per-model ones")
     dtype: Dtype | None = Field(
-        None, description="dtype of the merged weights (arithmetic is float32); base's if unset"
+        None, description="dtype of the merged weights (arithmetic is float64); base's if unset"
     )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; wins over `dtype`")
     tokenizer_source: Literal["base"] | None = Field(
@@ -164,13 +164,15 @@ class _Checker:
         shared = self._settings(("parameters",), data.get("parameters"), method, per_model_only=False)
         base = self._ref(("base_model",), data.get("base_model"))
         sources = self._sources(data, method)
-        if method and not self.problems:
+        listed = data.get("models")
+        complete = isinstance(listed, list) and len(sources) == len(listed) > 0
+        if method and complete and (base or not data.get("base_model")):
             sources = self._with_base(method, sources, base)
             self._complete(method, sources, shared, base)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
-        if len({ref.text for ref in (s.ref for s in sources)}) < len(sources):
+        if len({source.ref for source in sources}) < len(sources):
             self.warnings.append("a model is listed more than once: it counts as often as it is listed")
         return Recipe(
             method=method, models=tuple(sources), base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
@@ -279,8 +281,7 @@ class _Checker:
                 below: list[tuple[Path_, str]] = []
                 setting = parse_setting(value, parameter, below)
                 self.problems += [((*path, name, *at), message) for at, message in below]
-                if setting:
-                    found[name] = setting
+                found[name] = setting or Setting(())  # a wrong value is not a missing one
         return found
 
     def _with_base(self, method: Method, sources: list[Source], base: ModelRef | None) -> list[Source]:

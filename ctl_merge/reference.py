@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ctl_merge.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
+MERGE_FIRST = "merge it into its base first (peft: merge_and_unload) and name the result"
+
 
 @dataclass(frozen=True)
 class ModelRef:
     """A model as the recipe wrote it (`text`), and what that means: a local folder, or a Hub repository."""
 
-    text: str
+    text: str = field(compare=False)  # `./math` and `math` are one model
     folder: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def short(self) -> str:
+        """A name that does not depend on where the model lies: of the repository, or the folder's own."""
+        return self.repo_id or (self.folder.name if self.folder else self.text)
 
     @classmethod
     def parse(cls, text: str, relative_to: Path | None = None) -> ModelRef:
@@ -39,15 +46,14 @@ class ModelRef:
         name, _, adapter = text.partition("+")
         if adapter and (_REPOSITORY.fullmatch(name.partition("@")[0]) or _find_folder(name, relative_to)):
             raise CheckpointError(
-                f"{text!r} names an adapter on a model; adapters are not supported yet. "
-                "Merge the adapter into its base first (peft: merge_and_unload) and name the result."
+                f"{text!r} names an adapter on a model; adapters are not supported yet: {MERGE_FIRST}"
             )
         repo_id, _, revision = text.removeprefix("hf://").partition("@")
         if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id:
             raise CheckpointError(
                 f"{text!r} is neither a folder that exists nor a Hub repository (org/name or org/name@revision)"
             )
-        return cls(text, repo_id=repo_id, revision=revision or None)
+        return cls(text, repo_id=repo_id, revision=revision or "main")
 
 
 def _find_folder(text: str, relative_to: Path | None) -> Path | None:

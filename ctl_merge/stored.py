@@ -16,9 +16,9 @@ from torch import Tensor
 from ctl_merge import hub
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
 from ctl_merge.companions import is_companion
-from ctl_merge.errors import CheckpointError
+from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
-from ctl_merge.reference import ModelRef
+from ctl_merge.reference import MERGE_FIRST, ModelRef
 
 
 class StoredCheckpoint(FileCheckpoint):
@@ -134,10 +134,16 @@ def open_checkpoint(ref: ModelRef) -> FileCheckpoint:
     Raises CheckpointError or HubError.
     """
     if ref.folder is not None:
-        listing = {str(p.relative_to(ref.folder)): p.stat().st_size for p in ref.folder.iterdir() if p.is_file()}
+        try:
+            listing = {p.name: p.stat().st_size for p in ref.folder.iterdir() if p.is_file()}
+        except OSError as error:
+            raise CheckpointError(f"{ref} cannot be read: {error.strerror}") from None
         return _open(ref, ref.folder, listing, None)
     assert ref.repo_id is not None
-    snapshot = hub.resolve(ref.repo_id, ref.revision)
+    try:
+        snapshot = hub.resolve(ref.repo_id, ref.revision)
+    except HubError as error:
+        raise HubError(f"{error} (There is no folder {ref.text!r} either.)") from error
     listing = {file.path: file.size for file in snapshot.files}
     wanted = ("README.md",)  # states the licence
     small = [p for p in listing if is_companion(p) or p.endswith(".index.json") or p in wanted]
@@ -145,7 +151,19 @@ def open_checkpoint(ref: ModelRef) -> FileCheckpoint:
 
 
 def _open(ref: ModelRef, folder: Path, listing: Mapping[str, int], snapshot: hub.HubSnapshot | None) -> FileCheckpoint:
-    files = _weight_files(ref.text, folder, listing)
+    files, named = _weight_files(ref.text, folder, listing)
+    checkpoint = _open_files(ref, folder, files, listing, snapshot)
+    lost = sorted(named - checkpoint.tensors.keys())
+    if lost:
+        raise CheckpointError(
+            f"{ref}: its index names {len(lost)} tensors that its files lack, such as {lost[0]}: download it again"
+        )
+    return checkpoint
+
+
+def _open_files(
+    ref: ModelRef, folder: Path, files: list[str], listing: Mapping[str, int], snapshot: hub.HubSnapshot | None
+) -> FileCheckpoint:
     if files[0].endswith(".bin"):
         from ctl_merge.pickled import PickledCheckpoint
 
@@ -166,19 +184,25 @@ def _in_parallel(function: Callable[[str], Header], files: list[str]) -> dict[st
         return dict(zip(files, pool.map(function, files), strict=True))
 
 
-def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> list[str]:
-    """The files that hold the weights, as transformers chooses them: one file before an index, safetensors first."""
+def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> tuple[list[str], set[str]]:
+    """The files that hold the weights, and the tensors that their index names.
+
+    As transformers chooses them: one file before an index, safetensors first.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = f"{single}.index.json"
         if single in listing:
-            return [single]
+            return [single], set()
         if index in listing:
-            files = _indexed(name, read_json(folder / index, name).get("weight_map"), index)
+            weight_map: Any = read_json(folder / index, name).get("weight_map")
+            files = _indexed(name, weight_map, index)
             for file in files:
                 if file not in listing:
                     raise CheckpointError(f"{name}: {file}, which {index} names, is missing: download it again")
-            return files
+            return files, set(weight_map)
     found = ", ".join(sorted(listing)[:8]) or "nothing"
+    if "adapter_config.json" in listing:
+        raise CheckpointError(f"{name} is an adapter; adapters are not supported yet: {MERGE_FIRST}")
     raise CheckpointError(
         f"{name} has no model.safetensors, pytorch_model.bin, or index of either; it has: {found}. "
         "Only weights in the Hugging Face format can be merged."

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from probe_references import Family, inputs_of, load, open_merge, stacks, write_family
+from probe_references import Family, inputs_of, load, one_thread_a_model, open_merge, stacks, write_family  # noqa: F401
 from safetensors.torch import load_file, save_file
 from tiny_architectures import ARCHITECTURES, VOCABULARY, build
 from torch import Tensor, nn
@@ -185,6 +185,20 @@ def test_streaming_holds_the_weights_of_one_block_at_most(name: str, family: Cal
     assert any(inside for inside, _ in seen)
     assert all(len(inside) + bool(outside) <= 1 and len(outside) <= 2 for inside, outside in seen), seen
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral", "t5"])
+def test_as_much_of_a_streamed_model_stays_in_memory_as_is_allowed(
+    name: str, share: float, family: Callable[[str], Family]
+) -> None:
+    wanted = load(name, family(name).base)
+    whole = sum(4 * parameter.numel() for parameter in wanted.parameters(recurse=True))
+    model = load_weights(stored(family(name).base), streamed=True, resident_bytes=int(share * whole))
+    assert torch.equal(logits(model), logits(wanted))
+    held = sum(4 * parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
+    assert held <= share * whole
+    assert held > 0.2 * whole or share < 0.6
 
 
 # ---- what cannot be run

@@ -14,14 +14,18 @@ from probe_references import (  # noqa: F401 (a fixture for all)
     kl,
     nll,
     one_thread_a_model,
+    open_merge,
     random_tokens,
     run_plain,
     run_probe,
+    subject_of,
     write_family,
 )
 from tiny_architectures import ARCHITECTURES
 
+from ctl_merge.model import load_weights
 from ctl_merge.probing.data import TokenSet
+from ctl_merge.probing.run import Rider, Session
 
 WEIGHTS = (0.6, 0.3)
 STANDARD = {"attention": "self_attn", "mlp": "mlp"}
@@ -148,6 +152,24 @@ def assert_losses(losses: Mapping[str, Any], plain: Plain, labels: torch.Tensor)
     assert found["kl"]["value"] == pytest.approx(kl(merged, ensemble), abs=1e-5)
     agree = (merged[:, :-1].argmax(-1) == ensemble[:, :-1].argmax(-1)).double().mean()
     assert found["agreement"]["value"] == pytest.approx(float(agree))
+
+
+@pytest.mark.parametrize("name", ["gemma3", "t5"])
+def test_models_in_memory_are_left_as_they_were(name: str, case: Callable[[str], Case]) -> None:
+    """Caches are off while blocks run twice, in every part of a model, and on again after."""
+    own = case(name)
+    subject = subject_of({"merged": open_merge(own.family, WEIGHTS)}, own.family)
+    models = {n: load_weights(c) for n, c in {"base": subject.base, **subject.parents, **subject.merges}.items()}
+    caching = [config_caches(model) for model in models.values()]
+    with Session(subject, [Rider("merged", subject.merges["merged"])], models) as session:
+        session.run(own.tokens.ids, own.tokens.strata)
+        assert not any(any(config_caches(model)) for model in models.values())
+    assert any(caching[0]) and [config_caches(model) for model in models.values()] == caching
+    assert not any("forward" in vars(module) for model in models.values() for module in model.modules())
+
+
+def config_caches(model: torch.nn.Module) -> list[bool]:
+    return [getattr(m.config, "use_cache", False) for m in model.modules() if hasattr(m, "config")]
 
 
 def test_an_encoder_predicts_no_next_token(case: Callable[[str], Case]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ from ctl_merge.methods.registry import merge_method
 
 def weights_cancel(parameters: Parameters) -> str | None:
     """The objection to weights that sum to zero where the sum is a divisor."""
-    if parameters["normalize"] and sum(parameters["weight"]) == 0:
+    weights = parameters["weight"]
+    if parameters["normalize"] and abs(math.fsum(weights)) <= 1e-9 * math.fsum(map(abs, weights)):
         return "the weights sum to zero, and `normalize` divides by their sum: change a weight or set normalize: false"
     return None
 

@@ -50,7 +50,7 @@ class Method:
     measures: Mapping[str, Measure]
     parameters: Mapping[str, Parameter]
     check: Callable[[Parameters], str | None]
-    report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None]
+    report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None
     paper: str | None
     grain: Literal["element", "tensor"] = "element"
     summary: str = field(default="")
@@ -99,7 +99,7 @@ def merge_method(
         engine_made = {"noise", *(measures or {})}
         _REGISTRY[key] = Method(
             name=key, function=function, space=space, grain=grain, models=models, paper=paper, check=check,
-            report=report or no_objection,
+            report=report,
             base=base or ("required" if space == "task_vectors" else "none"),
             random="noise" in keywords, measures=measures or {},
             parameters={p.name: p for p in _declared(function) if p.name not in engine_made},

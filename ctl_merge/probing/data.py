@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,9 @@ def strata_of(ids: Tensor, tokenizer: Any) -> Tensor:
 def _texts(spec: DataSpec, chat: Any) -> Iterator[str]:
     path = Path(spec.source)
     if path.suffix == ".txt" and path.is_file():
-        yield from _pieces(path)
+        yield from _pieces(spec, path)
         return
-    rows = iter(_rows(spec, path))
-    for row in rows:
+    for row in _rows(spec, path):
         columns = spec.columns or _text_columns(row)
         unknown = [column for column in columns if column not in row]
         if unknown:
@@ -106,31 +105,35 @@ def _texts(spec: DataSpec, chat: Any) -> Iterator[str]:
             yield chat.apply_chat_template(messages, tokenize=False)
 
 
-def _pieces(path: Path) -> Iterator[str]:
+def _pieces(spec: DataSpec, path: Path) -> Iterator[str]:
     """A text file in pieces that end with a line."""
-    with path.open(encoding="utf-8") as file:
-        while lines := file.readlines(1 << 20):
-            yield "".join(lines)
+    try:
+        with path.open(encoding="utf-8") as file:
+            while lines := file.readlines(1 << 20):
+                yield "".join(lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{spec.name}: {path} cannot be read ({error})") from None
 
 
-def _rows(spec: DataSpec, path: Path) -> Iterable[dict[str, Any]]:
+def _rows(spec: DataSpec, path: Path) -> Iterator[dict[str, Any]]:
     import datasets
 
+    local = path.is_file()
+    if local and path.suffix not in _LOADERS:
+        raise DataError(f"{path}: a {path.suffix or 'file without suffix'} is not read; use {', '.join(_LOADERS)}")
     try:
-        if path.is_file():
-            if path.suffix not in _LOADERS:
-                raise DataError(
-                    f"{path}: a {path.suffix or 'file without suffix'} is not read; use {', '.join(_LOADERS)}"
-                )
-            return datasets.load_dataset(
+        if local:
+            yield from datasets.load_dataset(
                 _LOADERS[path.suffix], data_files=str(path), split="train", streaming=True
             )  # fmt: skip
-        return datasets.load_dataset(spec.source, split=spec.split, streaming=True)
+        else:
+            yield from datasets.load_dataset(spec.source, split=spec.split, streaming=True)
+    except StopIteration:  # what datasets raises for an empty file
+        raise DataError(f"{spec.name}: {path} is empty") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
-        raise DataError(
-            f"{spec.name}: {spec.source} is neither a file nor a data set that can be reached ({reason})"
-        ) from None
+        trouble = "cannot be read" if local else "is neither a file nor a data set that can be reached"
+        raise DataError(f"{spec.name}: {spec.source} {trouble} ({reason})") from None
 
 
 def _text_columns(row: dict[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ types: environment
 
 environment: .venv/installed
 
-# torch first: otherwise resolving the other packages may bring a build with gigabytes of CUDA libraries.
+# torch first and pinned, so that no other package's range chooses another build of it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch

@@ -10,7 +10,7 @@ import yaml
 import ctl_merge
 from ctl_merge.document import Document
 from ctl_merge.errors import RecipeError
-from ctl_merge.plan import Plan
+from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.reference import ModelRef
 
 RECIPE = "ctl_merge_recipe.yaml"
@@ -48,8 +48,10 @@ def build_card(
             *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
             "\n## Make it again\n",
-            f"The recipe above is the file `{RECIPE}`; `merge_manifest.json` lists the sources' commits and every "
-            "file's sha256.\n",
+            f"The recipe above is the file `{RECIPE}`. Branches move: for the same sources write the commits of the "
+            "table after the names, as in `org/name@commit`; folders are looked for beside the recipe. "
+            "`merge_manifest.json` lists every source and weight file with its size and, unless it was made with "
+            "`--no-hash`, its sha256.\n",
             f"```console\n$ pip install ctl-merge=={ctl_merge.__version__}\n$ ctl-merge {RECIPE} -o merged\n```\n",
         ]
     )
@@ -95,15 +97,14 @@ def _table(plan: Plan, manifest: dict[str, Any]) -> list[str]:
 
 
 def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:
-    from ctl_merge.summary import parameter_ranges
-
+    """Per-model parameters of each source; those of one that is listed twice side by side."""
     ranges = parameter_ranges(plan)
-    return {
-        (source.ref, name): str(ranges[name][index])
-        for name, parameter in plan.method.parameters.items()
-        if parameter.per_model
-        for index, source in enumerate(plan.recipe.models)
-    }
+    found: dict[tuple[ModelRef, str], str] = {}
+    for name in (name for name, parameter in plan.method.parameters.items() if parameter.per_model):
+        for source, value in zip(plan.recipe.models, ranges[name], strict=False):
+            key = (source.ref, name)
+            found[key] = f"{found[key]}, {value}" if key in found else str(value)
+    return found
 
 
 def stated_licence(folder: Path | None) -> str | None:

@@ -54,6 +54,8 @@ def _accelerators(limits: dict[int | str, int]) -> list[str]:
     from accelerate.utils import get_max_memory
 
     kind = torch.accelerator.current_accelerator()
+    if kind and kind.type == "mps":  # it has no float64
+        return []
     allowed = get_max_memory(limits or None)
     numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
     return [checked_device(number) for number in numbers] if kind else []
@@ -98,6 +100,8 @@ def checked_device(device: Any) -> str:
         raise DeviceError(f"{device!r} is no device: use auto, cpu, cuda:0 or a JSON map") from None
     if wanted.type == "cpu":
         return "cpu"
+    if wanted.type == "mps":
+        raise DeviceError("mps has no float64, in which merges are computed: use --device cpu")
     if wanted.type != kind or (wanted.index or 0) >= count:
         there = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
         raise DeviceError(f"there is no device {device!r} here; there are: {there}")

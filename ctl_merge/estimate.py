@@ -42,16 +42,16 @@ def estimate(
     passes = merged.model_passes
     return Estimate(
         read=inputs * (1 + passes), passes=passes, download=sum(missing_bytes(c) for c in checkpoints.values()),
-        write=sum(shard.nbytes for shard in shards), memory=memory_bound(plan, workers),
+        write=sum(shard.nbytes for shard in shards), memory=memory_bound(plan, workers, chunk_of(merged)),
     )  # fmt: skip
 
 
-def memory_bound(plan: Plan, workers: int) -> int:
+def memory_bound(plan: Plan, workers: int, chunk: int = CHUNK) -> int:
     """Anonymous memory at most: workers × chunk × 8 bytes × (temporaries × models + base), and histograms if any."""
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
     width = 8  # bytes of an entry in the widest arithmetic
-    entries = largest if plan.method.grain == "tensor" else min(CHUNK, largest)
+    entries = largest if plan.method.grain == "tensor" else min(chunk, largest)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
     return INTERPRETER_BYTES + workers * (width * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK)
@@ -60,6 +60,11 @@ def memory_bound(plan: Plan, workers: int) -> int:
 def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
     parts = (*tensor.inputs, tensor.base) if tensor.base else tensor.inputs
     return sum(checkpoints[part.model].tensors[part.tensor].nbytes for part in parts)
+
+
+def chunk_of(merged: MergedCheckpoint) -> int:
+    """The most entries of a tensor that a worker holds at once."""
+    return max((merged.block(name) for name in merged.tensors), default=CHUNK)
 
 
 def missing_bytes(checkpoint: FileCheckpoint) -> int:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.plan import parameter_ranges
 from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard
 
@@ -42,9 +44,10 @@ def build_manifest(
     return {
         "format": 1,
         "versions": {
-            "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "python": platform.python_version()
+            "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(),
         },
-        "method": plan.method.name, "seed": plan.recipe.seed,
+        "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,
         "recipe_sha256": hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
         "sources": [_source(ref, checkpoint, hashes) for ref, checkpoint in checkpoints.items()],
         "tensors": tensors, "devices": dict(Counter(devices.values())),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.correspondence import Input
-from ctl_merge.errors import MismatchError, NonFiniteError
+from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Measure
@@ -23,7 +23,7 @@ from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
-_DEVICE_CHUNK = 32 * CHUNK
+DEVICE_CHUNK = 32 * CHUNK
 
 Results = dict[str, Tensor]
 
@@ -31,8 +31,8 @@ Results = dict[str, Tensor]
 class MergedCheckpoint(Checkpoint):
     """The merge that a plan describes. Nothing is kept but a few numbers per tensor.
 
-    Reads are float64 arithmetic on chunks, rounded once to the output's dtype. (In float32 one 16-bit result in a few
-    hundred would fall on the wrong side, as few-digit weights often put it just between two values.) Thread-safe:
+    Reads are float64 arithmetic on chunks, rounded at the end to the output's dtype. (In float32 one 16-bit result in
+    a few hundred would fall on the wrong side: few-digit weights often put it just between two values.) Thread-safe:
     every thread has buffers of its own. `devices` says where the arithmetic of each tensor happens, by default the CPU.
     """
 
@@ -53,7 +53,7 @@ class MergedCheckpoint(Checkpoint):
     def block(self, tensor: str) -> int:
         if self.method.grain == "tensor":
             return max(1, self.tensors[tensor].numel)
-        return CHUNK if self._device(tensor).type == "cpu" else _DEVICE_CHUNK
+        return CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
@@ -65,12 +65,12 @@ class MergedCheckpoint(Checkpoint):
             return
         results = self._results(plan)
         step = self.block(tensor)
-        with self._stream(self._device(tensor)):
+        with self._on(self._device(tensor)):
             for begin in range(0, out.numel(), step):
                 piece = out[begin : begin + step]
                 merged = self._merge(plan, start + begin, piece.numel(), results)
                 self._check_result(plan, merged)
-                piece.copy_(merged.view(-1))
+                piece.copy_(merged.view(-1))  # waits for the device, so that the pinned buffer may be filled again
 
     # ---- one chunk
 
@@ -181,7 +181,7 @@ class MergedCheckpoint(Checkpoint):
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure, step = self.method.measures[name], self.block(plan.name)
         state: Tensor | None = None
-        with self._stream(self._device(plan.name)):
+        with self._on(self._device(plan.name)):
             for start in range(0, plan.spec.numel, step):
                 stack, _ = self._stack(plan, start, min(step, plan.spec.numel - start))
                 part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
@@ -241,14 +241,22 @@ class MergedCheckpoint(Checkpoint):
     def _device(self, tensor: str) -> torch.device:
         return torch.device(self._devices.get(tensor, "cpu"))
 
-    def _stream(self, device: torch.device) -> AbstractContextManager[object]:
-        """A CUDA stream of this thread's own, so that one worker's copies overlap with another's arithmetic."""
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        """On CUDA a stream of this thread's own, so that one worker's copies overlap with another's arithmetic."""
         if device.type != "cuda":
-            return nullcontext()
+            yield
+            return
         streams = self._buffers.__dict__.setdefault("streams", {})
         if device not in streams:
             streams[device] = torch.cuda.Stream(device)
-        return torch.cuda.stream(streams[device])
+        try:
+            with torch.cuda.stream(streams[device]):
+                yield
+        except torch.OutOfMemoryError:
+            raise DeviceError(
+                f"{device} ran out of memory: use fewer workers (--num-workers) or --device cpu"
+            ) from None
 
     def _buffer(self, rows: int, count: int, pinned: bool) -> Tensor:
         """This thread's float64 memory, (rows, count): reused, as fresh pages cost more than the arithmetic."""

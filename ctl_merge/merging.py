@@ -24,7 +24,7 @@ from ctl_merge.companions import is_companion
 from ctl_merge.correspondence import Input
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import CheckpointError, DeviceError, OutputError, RecipeError
-from ctl_merge.estimate import estimate, memory_bound, missing_bytes
+from ctl_merge.estimate import chunk_of, estimate, memory_bound, missing_bytes
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -71,6 +71,7 @@ class Merge:
         self.shard_bytes = _shard_bytes(max_shard_size)
         self.device_map, self.max_memory = device_map, max_memory
         self.checkpoints: dict[ModelRef, FileCheckpoint] = {ref: open_checkpoint(ref) for ref in self.recipe.refs}
+        self._fetched = False
         self.workers = num_workers or len(os.sched_getaffinity(0))
         self._use(make_plan(self.recipe, self.checkpoints))
         self._limit_memory(parse_max_memory(max_memory).get("cpu"))
@@ -83,9 +84,10 @@ class Merge:
 
     def _limit_memory(self, limit: int | None) -> None:
         """Fewer workers where the CPU's share of `max_memory` is small."""
-        while limit is not None and memory_bound(self.plan, self.workers) > limit:
+        chunk = chunk_of(self.merged)
+        while limit is not None and memory_bound(self.plan, self.workers, chunk) > limit:
             if self.workers == 1:
-                needed = format_size(memory_bound(self.plan, 1))
+                needed = format_size(memory_bound(self.plan, 1, chunk))
                 raise DeviceError(
                     f"--max-memory: the merge takes {needed} of cpu memory with one worker, more than allowed"
                 )
@@ -129,6 +131,9 @@ class Merge:
 
     def fetch(self) -> None:
         """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""
+        if self._fetched:
+            return
+        self._fetched = True
         hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
         for checkpoint in self.checkpoints.values():
             checkpoint.fetch()
@@ -140,10 +145,13 @@ class Merge:
         heads, embeddings = (_everyone(self.plan.tensors[name]) for name in (target, source))
         apart = [h.model for h, e in zip(heads, embeddings, strict=True) if not self._same(h, e)]
         if apart:
-            logger.info("%s differs from %s in %s: written apart, not tied", target, source, apart[0])
-            return
-        logger.info("%s is the same as %s in every model: tied, not written", target, source)
-        self._use(self.plan.without({target}, f"{target} is tied to {source} in every model: it is not written"))
+            self._use(
+                self.plan.settled(target, f"{target} differs from {source} in {apart[0]}: both are written, untied")
+            )
+        else:
+            self._use(
+                self.plan.settled(target, f"{target} is tied to {source} in every model: not written", leave=True)
+            )
 
     def _same(self, one: Input, other: Input) -> bool:
         if one == other:

@@ -47,10 +47,11 @@ class Plan:
         """The output's tensors, in the order of the layers."""
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
-    def without(self, names: set[str], decision: str) -> Plan:
-        """The plan less some tensors, with the reason."""
-        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
-        return replace(self, tensors=kept, decisions=(*self.decisions, decision))
+    def settled(self, name: str, decision: str, leave: bool = False) -> Plan:
+        """The plan with the open decision on a tensor replaced, now that the weights are known; `leave`: without it."""
+        kept = {n: tensor for n, tensor in self.tensors.items() if not (leave and n == name)}
+        others = tuple(line for line in self.decisions if not line.startswith(f"{name} is tied to "))
+        return replace(self, tensors=kept, decisions=(*others, decision))
 
 
 def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> Plan:
@@ -165,3 +166,23 @@ def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> lis
             f"`density` is 1.0 everywhere: {recipe.method.name} keeps every entry, so nothing is trimmed or dropped"
         ]
     return []
+
+
+def parameter_ranges(plan: Plan) -> dict[str, Any]:
+    """Each parameter's value, or its range where it varies over tensors; per-model ones as a list."""
+    used = {id(t.parameters): t.parameters for t in plan.tensors.values() if t.operation == "merge"}.values()
+    found: dict[str, Any] = {}
+    for name, parameter in plan.method.parameters.items():
+        values = [parameters[parameter.keyword] for parameters in used]
+        columns = list(zip(*values, strict=True)) if parameter.per_model else [tuple(values)]
+        described = [_range(column) for column in columns]
+        found[name] = described if parameter.per_model else described[0] if described else None
+    return found
+
+
+def _range(values: tuple[Any, ...]) -> Any:
+    distinct = sorted(set(values), key=str)
+    if len(distinct) == 1:
+        return distinct[0]
+    numbers = [v for v in values if isinstance(v, int | float)]
+    return f"{min(numbers):g} to {max(numbers):g}" if numbers else ", ".join(map(str, distinct))

@@ -219,6 +219,8 @@ class _Checker:
             if len(path) > 1:  # below `models` or `base_model`
                 known = [*SourceSchema.model_fields, *ModelSchema.model_fields]
             message = f"unknown key {name!r}{nearest(name, known)}"
+            if any(name in method.parameters for method in registry().values()):
+                message = f"{name!r} is a parameter: write it under `parameters`"
         elif kind == "model_type":
             message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
         elif kind == "missing":

@@ -8,7 +8,7 @@ from typing import Any
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.estimate import Estimate
 from ctl_merge.header import total_bytes
-from ctl_merge.plan import Plan
+from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size
 from ctl_merge.writer import Shard
@@ -52,26 +52,6 @@ def _model(ref: ModelRef, checkpoint: FileCheckpoint, plan: Plan) -> dict[str, A
         "bytes": total_bytes(checkpoint.tensors.values()),
         "dtypes": sorted({spec.dtype for spec in checkpoint.tensors.values()}),
     }
-
-
-def parameter_ranges(plan: Plan) -> dict[str, Any]:
-    """Each parameter's value, or its range where it varies over tensors; per-model ones as a list."""
-    used = {id(t.parameters): t.parameters for t in plan.tensors.values() if t.operation == "merge"}.values()
-    found: dict[str, Any] = {}
-    for name, parameter in plan.method.parameters.items():
-        values = [parameters[parameter.keyword] for parameters in used]
-        columns = list(zip(*values, strict=True)) if parameter.per_model else [tuple(values)]
-        described = [_range(column) for column in columns]
-        found[name] = described if parameter.per_model else described[0] if described else None
-    return found
-
-
-def _range(values: tuple[Any, ...]) -> Any:
-    distinct = sorted(set(values), key=str)
-    if len(distinct) == 1:
-        return distinct[0]
-    numbers = [v for v in values if isinstance(v, int | float)]
-    return f"{min(numbers):g} to {max(numbers):g}" if numbers else ", ".join(map(str, distinct))
 
 
 def render(data: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -156,7 +157,10 @@ def test_the_card_says_how_it_was_made_and_how_to_make_it_again(result: MergeRes
     made = section(card_of(result), "How it was made")
     for line in result.manifest["decisions"]:
         assert f"- {line}\n" in made
-    assert f"- seed 5; ctl_merge {ctl_merge.__version__}, torch {torch.__version__}, python " in made
+    assert (
+        f"- seed 5; ctl_merge {ctl_merge.__version__}, torch {torch.__version__}, numpy {np.__version__}, python "
+        in made
+    )
     assert f"$ ctl-merge {RECIPE} -o merged\n" in section(card_of(result), "Make it again")
     assert card_of(result).startswith("---\n") and "\n# merged\n" in card_of(result)
 
@@ -201,7 +205,7 @@ def test_the_manifest_of_folders(result: MergeResult) -> None:
     manifest = json.loads((folder / "merge_manifest.json").read_text("utf-8"))
     assert manifest == result.manifest
     assert manifest["versions"] == {
-        "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "python": platform.python_version()
+        "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
     }  # fmt: skip
     assert (manifest["format"], manifest["method"], manifest["seed"]) == (1, "linear", 5)
     assert manifest["recipe_sha256"] == sha256(folder / RECIPE)

@@ -26,7 +26,7 @@ def scores(tmp_path_factory) -> dict[str, dict[str, float]]:
     parents = [QUICKSTART / name for name in ("base", "cycle", "shift", "cycle-lora")]
     merged = sorted(path for path in output.iterdir())
     assert [path.name for path in merged] == sorted(path.stem for path in QUICKSTART.glob("*.yaml"))
-    command = [sys.executable, QUICKSTART / "evaluate.py", "--json", "--count", str(COUNT), *parents, *merged]
+    command = [sys.executable, QUICKSTART / "exact_match.py", "--json", "--count", str(COUNT), *parents, *merged]
     rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {row["model"]: row["exact_match"] for row in rows}
 

@@ -73,7 +73,7 @@ def test_a_recipe_and_its_defaults() -> None:
 def test_every_key() -> None:
     keys = "dtype: float16\nout_dtype: bfloat16\nseed: 7\nmissing: skip\nnonfinite: allow\ntokenizer_source: base\n"
     recipe = parse_recipe(TIES + keys)
-    assert recipe.base == ModelRef("org/base", repo_id="org/base")
+    assert recipe.base == ModelRef("org/base", repo_id="org/base", revision="main")
     assert recipe.settings["lambda"].at("any", 0.0) == 0.7
     assert (recipe.dtype, recipe.seed, recipe.missing) == ("bfloat16", 7, "skip")
     assert recipe.allow_nonfinite and recipe.keep_base_vocabulary

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from evaluate import measure, table
+from exact_match import measure, table
 from rich.console import Console
 from tasks import TASKS
 from transformers.utils.logging import disable_progress_bar

@@ -1,6 +1,6 @@
 """Measure exact match by greedy generation of any model folders on the quickstart tasks.
 
-    python recipes/quickstart/evaluate.py DIR [DIR ...] [--count N] [--json]
+    python recipes/quickstart/exact_match.py DIR [DIR ...] [--count N] [--json]
 
 A folder is a checkpoint saved with ``save_pretrained``, or a LoRA adapter whose base is a sibling folder.
 """

@@ -205,7 +205,8 @@ def test_the_manifest_of_folders(result: MergeResult) -> None:
     manifest = json.loads((folder / "merge_manifest.json").read_text("utf-8"))
     assert manifest == result.manifest
     assert manifest["versions"] == {
-        "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "numpy": np.__version__,
+        "python": platform.python_version(),
     }  # fmt: skip
     assert (manifest["format"], manifest["method"], manifest["seed"]) == (1, "linear", 5)
     assert manifest["recipe_sha256"] == sha256(folder / RECIPE)

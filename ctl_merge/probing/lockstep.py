@@ -70,9 +70,14 @@ class Lockstep:
     def run(self, forwards: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
         """Run every model's forward to its end; the first error of any of them ends all, and is raised."""
         self._barrier.reset()
-        with ThreadPoolExecutor(len(forwards), thread_name_prefix="probe") as pool:
-            futures = {name: pool.submit(self._guarded, forward) for name, forward in forwards.items()}
-            errors = [future.exception() for future in futures.values()]
+        threads = torch.get_num_threads()  # shared out: the models run at the same time
+        share = max(1, threads // len(forwards))
+        try:
+            with ThreadPoolExecutor(len(forwards), "probe", torch.set_num_threads, (share,)) as pool:
+                futures = {name: pool.submit(self._guarded, forward) for name, forward in forwards.items()}
+                errors = [future.exception() for future in futures.values()]
+        finally:
+            torch.set_num_threads(threads)
         for error in sorted(filter(None, errors), key=lambda e: isinstance(e, threading.BrokenBarrierError)):
             raise error
         return {name: future.result() for name, future in futures.items()}

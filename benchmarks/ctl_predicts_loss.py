@@ -11,10 +11,10 @@ texts (a text is named like its expert). Measured, as means over those texts, in
 
 R is taken over blocks and texts. Its floor as a predictor is what weights alone tell, without running anything: how far
 the merge is from its experts. Its ceiling is ±1. Dilution, L(ensemble) - L(own expert), is listed for comparison: the
-gap is the cost plus that. Columns: correlation over all merges; partial, of ranks, given ‖τ‖, cos(τ_i, τ_j) and the sum of
-coefficients (and its square); given the distance to the experts as well; mean over merges of the same experts, and over
-merges by the same recipe. Tables: all merges, and those that do not extrapolate (coefficients sum to at most 1.05), as
-extrapolated logits are a poor ensemble. Intervals (95 %) resample groups of experts, or recipes in the last column;
+gap is the cost plus that. Columns: correlation over all merges; partial, of ranks, given ‖τ‖, cos(τ_i, τ_j) and the sum
+of coefficients (and its square); given the distance to the experts as well; mean over merges of the same experts, and
+over merges by the same recipe. Tables: all merges, and those that do not extrapolate (coefficients sum to ≤ 1.05),
+as extrapolated logits are a poor ensemble. Intervals (95 %) resample groups of experts, or recipes in the last column;
 groups that share an expert are not independent, so they are narrower than they should be. Those that resample merges,
 as if these were independent, are in the JSON only.
 
@@ -67,6 +67,7 @@ OUTCOMES = {"gap": "L(merged) - L(own expert)", "cost": "L(merged) - L(logit ens
 COLOURS = {"linear": "#0072B2", "task_arithmetic": "#D55E00", "ties": "#009E73", "dare_linear": "#CC79A7",
            "slerp": "#000000"}  # fmt: skip
 DRAWS = 2000
+REACH = 1.05  # sum of coefficients beyond which a merge extrapolates
 Array = np.ndarray
 
 
@@ -229,7 +230,7 @@ def correlate(rows: Sequence[Mapping[str, object]], predictor: str, outcome: str
 
 def analyse(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """All predictors with all outcomes, over all merges and over those that do not extrapolate."""
-    within_reach = [row for row in rows if row["coefficients"] <= 1.05]  # type: ignore[operator]
+    within_reach = [row for row in rows if row["coefficients"] <= REACH]  # type: ignore[operator]
     return [
         {"merges": name, "count": len(chosen), **correlate(chosen, predictor, outcome)}
         for name, chosen in (("all", rows), ("not extrapolating", within_reach))
@@ -274,14 +275,15 @@ def _cell(found: Mapping[str, object], name: str) -> str:
 
 
 def figure(rows: Sequence[Mapping[str, object]], correlations: Sequence[Mapping[str, object]]) -> str:
-    """R against both outcomes, coloured by method: an SVG."""
+    """R against both outcomes, coloured by method, of the merges that do not extrapolate: an SVG."""
+    shown = [row for row in rows if row["coefficients"] <= REACH]  # type: ignore[operator]
     parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 350" font-family="sans-serif" font-size="12">']
     parts.append('<rect width="760" height="350" fill="#fff"/>')
     for place, (outcome, title) in enumerate(OUTCOMES.items()):
-        rho = next(c for c in correlations if c["predictor"] == "R" and c["outcome"] == outcome)
+        rho = next(c for c in correlations if (c["predictor"], c["outcome"], c["count"]) == ("R", outcome, len(shown)))
         low, high = rho["all_interval"]  # type: ignore[misc]
-        head = f"{title}, nats per token: ρ = {rho['all']:.2f} [{low:.2f}, {high:.2f}]"
-        parts += _panel(rows, outcome, head, 45 + 375 * place)
+        head = f"{title}: ρ = {rho['all']:.2f} [{low:.2f}, {high:.2f}], {len(shown)} merges"
+        parts += _panel(shown, outcome, head, 45 + 375 * place)
     for i, (method, colour) in enumerate(COLOURS.items()):
         parts.append(f'<circle cx="{60 + 130 * i}" cy="334" r="4.5" fill="{colour}" fill-opacity=".75"/>')
         parts.append(f'<text x="{69 + 130 * i}" y="338">{method}</text>')
@@ -295,14 +297,16 @@ def _panel(rows: Sequence[Mapping[str, object]], outcome: str, head: str, left: 
     (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in ticks)
     across = lambda v: left + width * (v - x0) / (x1 - x0)  # noqa: E731
     up = lambda v: bottom - height * (v - y0) / (y1 - y0)  # noqa: E731
-    parts = [f'<text x="{left}" y="22" font-size="11.5">{escape(head)}</text>']
+    parts = [f'<text x="{left}" y="22" font-size="11">{escape(head)}</text>']
     for v in ticks[1]:
         look = "#888" if abs(v) < 1e-9 else "#e4e4e4"
         parts.append(f'<path d="M{left} {up(v):.1f}h{width}" stroke="{look}"/>')
         parts.append(f'<text x="{left - 6}" y="{up(v) + 4:.1f}" text-anchor="end" fill="#555">{v:g}</text>')
     for v in ticks[0]:
         parts.append(f'<text x="{across(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{v:g}</text>')
-    parts.append(f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">R, mean of blocks</text>')
+    parts.append(
+        f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">nats per token against R, mean of blocks</text>'
+    )
     for row, x, y in zip(rows, xs, ys, strict=True):
         tip = escape(f"{row['recipe']}, {row['experts']}: R {x:.2f}, {y:.2f}")
         parts.append(

@@ -116,14 +116,15 @@ def _compare(medians: Mapping[str, float], how: str) -> dict[str, float]:
 
 
 def measure_memory(folder: Path, size: str, depths: Sequence[int]) -> list[dict[str, object]]:
-    """Peak anonymous bytes of a probe by depth, streamed and resident."""
+    """Peak anonymous memory of a probe by depth, streamed and resident."""
     rows = []
     for blocks in depths:
         _, recipe, text = make(folder, size, blocks, 4 * 64)
         row: dict[str, object] = {"blocks": blocks}
         for how, device_map in HOW.items():
             command = [sys.executable, "-c", _PROBE, str(recipe), text, device_map, "4", "64"]
-            row[f"{how}_bytes"], row[f"{how}_seconds"] = peak_anonymous_bytes(command)
+            peak, taken = peak_anonymous_bytes(command)
+            row |= {f"{how}_megabytes": round(peak / 1e6, 1), f"{how}_seconds": round(taken, 1)}
         rows.append(row)
     return rows
 
@@ -163,11 +164,13 @@ def main() -> None:
     )
     show(
         f"peak anonymous memory, width of {options.width}, base + 2",
-        ("blocks", "streamed, MB", "seconds", "resident, MB", "seconds"),
-        [(str(r["blocks"]), *(f"{r[f'{h}_bytes'] / 1e6:.0f}" if k else f"{r[f'{h}_seconds']:.1f}"
-                              for h in HOW for k in (1, 0))) for r in reversed(peaks)],
-    )  # fmt: skip
-    streamed = [row["streamed_bytes"] for row in sorted(peaks, key=lambda row: row["blocks"])]  # type: ignore[arg-type,return-value]
+        ("blocks", *(f"{how}, {unit}" for how in HOW for unit in ("MB", "s"))),
+        [
+            (str(r["blocks"]), *(f"{r[f'{how}_{unit}']:.1f}" for how in HOW for unit in ("megabytes", "seconds")))
+            for r in peaks
+        ],
+    )
+    streamed = [row["streamed_megabytes"] for row in sorted(peaks, key=lambda row: row["blocks"])]  # type: ignore[arg-type,return-value]
     growth = streamed[-1] / streamed[0]  # type: ignore[operator]
     result = {
         "benchmark": "probe_cost", "flat": growth <= GROWTH, "growth": round(growth, 3), "size": options.time,

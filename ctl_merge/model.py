@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from ctl_merge.architecture import with_floats
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError, ProbeError
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class ModuleWeights(Mapping[str, Tensor]):
@@ -161,6 +165,7 @@ def stream(
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import PrefixedDataset
 
+    _return_freed_memory()
     model.tie_weights()
     _read_buffers(model, weights)
     _keep_ids(model)
@@ -191,6 +196,16 @@ def _read_buffers(model: Any, weights: Mapping[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(weights[name])
+
+
+def _return_freed_memory() -> None:
+    """Have glibc map every larger allocation, as it does until the first is freed.
+
+    Otherwise weights read in several threads leave holes in the heap, and memory grows with depth although nothing is
+    kept. Other C libraries have no such setting.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _keep_ids(model: Any) -> None:

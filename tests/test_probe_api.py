@@ -162,7 +162,7 @@ def test_the_command_line_probes_and_the_card_tells(tmp_path: Path) -> None:
     "arguments, message",
     [
         (["probe", str(RECIPE), "--length", "100000"], "context"),
-        (["probe", str(RECIPE), "--data", "nowhere.txt"], "neither a file nor a data set"),
+        (["probe", str(RECIPE), "--data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
         (["probe", str(RECIPE), "--blocks", "model.nothing"], "--blocks"),
         (["probe", "--models", CYCLE, "--base", BASE], "two models"),
     ],

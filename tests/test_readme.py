@@ -31,7 +31,8 @@ def test_generated_parts_are_up_to_date():
 def test_every_file_of_the_package_stands_in_the_tree():
     package = readme.ROOT / "ctl_merge"
     names = {path.name for path in package.rglob("*.py")} - {"__main__.py", "__init__.py"}
-    assert all(f" {name} " in readme.tree() for name in names)
+    tree = readme.tree()
+    assert all(f" {name} " in tree for name in names)
 
 
 def test_make_targets_exist():

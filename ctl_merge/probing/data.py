@@ -121,6 +121,8 @@ def _rows(spec: DataSpec, path: Path) -> Iterator[dict[str, Any]]:
     local = path.is_file()
     if local and path.suffix not in _LOADERS:
         raise DataError(f"{path}: a {path.suffix or 'file without suffix'} is not read; use {', '.join(_LOADERS)}")
+    if not local and (path.suffix in _LOADERS or path.is_absolute() or spec.source.startswith(".")):
+        raise DataError(f"{spec.name}: there is no file {spec.source!r}")  # and no data set is called so
     try:
         if local:
             yield from datasets.load_dataset(

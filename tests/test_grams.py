@@ -391,7 +391,7 @@ def test_an_unknown_column_is_named_with_those_that_exist(tokenizer: Any, tmp_pa
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere.txt", "./no/where"])
 def test_a_source_that_is_not_there_is_named(source: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=f"{source} is neither a file nor a data set that can be reached"):
+    with pytest.raises(DataError, match=f"there is no file {source!r}"):
         load_tokens(DataSpec.parse(source), tokenizer, 2, 4)
 
 

@@ -305,7 +305,8 @@ def _panel(rows: Sequence[Mapping[str, object]], outcome: str, head: str, left: 
     for v in ticks[0]:
         parts.append(f'<text x="{across(v):.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555">{v:g}</text>')
     parts.append(
-        f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">nats per token against R, mean of blocks</text>'
+        f'<text x="{left + width / 2}" y="{bottom + 34}" text-anchor="middle">'
+        "nats per token against R, mean of blocks</text>"
     )
     for row, x, y in zip(rows, xs, ys, strict=True):
         tip = escape(f"{row['recipe']}, {row['experts']}: R {x:.2f}, {y:.2f}")

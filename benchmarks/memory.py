@@ -74,9 +74,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["20M", "125M"])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=sorted(registry()), help="default: all")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made and kept; default: temporary")
     options = parser.parse_args()
-    cases = [(method, "") for method in sorted(registry())] + [("ties", ', "trim": "model"')]
+    cases = [(method, "") for method in options.methods or sorted(registry())]
+    cases += [("ties", ', "trim": "model"')] if any(method == "ties" for method, _ in cases) else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         rows = [measure(folder, s, m, extra, options.workers) for m, extra in cases for s in options.sizes]

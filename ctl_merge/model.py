@@ -165,7 +165,7 @@ def stream(
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import PrefixedDataset
 
-    _return_freed_memory()
+    return_freed_memory()
     model.tie_weights()
     _read_buffers(model, weights)
     _keep_ids(model)
@@ -187,6 +187,16 @@ def stream(
     return model
 
 
+def return_freed_memory() -> None:
+    """Have glibc map every larger allocation, as it does until it has freed one: to be called before weights are read.
+
+    Otherwise weights read in several threads leave holes in its heaps, and memory grows with depth although nothing is
+    kept. It holds for the whole process. Other C libraries have no such setting.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+
+
 def _read_buffers(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Give the model the buffers that belong to its state, such as a router's correction bias: few and small.
 
@@ -196,16 +206,6 @@ def _read_buffers(model: Any, weights: Mapping[str, Tensor]) -> None:
     for name, buffer in model.named_buffers():
         if name in stored:
             buffer.copy_(weights[name])
-
-
-def _return_freed_memory() -> None:
-    """Have glibc map every larger allocation, as it does until the first is freed.
-
-    Otherwise weights read in several threads leave holes in the heap, and memory grows with depth although nothing is
-    kept. Other C libraries have no such setting.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def _keep_ids(model: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import DataError, ProbeError
 from ctl_merge.merging import Merge
-from ctl_merge.model import find_blocks, load_weights
+from ctl_merge.model import find_blocks, load_weights, return_freed_memory
 from ctl_merge.probing import ranks
 from ctl_merge.probing.data import DataSpec, TokenSet, cut, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
@@ -158,6 +158,7 @@ def _run(
 def _subject(
     base: Checkpoint, parents: Mapping[str, Checkpoint], merges: Mapping[str, Checkpoint], workers: int
 ) -> Subject:
+    return_freed_memory()
     with pool(workers) as mapped:
         weights = task_grams(base, list(parents.values()), list(merges.values()), mapped)
     return Subject(base, parents, merges, weights)

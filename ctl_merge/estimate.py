@@ -12,8 +12,9 @@ from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard
 
-# Interpreter and torch, before the first tensor: measured as anonymous memory (benchmarks/memory.py).
-INTERPRETER_BYTES = 200_000_000
+# Interpreter, torch and, where names or ties leave a question, transformers, before the first tensor: measured as
+# anonymous memory (benchmarks/memory.py).
+INTERPRETER_BYTES = 300_000_000
 # Copies of a chunk that a method holds besides its inputs, as a multiple of their number (TIES is the largest).
 _TEMPORARIES = 5
 _HISTOGRAM_BYTES = 8 * ((1 << 15) + (1 << 16))
@@ -47,14 +48,17 @@ def estimate(
 
 
 def memory_bound(plan: Plan, workers: int, chunk: int = CHUNK) -> int:
-    """Anonymous memory at most: workers × chunk × 8 bytes × (temporaries × models + base), and histograms if any."""
+    """Anonymous memory at most: 2 × workers × (chunk × 8 bytes × (temporaries × models + base) + histograms).
+
+    Twice, as the allocator keeps about as much again as is in use.
+    """
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
-    width = 8  # bytes of an entry in the widest arithmetic
     entries = largest if plan.method.grain == "tensor" else min(chunk, largest)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
-    return INTERPRETER_BYTES + workers * (width * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK)
+    each = 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
+    return INTERPRETER_BYTES + 2 * workers * each
 
 
 def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import shutil
@@ -387,7 +388,9 @@ def test_a_real_process_is_killed_and_its_merge_resumed_to_the_same_bytes(
     for attempt in ("1", "2", "3"):  # in case it is done before the signal comes
         folder = tmp_path / attempt / "merged"
         command = [*CTL_MERGE, str(recipe), "-o", str(folder), "--num-workers", "1", "--max-shard-size", "20MB"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # A suite that runs in the background ignores Ctrl-C, and so would its children.
+        default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=default)
         written = signal_after_a_tensor(process, folder.with_name("merged.partial") / JOURNAL, number)
         _, told = process.communicate(timeout=60)
         if 0 < written < 300:

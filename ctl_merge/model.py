@@ -15,8 +15,6 @@ from ctl_merge.architecture import with_floats
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError, ProbeError
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
 
 class ModuleWeights(Mapping[str, Tensor]):
     """The parameters of a model, by module name, read from a checkpoint when they are asked for.
@@ -165,7 +163,6 @@ def stream(
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import PrefixedDataset
 
-    return_freed_memory()
     model.tie_weights()
     _read_buffers(model, weights)
     _keep_ids(model)
@@ -188,13 +185,13 @@ def stream(
 
 
 def return_freed_memory() -> None:
-    """Have glibc map every larger allocation, as it does until it has freed one: to be called before weights are read.
+    """Have glibc give back what is free in its heaps.
 
-    Otherwise weights read in several threads leave holes in its heaps, and memory grows with depth although nothing is
-    kept. It holds for the whole process. Other C libraries have no such setting.
+    Weights that several threads read and forget leave holes there: unless these are given back again and again, memory
+    grows with depth although nothing is kept. Other C libraries have no such call.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read_buffers(model: Any, weights: Mapping[str, Tensor]) -> None:

@@ -158,9 +158,9 @@ def _run(
 def _subject(
     base: Checkpoint, parents: Mapping[str, Checkpoint], merges: Mapping[str, Checkpoint], workers: int
 ) -> Subject:
-    return_freed_memory()
     with pool(workers) as mapped:
         weights = task_grams(base, list(parents.values()), list(merges.values()), mapped)
+    return_freed_memory()
     return Subject(base, parents, merges, weights)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import ProbeError
-from ctl_merge.model import find_blocks, load_weights, tensors_below
+from ctl_merge.model import find_blocks, load_weights, return_freed_memory, tensors_below
 from ctl_merge.probing.data import STRATA, TokenSet
 from ctl_merge.probing.grams import Grams, SiteGrams
 from ctl_merge.probing.lockstep import Lockstep, Visit
@@ -124,7 +124,8 @@ class Session:
             sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
         self.models, self.parents = models, 1 + len(subject.parents)
         self.observer = _Observer(subject, riders, tensors_below(models[BASE], subject.base, sites[BASE]))
-        self.lockstep = Lockstep(sites, self.observer.on_inputs, self.observer.on_outputs)
+        self.streamed = any(parameter.is_meta for parameter in models[BASE].parameters())
+        self.lockstep = Lockstep(sites, self.observer.on_inputs, self._on_outputs)
 
     def __enter__(self) -> Session:
         return self
@@ -133,6 +134,12 @@ class Session:
         self.lockstep.release()
         for config in self.caching:
             config.use_cache = True
+
+    def _on_outputs(self, site: str, visits: Mapping[str, Visit]) -> dict[str, Tensor]:
+        found = self.observer.on_outputs(site, visits)
+        if self.streamed:
+            return_freed_memory()
+        return found
 
     def run(self, ids: Tensor, strata: Tensor) -> None:
         """One batch: ids (B, T), strata (B, S, T) bool."""

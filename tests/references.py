@@ -7,21 +7,19 @@ A method that is added to the registry needs one row in `ROWS`; `tests/test_laws
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from checkpoints import recipe_text, write_checkpoint
-from numpy.typing import NDArray
+from definitions import Array, Row, elect_and_merge, keep_largest, weighted
 
 import ctl_merge
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.methods import Method, registry
 
-Array = NDArray[np.float64]
 Tensors = Mapping[str, torch.Tensor]
 
 # ---- definitions: (base or None, models (n, *shape), noise (n, *shape) or None, parameters) -> (*shape)
@@ -29,7 +27,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 def linear(base: Array | None, models: Array, noise: Array | None, *, weight: Sequence[float], normalize: bool = True):
     """Model soups, arXiv 2203.05482: the weighted average."""
-    return _sum(models, weight) / (sum(weight) if normalize else 1.0)
+    return weighted(models, weight) / (sum(weight) if normalize else 1.0)
 
 
 def passthrough(base: Array | None, models: Array, noise: Array | None, *, scale: Sequence[float] = (1.0,)) -> Array:
@@ -53,7 +51,7 @@ def task_arithmetic(
     lambda_: float = 1.0,
 ) -> Array:  # fmt: skip
     """arXiv 2212.04089: base plus the scaled sum of task vectors."""
-    return base + lambda_ * _sum(models - base, weight) / (sum(weight) if normalize else 1.0)
+    return base + lambda_ * weighted(models - base, weight) / (sum(weight) if normalize else 1.0)
 
 
 def ties(
@@ -71,7 +69,7 @@ def dare_linear(
 ) -> Array:  # fmt: skip
     """arXiv 2311.03099: drop at random, divide by the share that is kept, add up."""
     kept = _drop(models - base, noise, density, rescale)
-    return base + lambda_ * _sum(kept, weight) / (sum(weight) if normalize else 1.0)
+    return base + lambda_ * weighted(kept, weight) / (sum(weight) if normalize else 1.0)
 
 
 def dare_ties(
@@ -81,34 +79,6 @@ def dare_ties(
     """arXiv 2311.03099 with the election of TIES instead of the sum."""
     kept = _drop(models - base, noise, density, rescale)
     return base + lambda_ * elect_and_merge(kept, weight, "weighted", "weights" if normalize else "none")
-
-
-def keep_largest(delta: Array, density: float) -> Array:
-    """The k = max(1, ⌊density N⌋) entries of largest magnitude and all that equal the k-th; others become 0.
-
-    Magnitudes are compared as float32, so that the order is the same whatever the arithmetic.
-    """
-    if density in (0.0, 1.0) or delta.size == 0:
-        return delta * density
-    magnitude = np.abs(delta).astype(np.float32)
-    k = max(1, int(density * delta.size))
-    kth_largest = np.sort(magnitude, axis=None)[-k]
-    return np.where(magnitude >= kth_largest, delta, 0.0)
-
-
-def elect_and_merge(kept: Array, weight: Sequence[float], elect: str, divide: str) -> Array:
-    """The sign with more mass (`count`: with more votes), and the mean or sum of the entries that have it."""
-    ballots = np.stack([d * w for d, w in zip(kept, weight, strict=True)]) if elect == "weighted" else kept
-    elected = np.sign(np.sign(kept).sum(0) if elect == "count" else ballots.sum(0))
-    # The paper gives an entry without majority the sign that most entries elected; mergekit gives it +.
-    overall = -1.0 if elect == "unweighted" and elected.sum() < 0 else 1.0
-    elected = np.where(elected == 0, overall, elected)
-    total, divisor = np.zeros_like(elected), np.zeros_like(elected)
-    for delta, ballot, w in zip(kept, ballots, weight, strict=True):
-        agrees = np.sign(ballot) == elected
-        total += np.where(agrees, delta * w, 0.0)
-        divisor += np.where(agrees, w if divide == "weights" else 1.0, 0.0)
-    return total if divide == "none" else total / np.where(divisor == 0, 1.0, divisor)
 
 
 def _drop(deltas: Array, noise: Array, density: Sequence[float], rescale: bool | str) -> Array:
@@ -122,10 +92,6 @@ def _drop(deltas: Array, noise: Array, density: Sequence[float], rescale: bool |
             kept = kept / share
         found.append(kept)
     return np.stack(found)
-
-
-def _sum(arrays: Array, weight: Sequence[float]) -> Array:
-    return sum((w * a for w, a in zip(weight, arrays, strict=True)), np.zeros(arrays.shape[1:]))
 
 
 # ---- random numbers and rounding
@@ -155,21 +121,6 @@ def round_once(values: Array, dtype: torch.dtype) -> Array:
 
 
 # ---- the table
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the tests need to know of one method; per-model parameters are tuples, one value a model.
-
-    `cases`: parameter sets that are compared with the definition. `average`: parameters with which the method is an
-    average of three models (of however many it takes), so that copies merge to themselves. `exempt`: laws that do not
-    hold, each with the reason.
-    """
-
-    definition: Callable[..., Array]
-    cases: tuple[Mapping[str, Any], ...]
-    average: Mapping[str, Any]
-    exempt: Mapping[str, str] = field(default_factory=dict)
 
 
 # Weights with few digits (0.5, 0.3, 0.2) make votes of exactly zero common, and sums halfway between two bfloat16

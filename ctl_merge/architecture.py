@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # The keys under which configs state how many blocks a stack has.
-_DEPTH_KEYS = frozenset(
+DEPTH_KEYS = frozenset(
     "num_hidden_layers num_layers n_layer n_layers num_decoder_layers num_encoder_layers encoder_layers decoder_layers "
     "depth num_blocks".split()
 )
 # What lists of blocks are called; a config may leave out a depth that is its model type's default.
 _STACK_NAMES = frozenset("layers layer blocks block h".split())
+_EMBEDDING = re.compile(r"emb|wte|wpe|shared|project_in", re.IGNORECASE)
 _LEAST_TENSORS = 4  # of a block; layers of a small head have weight and bias
 
 
@@ -29,7 +30,7 @@ def natural(name: str) -> tuple[object, ...]:
 
 def depths(config: Mapping[str, Any]) -> set[int]:
     """The numbers of blocks that a config states, those of its sub-configs included."""
-    found = {int(v) for k, v in config.items() if k in _DEPTH_KEYS and isinstance(v, int) and v > 0}
+    found = {int(v) for k, v in config.items() if k in DEPTH_KEYS and isinstance(v, int) and v > 0}
     found |= {len(v) for k, v in config.items() if k == "depths" and isinstance(v, list)}
     for value in config.values():
         if isinstance(value, Mapping):
@@ -81,8 +82,22 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
     if stated is None and isinstance(text, Mapping):
         stated = text.get("tie_word_embeddings")
     if stated is None:
-        stated = getattr(_typed(config), "tie_word_embeddings", False)
+        stated = getattr(typed_config(config), "tie_word_embeddings", False)
     return bool(stated)
+
+
+def precede_blocks(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+    """Those of the tensors outside of the blocks that a model uses before them: embeddings, as a rule.
+
+    By the order in which the model's class lists its modules; by names where transformers does not have it.
+    """
+    names, modules = list(names), ModuleMap(config)
+    if modules.model is None:
+        return {name for name in names if _EMBEDDING.search(name)}
+    order = {parameter: place for place, parameter in enumerate(modules.model.state_dict())}
+    first = min((order[name] for name in block_index(order, config)), default=len(order))
+    parameters = modules.parameters(names)
+    return {name for name in names if order.get(parameters[name], first) < first}
 
 
 class ModuleMap:
@@ -128,7 +143,7 @@ def with_floats(config: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _typed(config: Mapping[str, Any]) -> Any:
+def typed_config(config: Mapping[str, Any]) -> Any:
     """The config as transformers reads it; None where it cannot."""
     import transformers
 
@@ -142,7 +157,7 @@ def _meta_model(config: Mapping[str, Any]) -> Any:
     import torch
     import transformers
 
-    kind, typed = getattr(transformers, str((config.get("architectures") or [None])[0]), None), _typed(config)
+    kind, typed = getattr(transformers, str((config.get("architectures") or [None])[0]), None), typed_config(config)
     if kind is None or typed is None:
         return None
     try:

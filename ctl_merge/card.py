@@ -112,7 +112,7 @@ def stated_licence(folder: Path | None) -> str | None:
     try:
         text = (folder / "README.md").read_text("utf-8") if folder else ""
         before, front, _ = text.split("---", 2)
-        data = Document.parse(front).data
+        data = Document.parse(front)[0].data
     except (OSError, ValueError, RecipeError):
         return None
     licence = data.get("license") if isinstance(data, dict) and not before.strip() else None

@@ -26,8 +26,8 @@ class Document:
     _root: yaml.Node | None
 
     @classmethod
-    def load(cls, path: Path) -> Document:
-        """Read a file. Raises RecipeError if it is missing, no text, no YAML, several documents, or abusive."""
+    def load(cls, path: Path) -> list[Document]:
+        """Read a file, which may hold several. Raises RecipeError if it is missing, no text, no YAML, or abusive."""
         try:
             raw = path.read_bytes()[: _MAX_BYTES + 1]
         except OSError as error:
@@ -40,26 +40,27 @@ class Document:
             raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
     @classmethod
-    def parse(cls, text: str, name: str = "recipe") -> Document:
-        """Read YAML text. Raises RecipeError as `load` does."""
+    def parse(cls, text: str, name: str = "recipe") -> list[Document]:
+        """Read YAML text: at least one document. Raises RecipeError as `load` does."""
         try:
-            loader = yaml.SafeLoader(text)
-            root = loader.get_single_node()
-            if root is not None:
-                _Guard(name).visit(root, ())
-            data = loader.construct_document(root) if root is not None else None
+            loader, guard = yaml.SafeLoader(text), _Guard(name)
+            found = []
+            while loader.check_node():
+                root = loader.get_node()
+                assert root is not None
+                guard.visit(root, ())
+                found.append(cls(name, text, loader.construct_document(root), root))
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
             reason = getattr(error, "problem", None) or str(error)
-            if "expected a single document" in str(error):
-                reason = "several YAML documents in one file (mergekit-multi) are not supported yet: one recipe a file"
             raise RecipeError(f"{name}{place}: not a YAML recipe: {reason}") from None
         except (RecursionError, ValueError) as error:
             raise RecipeError(f"{name}: not a YAML recipe: {error}") from None
         except (AttributeError, LookupError, ArithmeticError) as error:  # values that do not fit their tag: `!!bool x`
             raise RecipeError(f"{name}: not a YAML recipe: a value is not of its type ({error})") from None
-        return cls(name, text, data, root)
+        found = [document for document in found if document.data is not None] or found[:1]  # `---` at the end
+        return found or [cls(name, text, None, None)]
 
     def line(self, path: Sequence[str | int]) -> int:
         """The line (from 1) of the value at `path`, or of the deepest part of the path that exists."""

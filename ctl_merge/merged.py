@@ -19,6 +19,7 @@ from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Measure
+from ctl_merge.model_config import with_changes
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 
@@ -41,7 +42,7 @@ class MergedCheckpoint(Checkpoint):
     ) -> None:
         self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
         self.tensors: Mapping[str, TensorSpec] = plan.specs
-        self.config = checkpoints[plan.recipe.refs[0]].config
+        self.config = with_changes(checkpoints[plan.recipe.refs[0]].config, plan.changes)
         self._checkpoints, self._devices = checkpoints, devices or {}
         self._accepted = inspect.signature(self.method.function).parameters
         self._columns: dict[int, dict[str, Any]] = {}

@@ -199,7 +199,7 @@ class Merge:
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)
         untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
-        config = patch_config((first.folder / "config.json").read_bytes(), self.recipe.dtype, untie)
+        config = patch_config((first.folder / "config.json").read_bytes(), self.recipe.dtype, untie, self.plan.changes)
         (folder / "config.json").write_bytes(config)
         return manifest
 

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def patch_config(original: bytes, dtype: str | None, untie: bool) -> bytes:
+def patch_config(
+    original: bytes, dtype: str | None, untie: bool, changes: Mapping[tuple[str, ...], Any] | None = None
+) -> bytes:
     """The config with the weights' dtype (torch name; None: as it is) and, if `untie`, embeddings not tied.
 
-    Only keys that the config uses already are set, in its sub-configs too, so that old and new readers find what they
-    look for. Unchanged bytes where nothing changes.
+    `changes` are values by their path in the config, for what else is another one.
+
+    Of dtype and ties only keys that the config uses already are set, in its sub-configs too, so that old and new
+    readers find what they look for. Unchanged bytes where nothing changes.
     """
     config = json.loads(original)
-    patched = _patched(config, dtype, untie)
+    patched = with_changes(_patched(config, dtype, untie), changes or {})
     if untie and patched.get("tie_word_embeddings") is not False:
         patched["tie_word_embeddings"] = False  # a default that ties would tie again
     if patched == config:
         return original
     return (json.dumps(patched, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """A copy of the config with the values at those paths replaced."""
+    found = dict(config)
+    for path, value in changes.items():
+        found[path[0]] = with_changes(found.get(path[0]) or {}, {path[1:]: value}) if path[1:] else value
+    return found
 
 
 def _patched(config: dict[str, Any], dtype: str | None, untie: bool) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ctl_merge.architecture import layer_places, natural
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, Input, correspond
+from ctl_merge.depth import Path
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
 from ctl_merge.methods import Method, Parameter
 from ctl_merge.recipe import Recipe, Source
 from ctl_merge.reference import ModelRef
+from ctl_merge.slices import Part, Stacked, View, cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Plan:
     tied: Mapping[str, str]  # output tensors that hold the same as another one where every input ties them
     decisions: tuple[str, ...]
     warnings: tuple[str, ...]
+    changes: Mapping[Path, object] = field(default_factory=dict)  # what the first model's config needs for the output
 
     @property
     def method(self) -> Method:
@@ -59,36 +62,41 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
 
     Raises MismatchError where the checkpoints do not fit together, naming model, tensor and both values.
     """
-    first = checkpoints[recipe.refs[0]]
-    found = correspond(recipe, checkpoints)
-    names = sorted(found.inputs, key=natural)
-    builder = _Builder(recipe, checkpoints, found, layer_places(names, first.config))
-    tensors = {name: builder.tensor(name) for name in names}
-    scope_warnings = _check_whole_model(recipe, tensors)
-    return Plan(
-        recipe=recipe, tensors=tensors, tied=found.tied,
-        decisions=(*found.decisions, *builder.dtype_decisions(tensors)),
-        warnings=(*recipe.warnings, *found.warnings, *scope_warnings),
-    )  # fmt: skip
+    stacked = cut(recipe, checkpoints) if recipe.slices else Stacked((Part(recipe, checkpoints, None),))
+    shared: dict[tuple, Mapping[str, Any]] = {}
+    tensors: dict[str, TensorPlan] = {}
+    tied: dict[str, str] = {}
+    decisions, warnings = list(stacked.decisions), list(recipe.warnings)
+    for part in stacked.parts:
+        found = correspond(part.recipe, part.views)
+        config = part.views[part.recipe.refs[0]].config
+        builder = _Builder(part, found, part.places or layer_places(found.inputs, config), shared)
+        tensors |= {name: builder.tensor(name) for name in found.inputs}
+        tied |= found.tied
+        decisions += found.decisions
+        warnings += found.warnings
+    tensors = {name: tensors[name] for name in sorted(tensors, key=natural)}
+    decisions += _dtype_decisions(recipe, tensors)
+    warnings += _check_whole_model(recipe, tensors)
+    return Plan(recipe, tensors, tied, tuple(dict.fromkeys(decisions)), tuple(dict.fromkeys(warnings)), stacked.changes)
 
 
 class _Builder:
+    """Decides the tensors of one part. `shared`: parameter values so far, as most tensors have the same."""
+
     def __init__(
-        self,
-        recipe: Recipe,
-        checkpoints: Mapping[ModelRef, FileCheckpoint],
-        found: Correspondence,
-        places: Mapping[str, float],
+        self, part: Part, found: Correspondence, places: Mapping[str, float], shared: dict[tuple, Mapping[str, Any]]
     ) -> None:
-        self.recipe, self.checkpoints, self.found, self.places = recipe, checkpoints, found, places
-        self._shared: dict[tuple, Mapping[str, Any]] = {}
+        self.recipe, self.checkpoints, self.found, self.places = part.recipe, part.views, found, places
+        self._shared = shared
 
     def tensor(self, name: str) -> TensorPlan:
         recipe, first = self.recipe, self.recipe.refs[0]
         spec, everyone = self.found.specs[name], self.found.inputs[name]
+        everyone = {ref: self._stored(part) for ref, part in everyone.items()}
         if name in self.found.computed:
             return TensorPlan(name, spec, "copy", (everyone[first],), None, {})
-        self._check_dtypes(name, everyone)
+        self._check_dtypes(name, self.found.inputs[name])
         if spec.dtype not in MERGEABLE:
             others = tuple(part for ref, part in everyone.items() if ref != first)
             return TensorPlan(name, spec, "copy", (everyone[first], *others), None, {})
@@ -101,6 +109,11 @@ class _Builder:
         if objection:
             raise MismatchError(f"{name}: {objection}")
         return TensorPlan(name, spec, "merge", inputs, base, parameters)
+
+    def _stored(self, part: Input) -> Input:
+        """A part as the model's own files have it, where it was matched through a view of them."""
+        view = self.checkpoints[part.model]
+        return replace(part, model=view.whole.ref, tensor=view.names[part.tensor]) if isinstance(view, View) else part
 
     def _check_dtypes(self, name: str, everyone: Mapping[ModelRef, Input]) -> None:
         kinds = {ref: self.checkpoints[part.model].tensors[part.tensor].dtype for ref, part in everyone.items()}
@@ -140,15 +153,16 @@ class _Builder:
             )
         return parameter.default
 
-    def dtype_decisions(self, tensors: Mapping[str, TensorPlan]) -> list[str]:
-        """What happens to dtypes, in words."""
-        outputs = sorted({t.spec.dtype for t in tensors.values() if t.operation == "merge"})
-        kept = "as asked for" if self.recipe.dtype else f"each tensor's own in {self.recipe.refs[0]}"
-        copied = sum(t.operation == "copy" for t in tensors.values())
-        found = [f"written as {', '.join(outputs)} ({kept})"] if outputs else []
-        if copied:
-            found.append(f"{copied} tensors that are not floating point are copied; all models must agree on them")
-        return found
+
+def _dtype_decisions(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> list[str]:
+    """What happens to dtypes, in words."""
+    outputs = sorted({t.spec.dtype for t in tensors.values() if t.operation == "merge"})
+    kept = "as asked for" if recipe.dtype else f"each tensor's own in {recipe.refs[0]}"
+    copied = sum(t.operation == "copy" for t in tensors.values())
+    found = [f"written as {', '.join(outputs)} ({kept})"] if outputs else []
+    if copied:
+        found.append(f"{copied} tensors that are not floating point are copied; all models must agree on them")
+    return found
 
 
 def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> list[str]:
@@ -170,12 +184,21 @@ def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> lis
 
 def parameter_ranges(plan: Plan) -> dict[str, Any]:
     """Each parameter's value, or its range where it varies over tensors; per-model ones as a list."""
-    used = {id(t.parameters): t.parameters for t in plan.tensors.values() if t.operation == "merge"}.values()
+    merged = [t for t in plan.tensors.values() if t.operation == "merge"]
+    used = {(id(t.parameters), tuple(p.model for p in t.inputs)): t for t in merged}.values()
     found: dict[str, Any] = {}
     for name, parameter in plan.method.parameters.items():
-        values = [parameters[parameter.keyword] for parameters in used]
-        columns = list(zip(*values, strict=True)) if parameter.per_model else [tuple(values)]
-        described = [_range(column) for column in columns]
+        values = [t.parameters[parameter.keyword] for t in used]
+        if not parameter.per_model:
+            columns = [tuple(values)]
+        elif not plan.recipe.slices:
+            columns = list(zip(*values, strict=True))
+        else:  # not every model goes into every slice
+            pairs = [
+                (p.model, v) for t, own in zip(used, values, strict=True) for p, v in zip(t.inputs, own, strict=True)
+            ]
+            columns = [tuple(v for ref, v in pairs if ref == source.ref) for source in plan.recipe.models]
+        described = [_range(column) if column else None for column in columns]
         found[name] = described if parameter.per_model else described[0] if described else None
     return found
 

@@ -7,25 +7,32 @@ additions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import ValidationError
 
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, RecipeError
 from ctl_merge.methods import Method, Parameter, registry
+from ctl_merge.recipe_schema import (
+    Dtype,
+    ModelSchema,
+    ModuleSchema,
+    ProbeSchema,
+    RecipeSchema,
+    SliceSchema,
+    SliceSourceSchema,
+    SourceSchema,
+)
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting, parse_setting
 
-Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 Path_ = tuple[str | int, ...]
 
 LATER = {
-    "slices": "`slices` (stacks of layer ranges) are not supported yet: list whole models under `models`",
-    "modules": "`modules` (multi-part models) are not supported yet: list whole models under `models`",
     "tokenizer": "tokenizer surgery is not supported yet; `tokenizer_source: base` keeps the base's vocabulary",
     "chat_template": "`chat_template` is not supported yet: the output keeps the base's chat template",
 }
@@ -37,76 +44,44 @@ LATER_METHODS = frozenset(
 _WITHOUT_EFFECT = {"int8_mask": "`int8_mask` concerns mergekit's memory use only and has no effect here"}
 
 
-class ModelSchema(BaseModel):
-    """A model by folder or Hub name in mergekit's long form."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    path: str = Field(description="folder or org/name")
-    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
-
-
-class LongModelSchema(BaseModel):
-    """mergekit's `{model: {path, revision}}`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    model: ModelSchema | str
-
-
-class SourceSchema(BaseModel):
-    """One model that goes into the merge."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
-    parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
-
-
-class ProbeSchema(BaseModel):
-    """How the merge is to be probed: what `ctl-merge probe` takes as options."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
-    sequences: int = Field(default=64, ge=1, description="windows of each data set")
-    length: int = Field(default=256, ge=2, description="tokens of a window")
-
-
-class RecipeSchema(BaseModel):
-    """A merge: the method, the models, their parameters."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    merge_method: str = Field(description="see `ctl-merge methods`")
-    models: list[SourceSchema] = Field(min_length=1, description="the models that are merged")
-    base_model: str | ModelSchema | LongModelSchema | None = Field(
-        None, description="the model that task vectors are differences from; gives config and tokenizer"
-    )
-    parameters: dict[str, Any] | None = Field(None, description="shared parameters, and defaults of per-model ones")
-    dtype: Dtype | None = Field(
-        None, description="dtype of the merged weights (arithmetic is float64); base's if unset"
-    )
-    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; wins over `dtype`")
-    tokenizer_source: Literal["base"] | None = Field(
-        None, description="`base`: keep the base's vocabulary and drop the rows that only other models have"
-    )
-    probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
-    seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
-    missing: Literal["error", "base", "skip"] = Field(
-        "error", description="tensors that only some models have: refuse, take the base's, or leave them out"
-    )
-    nonfinite: Literal["error", "allow"] = Field(
-        "error", description="NaN or infinity in an input: refuse, or let it through"
-    )
+_BASE_PARAMETERS = "parameters of the base model have no effect: its own task vector is zero"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of the recipe with its own parameters."""
+    """A model of the recipe with its own parameters; `layers` [first, end) of it, None for the whole model."""
 
     ref: ModelRef
     settings: Mapping[str, Setting] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A merge of its own within a recipe: a run of layers, or a module, or both.
+
+    models, base: as the recipe's, for this slice; `module` is the part of the model, None for all of it.
+    """
+
+    models: tuple[Source, ...]
+    base: Source | None
+    settings: Mapping[str, Setting]  # the slice's own, then the module's, then the recipe's
+    module: str | None = None
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers of the output it makes; None where it takes whole models."""
+        span = self.models[0].layers
+        return span and span[1] - span[0]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: what is merged into what, how. `text` is the file verbatim."""
+    """A checked recipe: what is merged into what, how. `text` is the file verbatim.
+
+    `slices`: merges of their own, of which the output is made up; none where whole models are merged. `models` are
+    then all models that go into them.
+    """
 
     method: Method
     models: tuple[Source, ...]  # inputs in the recipe's order; the base is among them where it is an input
@@ -121,23 +96,88 @@ class Recipe:
     text: str
     name: str
     warnings: tuple[str, ...] = ()
+    slices: tuple[Slice, ...] = ()
+    steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:
         """Every distinct model that is read: the one that gives config and tokenizer first."""
         first = self.base or self.models[0].ref
-        return tuple(dict.fromkeys((first, *(source.ref for source in self.models))))
+        bases = (part.base.ref for part in self.slices if part.base)
+        return tuple(dict.fromkeys((first, *(source.ref for source in self.models), *bases)))
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file. Raises RecipeError with every problem and its line."""
     path = Path(path)
-    return _Checker(Document.load(path), path.parent).recipe()
+    return _last(Document.load(path), path.parent)
 
 
 def parse_recipe(text: str, name: str = "recipe", relative_to: Path | None = None) -> Recipe:
     """Check a recipe given as text; relative folders are looked for in the working directory, then `relative_to`."""
-    return _Checker(Document.parse(text, name), relative_to).recipe()
+    return _last(Document.parse(text, name), relative_to)
+
+
+def _last(documents: Sequence[Document], folder: Path | None) -> Recipe:
+    """The recipe that the others of a file are steps of: each may name the named ones before or after it as models."""
+    names = [d.data.get("name") if isinstance(d.data, dict) else None for d in documents]
+    if len(documents) == 1:
+        return _Checker(documents[0], folder).recipe()
+    file = documents[0].name
+    twice = next((name for name in names if name is not None and names.count(name) > 1), None)
+    if twice is not None or names.count(None) > 1:
+        what = f"two merges are called {twice!r}" if twice is not None else "more than one merge has no `name`"
+        raise RecipeError(f"{file}: {what}: of several documents each has a name, except the last merge")
+    return _Steps(dict(zip(names, documents, strict=True)), folder).last()
+
+
+class _Steps:
+    """The merges of a file of several documents, each checked after those that it names as models."""
+
+    def __init__(self, documents: Mapping[str | None, Document], folder: Path | None) -> None:
+        self.documents, self.folder = documents, folder
+        self.done: dict[str | None, Recipe] = {}
+        self.open: list[str | None] = []
+
+    def last(self) -> Recipe:
+        """The unnamed merge; else the one that no other uses."""
+        for name in self.documents:
+            self._check(name)
+        if None in self.documents:
+            return self.done[None]
+        used = {step for recipe in self.done.values() for step in recipe.steps}
+        ends = [name for name in self.documents if name not in used]
+        if len(ends) > 1:
+            file = self.documents[ends[0]].name
+            listed = ", ".join(map(repr, ends))
+            raise RecipeError(
+                f"{file}: no merge uses {listed}, so that it is open which is the result: leave out its name"
+            )
+        return self.done[ends[0]]
+
+    def _check(self, name: str | None) -> None:
+        if name in self.done:
+            return
+        document = self.documents[name]
+        if name in self.open:
+            raise RecipeError(f"{document.name}: the merge {name!r} needs itself: {' -> '.join(map(str, self.open))}")
+        self.open.append(name)
+        used = [other for other in self.documents if other is not None and _mentions(document.data, other)]
+        for other in used:
+            self._check(other)
+        steps = {other: self.done[other] for other in used if other is not None}
+        self.done[name] = _Checker(document, self.folder, steps).recipe()
+        self.open.pop()
+
+
+def _mentions(data: Any, name: str) -> bool:
+    """Whether a document names a step as a model."""
+    if isinstance(data, dict):
+        keys = ("model", "base_model", "path")
+        return any(
+            (key in keys and value == name) or (key != "name" and _mentions(value, name)) for key, value in data.items()
+        )
+    return isinstance(data, list) and any(_mentions(item, name) for item in data)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -149,8 +189,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 class _Checker:
     """Collects the problems of one document, then either raises them all or gives the recipe."""
 
-    def __init__(self, document: Document, folder: Path | None) -> None:
-        self.document, self.folder = document, folder
+    def __init__(self, document: Document, folder: Path | None, steps: Mapping[str, Recipe] | None = None) -> None:
+        self.document, self.folder, self.steps = document, folder, steps or {}
         self.problems: list[tuple[Path_, str]] = []
         self.warnings: list[str] = []
 
@@ -163,24 +203,108 @@ class _Checker:
         method = self._method(data)
         shared = self._settings(("parameters",), data.get("parameters"), method, per_model_only=False)
         base = self._ref(("base_model",), data.get("base_model"))
-        sources = self._sources(data, method)
-        listed = data.get("models")
-        complete = isinstance(listed, list) and len(sources) == len(listed) > 0
-        if method and complete and (base or not data.get("base_model")):
-            sources = self._with_base(method, sources, base)
-            self._complete(method, sources, shared, base)
+        parts = list(self._parts(data, method, base, shared))
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
-        if len({source.ref for source in sources}) < len(sources):
+        whole = len(parts) == 1 and parts[0].module is None and parts[0].layers is None
+        models = parts[0].models if whole else _distinct(parts)
+        if any(len({(s.ref, s.layers) for s in part.models}) < len(part.models) for part in parts):
             self.warnings.append("a model is listed more than once: it counts as often as it is listed")
         return Recipe(
-            method=method, models=tuple(sources), base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
+            method=method, models=models, base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
             keep_base_vocabulary=schema.tokenizer_source == "base", seed=schema.seed, missing=schema.missing,
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
-            text=self.document.text, name=self.document.name,
-            warnings=tuple(self.warnings),
+            text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
+            slices=() if whole else tuple(parts), steps=self.steps,
         )  # fmt: skip
+
+    def _parts(
+        self, data: dict, method: Method | None, base: ModelRef | None, shared: Mapping[str, Setting]
+    ) -> Iterator[Slice]:
+        """The merges that the recipe is made up of: whole models are one."""
+        self._one_layout((), data, ("models", "slices", "modules"))
+        modules = data.get("modules")
+        if not isinstance(modules, dict):
+            yield from self._slices((), data, None, method, base, shared)
+            return
+        for name, module in modules.items():
+            if isinstance(module, dict):
+                path = ("modules", name)
+                self._one_layout(path, module, ("models", "slices"))
+                own = self._settings((*path, "parameters"), module.get("parameters"), method, per_model_only=False)
+                whole = None if name == "default" else str(name)
+                yield from self._slices(path, module, whole, method, base, _over(own, shared))
+
+    def _one_layout(self, path: Path_, holder: dict, keys: tuple[str, ...]) -> None:
+        given = [key for key in keys if holder.get(key) is not None]
+        if len(given) != 1:
+            what = " and ".join(f"`{key}`" for key in given) or "none of them"
+            listed = ", ".join(f"`{key}`" for key in keys)
+            self.problems.append(((*path, *given[1:2]), f"give one of {listed}; there is {what}"))
+
+    def _slices(
+        self, path: Path_, holder: dict, module: str | None, method: Method | None, base: ModelRef | None,
+        shared: Mapping[str, Setting],
+    ) -> Iterator[Slice]:  # fmt: skip
+        listed, slices = holder.get("models"), holder.get("slices")
+        if isinstance(listed, list):
+            at = (*path, "models")
+            sources = self._sources(at, listed, method)
+            if method and len(sources) == len(listed) > 0 and (base or not self.document.data.get("base_model")):
+                sources = self._with_base(method, sources, base)
+                self._complete(at, method, sources, shared, base)
+                apart = method.space == "task_vectors"
+                yield Slice(tuple(sources), Source(base) if base and apart else None, shared, module)
+        for index, raw in enumerate(slices if isinstance(slices, list) else []):
+            if isinstance(raw, dict):
+                found = self._slice((*path, "slices", index), raw, module, method, base, shared)
+                yield from [found] if found else []
+
+    def _slice(
+        self, path: Path_, raw: dict, module: str | None, method: Method | None, base: ModelRef | None,
+        shared: Mapping[str, Setting],
+    ) -> Slice | None:  # fmt: skip
+        at = (*path, "sources")
+        listed: Any = raw.get("sources")
+        sources = self._sources(at, listed, method)
+        own = self._settings((*path, "parameters"), raw.get("parameters"), method, per_model_only=False)
+        base = self._ref((*path, "base_model"), raw.get("base_model")) or base
+        if not method or not isinstance(listed, list) or len(sources) < len(listed) or not sources:
+            return None
+        spans = [source.layers for source in sources if source.layers]
+        lengths = sorted({end - first for first, end in spans})
+        if len(spans) < len(sources):
+            return None  # the schema has said what is wrong with a layer_range
+        if len(lengths) > 1 or lengths[0] <= 0 or min(spans)[0] < 0:
+            told = ", ".join(f"[{first}, {end}]" for first, end in spans)
+            why = "all sources of a slice have as many layers" if len(lengths) > 1 else "[first, end) holds no layer"
+            self.problems.append((at, f"layer_range {told}: {why}"))
+            return None
+        kept, taken = self._base_of_slice(at, method, sources, base)
+        settings = _over(own, shared)
+        self._complete(at, method, kept, settings, base)
+        return Slice(tuple(kept), taken, settings, module)
+
+    def _base_of_slice(
+        self, at: Path_, method: Method, sources: list[Source], base: ModelRef | None
+    ) -> tuple[list[Source], Source | None]:
+        """A slice's sources as the method sees them, and the base's layers, which must be among those listed."""
+        own = [source for source in sources if source.ref == base]
+        if base is None or method.base == "none":
+            return sources, None
+        if method.base == "required" and len(own) != 1:
+            what = "is not among its sources" if not own else "is among its sources more than once"
+            self.problems.append(
+                (at, f"the slice's base {base} {what}: {method.name} needs it once, with its layer_range")
+            )
+        if method.space == "task_vectors":
+            if any(source.settings for source in own):
+                self.warnings.append(_BASE_PARAMETERS)
+            return [source for source in sources if source.ref != base], own[0] if own else None
+        if method.base == "required":
+            sources = sorted(sources, key=lambda source: source.ref != base)
+        return sources, None
 
     def _raise(self) -> None:
         lines = sorted((self.document.line(path), message) for path, message in self.problems)
@@ -210,16 +334,18 @@ class _Checker:
 
     def _schema_problem(self, path: Path_, kind: str, message: str, value: Any) -> None:
         name = str(path[-1]) if path else ""
-        if path[:1] == ("models",) and kind == "missing" and "slices" in self.document.data:
-            return  # already told that slices are not supported
         if path[-1:] == ("tokenizer_source",):
             message = f"only `tokenizer_source: base` is supported yet, not {value!r}"
         elif kind == "extra_forbidden":
             known = [*RecipeSchema.model_fields, *LATER]
-            if len(path) > 1:  # below `models` or `base_model`
-                known = [*SourceSchema.model_fields, *ModelSchema.model_fields]
+            if len(path) > 1:
+                known = _keys_at(path)
             message = f"unknown key {name!r}{nearest(name, known)}"
-            if any(name in method.parameters for method in registry().values()):
+            if name == "revision":
+                message = "a revision is written after the model's name: `model: org/name@revision`"
+            elif name == "residual_weight":
+                message = "`residual_weight` has no effect in mergekit, nor here: remove it"
+            elif any(name in method.parameters for method in registry().values()):
                 message = f"{name!r} is a parameter: write it under `parameters`"
         elif kind == "model_type":
             message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
@@ -246,22 +372,26 @@ class _Checker:
             raw = f"{raw.get('path')}@{raw['revision']}" if raw.get("revision") else raw.get("path")
         if not isinstance(raw, str):
             return None  # the schema has said so
+        if raw in self.steps:
+            return ModelRef(raw, step=raw)
         try:
             return ModelRef.parse(raw, self.folder)
         except CheckpointError as error:
             self.problems.append((path, str(error)))
             return None
 
-    def _sources(self, data: dict, method: Method | None) -> list[Source]:
-        raw_models = data.get("models")
+    def _sources(self, at: Path_, listed: Any, method: Method | None) -> list[Source]:
         found = []
-        for index, raw in enumerate(raw_models if isinstance(raw_models, list) else []):
+        for index, raw in enumerate(listed if isinstance(listed, list) else []):
             if isinstance(raw, dict):
-                ref = self._ref(("models", index, "model"), raw.get("model"))
-                path = ("models", index, "parameters")
-                settings = self._settings(path, raw.get("parameters"), method, per_model_only=True)
+                ref = self._ref((*at, index, "model"), raw.get("model"))
+                settings = self._settings(
+                    (*at, index, "parameters"), raw.get("parameters"), method, per_model_only=True
+                )
+                span: Any = raw.get("layer_range")
+                whole = isinstance(span, list) and len(span) == 2 and all(isinstance(place, int) for place in span)
                 if ref:
-                    found.append(Source(ref, settings))
+                    found.append(Source(ref, settings, (span[0], span[1]) if whole else None))
         return found
 
     def _settings(self, path: Path_, raw: Any, method: Method | None, *, per_model_only: bool) -> dict[str, Setting]:
@@ -292,16 +422,16 @@ class _Checker:
             return sources
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
-                self.warnings.append("parameters of the base model have no effect: its own task vector is zero")
+                self.warnings.append(_BASE_PARAMETERS)
             return [source for source in sources if source.ref != base]
         if all(source.ref != base for source in sources):
             sources = [*sources, Source(base)]
         return sorted(sources, key=lambda source: source.ref != base) if method.base == "required" else sources
 
     def _complete(
-        self, method: Method, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None
+        self, at: Path_, method: Method, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None
     ) -> None:
-        """What is missing as a whole: the base, models, required parameters."""
+        """What is missing as a whole: the base, models, required parameters. `at`: where the models are listed."""
         if method.base == "required" and base is None:
             self.problems.append(
                 (("merge_method",), f"{method.name} needs a `base_model`: the model the others come from")
@@ -312,13 +442,14 @@ class _Checker:
         if len(sources) < least or (most is not None and len(sources) > most):
             wanted = f"{least}" if least == most else f"at least {least}"
             kind = "models besides the base" if method.space == "task_vectors" else "models, the base included"
-            self.problems.append((("models",), f"{method.name} merges {wanted} {kind}; the recipe has {len(sources)}"))
+            self.problems.append((at, f"{method.name} merges {wanted} {kind}; the recipe has {len(sources)}"))
         for parameter in method.parameters.values():
-            self._require(parameter, sources, shared, base)
+            self._require(at, parameter, sources, shared, base)
 
     def _require(
-        self, parameter: Parameter, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None
-    ) -> None:
+        self, at: Path_, parameter: Parameter, sources: list[Source], shared: Mapping[str, Setting],
+        base: ModelRef | None,
+    ) -> None:  # fmt: skip
         if not parameter.required or parameter.name in shared:
             return
         if not parameter.per_model:
@@ -328,10 +459,34 @@ class _Checker:
             if parameter.name not in source.settings:
                 note = " (the base is an ordinary input of this method)" if source.ref == base else ""
                 self.problems.append(
-                    (("models", index), f"the model {source.ref} has no `{parameter.name}`{note}: give it one")
+                    ((*at, index), f"the model {source.ref} has no `{parameter.name}`{note}: give it one")
                 )
 
 
+def _over(own: Mapping[str, Setting], outer: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Settings of a slice or module before those around it: what matches no filter falls through to them."""
+    names = dict.fromkeys((*own, *outer))
+    return {name: Setting(own.get(name, _NOTHING).choices + outer.get(name, _NOTHING).choices) for name in names}
+
+
+_NOTHING = Setting(())
+
+
+def _distinct(parts: Iterable[Slice]) -> tuple[Source, ...]:
+    """Each model of the slices once, in order of appearance."""
+    return tuple(Source(ref) for ref in dict.fromkeys(source.ref for part in parts for source in part.models))
+
+
+def _keys_at(path: Path_) -> list[str]:
+    """The keys that are known at the place of an unknown one."""
+    holder = next((part for part in reversed(path[:-1]) if isinstance(part, str) and part in _BELOW), "modules")
+    return list(_BELOW[holder].model_fields) + (list(ModelSchema.model_fields) if "model" in path else [])
+
+
+_BELOW: Mapping[str, Any] = {
+    "models": SourceSchema, "base_model": ModelSchema, "model": ModelSchema, "slices": SliceSchema,
+    "sources": SliceSourceSchema, "modules": ModuleSchema, "probe": ProbeSchema,
+}  # fmt: skip
 _UNION_BRANCHES = {"str", "ModelSchema", "LongModelSchema"}
 
 

@@ -16,15 +16,17 @@ MERGE_FIRST = "merge it into its base first (peft: merge_and_unload) and name th
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A model as the recipe wrote it (`text`), and what that means: a local folder, or a Hub repository."""
+    """A model as the recipe wrote it (`text`): a local folder, a Hub repository, or an earlier step of the file."""
 
     text: str = field(compare=False)  # `./math` and `math` are one model
     folder: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    step: str | None = None  # the name of a merge in the same file
+    layers: tuple[int, int] | None = None  # [first, end): a part of the model, as if it were one
 
     def __str__(self) -> str:
-        return self.text
+        return self.text if self.layers is None else f"{self.text}[{self.layers[0]}:{self.layers[1]}]"
 
     @property
     def short(self) -> str:

@@ -60,7 +60,7 @@ def test_benchmarks_named_here_exist():
 
 def test_the_recipe_shown_is_one():
     for shown in blocks("yaml"):
-        RecipeSchema.model_validate(Document.parse(shown).data)
+        RecipeSchema.model_validate(Document.parse(shown)[0].data)
         ctl_merge.parse_recipe(shown)
 
 

@@ -1,0 +1,102 @@
+"""The keys of a recipe and the types of their values."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
+
+Dtype = Literal["float32", "float16", "bfloat16", "float64"]
+
+
+class ModelSchema(BaseModel):
+    """A model by folder or Hub name in mergekit's long form."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    path: str = Field(description="folder or org/name")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+
+
+class LongModelSchema(BaseModel):
+    """mergekit's `{model: {path, revision}}`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: ModelSchema | str
+
+
+class SourceSchema(BaseModel):
+    """One model that goes into the merge."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
+    parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
+
+
+class SliceSourceSchema(BaseModel):
+    """Layers of one model that go into a slice."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
+    layer_range: list[StrictInt] = Field(min_length=2, max_length=2, description="[first, end): end is not in it")
+    parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
+
+
+class SliceSchema(BaseModel):
+    """A run of layers of the output, and what it is merged from."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    sources: list[SliceSourceSchema] = Field(min_length=1, description="as many layers of each model")
+    base_model: str | ModelSchema | LongModelSchema | None = Field(
+        None, description="of this slice, if not the recipe's"
+    )
+    parameters: dict[str, Any] | None = Field(None, description="of this slice")
+
+
+class ModuleSchema(BaseModel):
+    """A part of a model, such as its vision tower, merged in its own way."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    models: list[SourceSchema] | None = Field(None, min_length=1, description="the models that are merged")
+    slices: list[SliceSchema] | None = Field(None, min_length=1, description="runs of layers, stacked")
+    parameters: dict[str, Any] | None = Field(None, description="of this module")
+
+
+class ProbeSchema(BaseModel):
+    """How the merge is to be probed: what `ctl-merge probe` takes as options."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
+    sequences: int = Field(default=64, ge=1, description="windows of each data set")
+    length: int = Field(default=256, ge=2, description="tokens of a window")
+
+
+class RecipeSchema(BaseModel):
+    """A merge: the method, the models, their parameters."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    merge_method: str = Field(description="see `ctl-merge methods`")
+    name: str | None = Field(None, description="by which later documents of the file name this merge as a model")
+    models: list[SourceSchema] | None = Field(None, min_length=1, description="the models that are merged")
+    slices: list[SliceSchema] | None = Field(None, min_length=1, description="runs of layers, stacked into a new depth")
+    modules: dict[str, ModuleSchema] | None = Field(
+        None, min_length=1, description="parts of the model by the beginning of their tensors' names; `default`: all"
+    )
+    base_model: str | ModelSchema | LongModelSchema | None = Field(
+        None, description="the model that task vectors are differences from; gives config and tokenizer"
+    )
+    parameters: dict[str, Any] | None = Field(None, description="shared parameters, and defaults of per-model ones")
+    dtype: Dtype | None = Field(
+        None, description="dtype of the merged weights (arithmetic is float64); base's if unset"
+    )
+    out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; wins over `dtype`")
+    tokenizer_source: Literal["base"] | None = Field(
+        None, description="`base`: keep the base's vocabulary and drop the rows that only other models have"
+    )
+    probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
+    seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
+    missing: Literal["error", "base", "skip"] = Field(
+        "error", description="tensors that only some models have: refuse, take the base's, or leave them out"
+    )
+    nonfinite: Literal["error", "allow"] = Field(
+        "error", description="NaN or infinity in an input: refuse, or let it through"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ RECIPE = "ctl_merge_recipe.yaml"
 def build_card(
     plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str, attached: str = ""
 ) -> str:
-    """README.md of the merged model: the Hub's metadata, then text. `licences`: None where a source states none."""
+    """README.md of the merged model: the Hub's metadata, then text.
+
+    `licences`: of each source, in the manifest's order; None where it states none.
+    """
     agreed = set(licences.values())
     licence = agreed.pop() if len(agreed) == 1 else None
     metadata: dict[str, Any] = {
-        "base_model": list(dict.fromkeys(ref.repo_id for ref in plan.recipe.refs if ref.repo_id)),
+        "base_model": list(dict.fromkeys(ref.repo_id for ref in licences if ref.repo_id)),
         "base_model_relation": "merge",
         "library_name": "transformers",
         "tags": ["merge", "ctl-merge", plan.method.name],
@@ -39,7 +43,7 @@ def build_card(
             f"A merge of models made with ctl-merge {ctl_merge.__version__} by `{plan.method.name}`"
             f"{_paper(plan)}: {_lower(plan.method.summary)}\n",
             "## Models\n",
-            *_table(plan, manifest),
+            *_table(plan, manifest, licences),
             licence_note,
             attached,
             "## Recipe\n",
@@ -81,17 +85,17 @@ def _licence_note(licences: dict[ModelRef, str | None]) -> str:
     return f"\nThe sources' licences differ ({', '.join(stated)}, or none stated): see each model.\n"
 
 
-def _table(plan: Plan, manifest: dict[str, Any]) -> list[str]:
+def _table(plan: Plan, manifest: dict[str, Any], refs: Iterable[ModelRef]) -> list[str]:
     """A Markdown table of the sources: role, name linked to its pinned commit, parameters."""
     names = [name for name, p in plan.method.parameters.items() if p.per_model]
     lines = [f"| model | role |{''.join(f' {name} |' for name in names)}", "|---|---|" + "---|" * len(names)]
     parameters = _described(plan)
-    for source, ref in zip(manifest["sources"], plan.recipe.refs, strict=True):
+    for source, ref in zip(manifest["sources"], refs, strict=True):
         name = f"`{source['model']}`"
         if "commit" in source:
             link = f"https://huggingface.co/{source['model']}/tree/{source['commit']}"
             name = f"[{source['model']}]({link}) at `{source['commit'][:12]}`"
-        role = "base" if ref == plan.recipe.base else "merged"
+        role = "base" if ref == plan.recipe.base else "merged" if ref in plan.recipe.refs else "of a step"
         lines.append(f"| {name} | {role} |" + "".join(f" {parameters.get((ref, n), '')} |" for n in names))
     return lines
 

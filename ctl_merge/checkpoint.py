@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctl_merge import hub
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.hub import HubSnapshot
@@ -82,6 +83,35 @@ class FileCheckpoint(Checkpoint):
     @abstractmethod
     def fetch(self) -> None:
         """Make the weights local: downloads what the cache lacks."""
+
+    def sources(self) -> dict[ModelRef, FileCheckpoint]:
+        """The checkpoints in files that it is made of: itself, as a rule."""
+        return {self.ref: self}
+
+    def read_bytes(self, tensor: str) -> int:
+        """How much is read from files for one tensor."""
+        return self.tensors[tensor].nbytes
+
+    def missing_bytes(self) -> int:
+        """What is to be downloaded of its weights."""
+        if self.snapshot is None:
+            return 0
+        there = hub.cached(self.snapshot, self.file_sizes)
+        return sum(size for file, size in self.file_sizes.items() if file not in there)
+
+    def state(self) -> Any:
+        """What changes when the weights do: the commit, or size and time of each file. Raises CheckpointError."""
+        if self.snapshot is not None:
+            return self.snapshot.commit
+        return {file: _state(self.folder / file) for file in self.file_sizes}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return stat.st_size, stat.st_mtime_ns
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

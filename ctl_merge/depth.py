@@ -42,7 +42,7 @@ def restacked(config: Mapping[str, Any], runs: Sequence[Run], stack: str, depth:
     for name, value in own.items():
         if isinstance(value, list) and name in _INDEXES:
             changes[*holder, name] = list(_moved(runs, holder, name))
-        elif isinstance(value, list | str) and len(value) == depth and _PER_LAYER.search(name):
+        elif _is_per_layer(name, value, depth):
             joined = [entry for run in runs for entry in _at(run.config, holder)[name][run.first : run.end]]
             changes[*holder, name] = "".join(joined) if isinstance(value, str) else joined
     kinds = [kind for run in runs for kind in _kinds(run, holder)]
@@ -68,6 +68,13 @@ def _depth_key(config: Mapping[str, Any], stack: str, depth: int) -> tuple[Path,
         what = "states no depth" if not found else f"states {depth} as {', '.join(key for _, key in found)}"
         raise MismatchError(f"{stack}: the config {what}: slices of this model cannot be given a new depth")
     return found[0]
+
+
+def _is_per_layer(name: str, value: Any, depth: int) -> bool:
+    """Whether a value has an entry for each layer: a list, or a pattern of one letter each."""
+    if isinstance(value, str):
+        return len(value) == depth and name.endswith("pattern")
+    return isinstance(value, list) and len(value) == depth and bool(_PER_LAYER.search(name))
 
 
 def _stated(config: Mapping[str, Any], path: Path) -> Iterator[tuple[Path, str, int]]:

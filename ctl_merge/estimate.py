@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ctl_merge import hub
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.plan import Plan, TensorPlan
@@ -36,44 +35,40 @@ def estimate(
     merged: MergedCheckpoint,
     checkpoints: Mapping[ModelRef, FileCheckpoint],
     shards: tuple[Shard, ...],
-    workers: int,
+    memory: int,
 ) -> Estimate:
     """What carrying out the plan with so many workers takes."""
     inputs = sum(_input_bytes(tensor, checkpoints) for tensor in plan.tensors.values())
     passes = merged.model_passes
+    sources = {ref: source for checkpoint in checkpoints.values() for ref, source in checkpoint.sources().items()}
     return Estimate(
-        read=inputs * (1 + passes), passes=passes, download=sum(missing_bytes(c) for c in checkpoints.values()),
-        write=sum(shard.nbytes for shard in shards), memory=memory_bound(plan, workers, chunk_of(merged)),
+        read=inputs * (1 + passes), passes=passes, download=sum(source.missing_bytes() for source in sources.values()),
+        write=sum(shard.nbytes for shard in shards), memory=memory,
     )  # fmt: skip
 
 
-def memory_bound(plan: Plan, workers: int, chunk: int = CHUNK) -> int:
+def memory_bound(merges: Iterable[MergedCheckpoint], workers: int) -> int:
     """Anonymous memory at most: 2 × workers × (chunk × 8 bytes × (temporaries × models + base) + histograms).
 
-    Twice, as the allocator keeps about as much again as is in use.
+    Twice, as the allocator keeps about as much again as is in use. `merges`: the merge, and those that it reads.
     """
+    return INTERPRETER_BYTES + 2 * workers * sum(_held(merged.plan, chunk_of(merged)) for merged in merges)
+
+
+def _held(plan: Plan, chunk: int) -> int:
+    """What one worker holds for one merge."""
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
     entries = largest if plan.method.grain == "tensor" else min(chunk, largest)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
-    each = 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
-    return INTERPRETER_BYTES + 2 * workers * each
+    return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
 
 
 def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
-    parts = (*tensor.inputs, tensor.base) if tensor.base else tensor.inputs
-    return sum(checkpoints[part.model].tensors[part.tensor].nbytes for part in parts)
+    return sum(checkpoints[part.model].read_bytes(part.tensor) for part in tensor.everyone)
 
 
 def chunk_of(merged: MergedCheckpoint) -> int:
     """The most entries of a tensor that a worker holds at once."""
     return max((merged.block(name) for name in merged.tensors), default=CHUNK)
-
-
-def missing_bytes(checkpoint: FileCheckpoint) -> int:
-    """What is to be downloaded of a checkpoint's weights."""
-    if checkpoint.snapshot is None:
-        return 0
-    there = hub.cached(checkpoint.snapshot, checkpoint.file_sizes)
-    return sum(size for file, size in checkpoint.file_sizes.items() if file not in there)

@@ -54,7 +54,8 @@ class MergedCheckpoint(Checkpoint):
     def block(self, tensor: str) -> int:
         if self.method.grain == "tensor":
             return max(1, self.tensors[tensor].numel)
-        return CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
+        own = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
+        return max(own, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
@@ -89,7 +90,7 @@ class MergedCheckpoint(Checkpoint):
 
         For methods that work on task vectors the base is subtracted. Both are views of this thread's buffer.
         """
-        parts = (*plan.inputs, plan.base) if plan.base else plan.inputs
+        parts = plan.everyone
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
         for row, part in zip(buffer, parts, strict=True):
@@ -111,7 +112,7 @@ class MergedCheckpoint(Checkpoint):
             checkpoint.read_into(part.tensor, own, start)
         if not part.foreign_rows:
             return
-        first = next(p for p in (*plan.inputs, plan.base) if p and p.model == self.plan.recipe.refs[0])
+        first = next(p for p in plan.everyone if p.model == self.plan.recipe.refs[0])
         width = plan.spec.numel // plan.spec.shape[0]
         at = bisect.bisect_left(part.foreign_rows, start // width)
         for foreign in part.foreign_rows[at:]:
@@ -132,7 +133,7 @@ class MergedCheckpoint(Checkpoint):
         arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns[key].items()}
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
-            rows = [uniform(seed, part.model.short, plan.name, start, count) for part in plan.inputs]
+            rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
 
@@ -276,7 +277,7 @@ class ParentView(Checkpoint):
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.merged.plan.tensors[tensor]
-        parts = (*plan.inputs, plan.base) if plan.base else plan.inputs
+        parts = plan.everyone
         part = next((p for p in parts if p.model == self.ref), parts[0])  # a computed buffer: the first model's
         self.merged.fill(out, part, plan, start)
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,23 @@ import ctl_merge
 from ctl_merge import hub
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
-from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
+from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import is_companion
-from ctl_merge.correspondence import Input
 from ctl_merge.devices import assign_devices, parse_max_memory
-from ctl_merge.errors import CheckpointError, DeviceError, OutputError, RecipeError
-from ctl_merge.estimate import chunk_of, estimate, memory_bound, missing_bytes
+from ctl_merge.errors import DeviceError, OutputError, RecipeError
+from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
-from ctl_merge.plan import Plan, TensorPlan, make_plan
+from ctl_merge.plan import Plan, make_plan
 from ctl_merge.recipe import Recipe, load_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size, parse_size
+from ctl_merge.step import StepCheckpoint
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
+from ctl_merge.tying import settle_ties
 from ctl_merge.writer import INDEX, ShardWriter, plan_shards, pool, write_index
 
 logger = logging.getLogger("ctl_merge")
@@ -70,10 +71,10 @@ class Merge:
         self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         self.shard_bytes = _shard_bytes(max_shard_size)
         self.device_map, self.max_memory = device_map, max_memory
-        self.checkpoints: dict[ModelRef, FileCheckpoint] = {ref: open_checkpoint(ref) for ref in self.recipe.refs}
+        self.checkpoints = {ref: self._open(ref) for ref in self.recipe.refs}
         self._fetched = False
         self.workers = num_workers or len(os.sched_getaffinity(0))
-        self._use(make_plan(self.recipe, self.checkpoints))
+        self._use(self._with_steps(make_plan(self.recipe, self.checkpoints)))
         self._limit_memory(parse_max_memory(max_memory).get("cpu"))
 
     def _use(self, plan: Plan) -> None:
@@ -82,12 +83,35 @@ class Merge:
         self.merged = MergedCheckpoint(plan, self.checkpoints, self.devices)
         self.shards = plan_shards(plan.specs, self.shard_bytes)
 
+    def _open(self, ref: ModelRef) -> FileCheckpoint:
+        if ref.step is None:
+            return open_checkpoint(ref)
+        step = self.recipe.steps[ref.step]
+        return StepCheckpoint(ref, Merge(step, device_map=self.device_map, max_memory=self.max_memory, num_workers=1))
+
+    def _with_steps(self, plan: Plan) -> Plan:
+        """The plan, which tells of its steps' decisions too."""
+        steps = {c.name: c.opened.plan for c in self.checkpoints.values() if isinstance(c, StepCheckpoint)}
+        decisions = [f"{name}: {line}" for name, step in steps.items() for line in step.decisions]
+        warnings = [f"{name}: {line}" for name, step in steps.items() for line in step.warnings]
+        return replace(plan, decisions=(*decisions, *plan.decisions), warnings=(*warnings, *plan.warnings))
+
+    @property
+    def sources(self) -> dict[ModelRef, FileCheckpoint]:
+        """Every checkpoint in files that is read, those of steps included."""
+        return {ref: c for checkpoint in self.checkpoints.values() for ref, c in checkpoint.sources().items()}
+
+    @property
+    def merges(self) -> list[MergedCheckpoint]:
+        """This merge and, each once, the steps that it reads."""
+        steps = [c.opened for c in self.checkpoints.values() if isinstance(c, StepCheckpoint)]
+        return [self.merged, *(merged for step in steps for merged in step.merges)]
+
     def _limit_memory(self, limit: int | None) -> None:
         """Fewer workers where the CPU's share of `max_memory` is small."""
-        chunk = chunk_of(self.merged)
-        while limit is not None and memory_bound(self.plan, self.workers, chunk) > limit:
+        while limit is not None and memory_bound(self.merges, self.workers) > limit:
             if self.workers == 1:
-                needed = format_size(memory_bound(self.plan, 1, chunk))
+                needed = format_size(memory_bound(self.merges, 1))
                 raise DeviceError(
                     f"--max-memory: the merge takes {needed} of cpu memory with one worker, more than allowed"
                 )
@@ -95,7 +119,7 @@ class Merge:
 
     def summary(self) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone."""
-        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self.workers)
+        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, memory_bound(self.merges, self.workers))
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
 
     def write(
@@ -111,7 +135,7 @@ class Merge:
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
         with disk_errors(target.final):
             target.check(sum(shard.nbytes for shard in self.shards))
-        if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.checkpoints.values()):
+        if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
         self.fetch()
         folder = target.open(self._fingerprint())
@@ -134,47 +158,16 @@ class Merge:
         if self._fetched:
             return
         self._fetched = True
-        hub.check_space(sum(missing_bytes(checkpoint) for checkpoint in self.checkpoints.values()))
+        hub.check_space(sum(source.missing_bytes() for source in self.sources.values()))
         for checkpoint in self.checkpoints.values():
             checkpoint.fetch()
-        for target, source in self.plan.tied.items():
-            if target in self.plan.tensors:
-                self._settle_tie(target, source)
-
-    def _settle_tie(self, target: str, source: str) -> None:
-        heads, embeddings = (_everyone(self.plan.tensors[name]) for name in (target, source))
-        apart = [h.model for h, e in zip(heads, embeddings, strict=True) if not self._same(h, e)]
-        if apart:
-            self._use(
-                self.plan.settled(target, f"{target} differs from {source} in {apart[0]}: both are written, untied")
-            )
-        else:
-            self._use(
-                self.plan.settled(target, f"{target} is tied to {source} in every model: not written", leave=True)
-            )
-
-    def _same(self, one: Input, other: Input) -> bool:
-        if one == other:
-            return True
-        checkpoint = self.checkpoints[one.model]
-        spec = checkpoint.tensors[one.tensor]
-        if spec != checkpoint.tensors[other.tensor]:
-            return False
-        buffers = torch.empty(2, min(CHUNK, spec.numel), dtype=torch_dtype(spec.dtype))
-        for start in range(0, spec.numel, CHUNK):
-            pair = buffers[:, : min(CHUNK, spec.numel - start)]
-            for row, part in zip(pair, (one, other), strict=True):
-                checkpoint.read_into(part.tensor, row, start)
-            if not torch.equal(pair[0], pair[1]):
-                return False
-        return True
+        settled = settle_ties(self.plan, self.checkpoints)
+        if settled is not self.plan:
+            self._use(settled)
 
     def _fingerprint(self) -> str:
         """What an unfinished output belongs to: the plan, the sources' state, the cut into shards."""
-        sources = [
-            {file: _state(c.folder / file) for file in c.file_sizes} if c.snapshot is None else c.snapshot.commit
-            for c in self.checkpoints.values()
-        ]
+        sources = [source.state() for source in self.sources.values()]
         tensors = [
             (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
         ]
@@ -183,24 +176,29 @@ class Merge:
         content = json.dumps([self.recipe.text, sources, tensors, shards, versions], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
-        """All that is not weights; index and config last, as readers look for those first."""
+    def write_companions(self, folder: Path) -> None:
+        """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
         first = self.checkpoints[self.recipe.refs[0]]
         _copy_companions(first.folder, folder)
+        untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
+        original = (first.folder / "config.json").read_bytes()
+        config = patch_config(original, self.recipe.dtype, untie, self.plan.changes)
+        (folder / "config.json").write_bytes(config)
+
+    def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
+        """All that is not weights; index and config last, as readers look for those first."""
         (folder / RECIPE).write_text(self.recipe.text, "utf-8")
         with pool(self.workers) as mapped:
             manifest = build_manifest(
-                self.merged, self.checkpoints, folder, self.shards, self.devices, mapped if hash_files else None
+                self.merged, self.sources, folder, self.shards, self.devices, mapped if hash_files else None
             )
-        licences = {ref: stated_licence(c.folder) for ref, c in self.checkpoints.items()}
+        licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
         (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, attached), "utf-8")
         (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)
-        untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
-        config = patch_config((first.folder / "config.json").read_bytes(), self.recipe.dtype, untie, self.plan.changes)
-        (folder / "config.json").write_bytes(config)
+        self.write_companions(folder)
         return manifest
 
 
@@ -218,23 +216,11 @@ def open_merge(recipe: Recipe | str | Path, **machine: Any) -> MergedCheckpoint:
     return opened.merged
 
 
-def _everyone(tensor: TensorPlan) -> tuple[Input, ...]:
-    return (*tensor.inputs, tensor.base) if tensor.base else tensor.inputs
-
-
 def _shard_bytes(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
         raise RecipeError(f"--max-shard-size: {error}") from None
-
-
-def _state(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable:

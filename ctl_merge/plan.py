@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ctl_merge.architecture import layer_places, natural
+from ctl_merge.architecture import ModuleMap, layer_places, natural, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, Input, correspond
 from ctl_merge.depth import Path
@@ -28,6 +28,11 @@ class TensorPlan:
     inputs: tuple[Input, ...]  # of a copy: the one that is copied, then those that must equal it
     base: Input | None
     parameters: Mapping[str, Any]  # per-model ones as tuples in the order of `inputs`
+
+    @property
+    def everyone(self) -> tuple[Input, ...]:
+        """Every model's part, the base's last."""
+        return (*self.inputs, self.base) if self.base else self.inputs
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,20 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
         decisions += found.decisions
         warnings += found.warnings
     tensors = {name: tensors[name] for name in sorted(tensors, key=natural)}
+    if len(stacked.parts) > 1:
+        tied |= _ties_across(checkpoints[recipe.refs[0]].config, tensors)
     decisions += _dtype_decisions(recipe, tensors)
     warnings += _check_whole_model(recipe, tensors)
     return Plan(recipe, tensors, tied, tuple(dict.fromkeys(decisions)), tuple(dict.fromkeys(warnings)), stacked.changes)
+
+
+def _ties_across(config: Mapping[str, Any], tensors: Mapping[str, TensorPlan]) -> dict[str, str]:
+    """Tensors that the config ties although different slices give each of them."""
+    if not ties_embeddings(config):
+        return {}
+    modules = ModuleMap(config)
+    stored = {parameter: name for name, parameter in modules.parameters(tensors).items()}
+    return {stored[t]: stored[s] for t, s in modules.tied().items() if t in stored and s in stored}
 
 
 class _Builder:

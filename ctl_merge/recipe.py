@@ -233,7 +233,7 @@ class _Checker:
                 path = ("modules", name)
                 self._one_layout(path, module, ("models", "slices"))
                 own = self._settings((*path, "parameters"), module.get("parameters"), method, per_model_only=False)
-                whole = None if name == "default" else str(name)
+                whole = None if name == "default" and len(modules) == 1 else str(name)
                 yield from self._slices(path, module, whole, method, base, _over(own, shared))
 
     def _one_layout(self, path: Path_, holder: dict, keys: tuple[str, ...]) -> None:
@@ -347,6 +347,8 @@ class _Checker:
                 message = "`residual_weight` has no effect in mergekit, nor here: remove it"
             elif any(name in method.parameters for method in registry().values()):
                 message = f"{name!r} is a parameter: write it under `parameters`"
+        elif kind == "model_type" and (path[:1] == ("modules",) or "slices" in path) and "sources" not in path:
+            message = f"`{'.'.join(map(str, path))}` is a mapping of {', '.join(_keys_at((*path, '')))}, not {value!r}"
         elif kind == "model_type":
             message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
         elif kind == "missing":

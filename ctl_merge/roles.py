@@ -12,7 +12,7 @@ from ctl_merge.findings import short_name
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.merging import Merge
 from ctl_merge.methods import registry
-from ctl_merge.recipe import Source
+from ctl_merge.recipe import Recipe, Source
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting
 
@@ -23,6 +23,7 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
     `base`: the model that the parents come from, where the recipe does not name one. Raises RecipeError.
     """
     recipe = opened.recipe
+    _check_aligned(recipe)
     if base is not None and recipe.method.space == "task_vectors":
         raise RecipeError(f"--base: {recipe.method.name} has a base in the recipe already, {recipe.base}")
     chosen = base or recipe.base
@@ -38,6 +39,21 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
     if not refs:
         raise RecipeError(f"{recipe.name}: there is no model besides the base {chosen}: no parents")
     return merged.parent(chosen), dict(zip(_short_names(refs), map(merged.parent, refs), strict=True))
+
+
+def _check_aligned(recipe: Recipe) -> None:
+    """Refuse a merge whose blocks have no counterpart in its parents: a stack, or parts of different models."""
+    place = 0
+    for part in recipe.slices:
+        sources = [*part.models, *([part.base] if part.base else [])]
+        models = {source.ref for source in sources}
+        moved = any(source.layers and source.layers[0] != place for source in sources)
+        if moved or not set(recipe.refs) <= models | ({recipe.base} if recipe.base else set()):
+            raise RecipeError(
+                f"{recipe.name}: its slices move layers, or not every model goes into each: the blocks of the merge "
+                "have no counterpart in its parents to be compared with"
+            )
+        place += part.layers or 0
 
 
 def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ctl_merge.methods import Parameter, registry
+from ctl_merge.methods import Method, Parameter, registry
 from ctl_merge.recipe import RecipeSchema
 
 
@@ -16,25 +16,21 @@ def recipe_schema() -> dict[str, Any]:
     schema = RecipeSchema.model_json_schema()
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ctl-merge recipe"}
     schema["properties"]["merge_method"]["enum"] = sorted(methods)
+    schema["oneOf"] = [{"required": [layout]} for layout in ("models", "slices", "modules")]
     schema["allOf"] = [
-        {
-            "if": {"properties": {"merge_method": {"const": method.name}}},
-            "then": {
-                "properties": {
-                    "parameters": _object(list(method.parameters.values())),
-                    "models": {
-                        "items": {
-                            "properties": {
-                                "parameters": _object([p for p in method.parameters.values() if p.per_model])
-                            }
-                        }
-                    },
-                }
-            },
-        }
+        {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": _with_parameters(method)}
         for method in methods.values()
     ]
     return schema
+
+
+def _with_parameters(method: Method) -> dict[str, Any]:
+    """Where a recipe has parameters, those that the method takes there."""
+    shared = {"parameters": _object(list(method.parameters.values()))}
+    source = {"items": {"properties": {"parameters": _object([p for p in method.parameters.values() if p.per_model])}}}
+    layouts = {"models": source, "slices": {"items": {"properties": {**shared, "sources": source}}}}
+    modules = {"additionalProperties": {"properties": {**shared, **layouts}}}
+    return {"properties": {**shared, **layouts, "modules": modules}}
 
 
 def _object(parameters: list[Parameter]) -> dict[str, Any]:

@@ -130,7 +130,9 @@ class _Cutter:
     def _whole(self) -> bool:
         """Whether the one slice takes all layers of all its models: what `models` would have said."""
         sources = [s for part in self.slices for s in (*part.models, *([part.base] if part.base else []))]
-        return len(self.slices) == 1 and all(s.layers == (0, self.layers[s.ref].depth) for s in sources)
+        return (
+            self.layered and len(self.slices) == 1 and all(s.layers == (0, self.layers[s.ref].depth) for s in sources)
+        )
 
     def changes(self) -> dict[Path, object]:
         """What the output's config needs for the new depth of this module."""

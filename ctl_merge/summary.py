@@ -46,7 +46,7 @@ def as_json(
 def _model(ref: ModelRef, checkpoint: FileCheckpoint, plan: Plan) -> dict[str, Any]:
     return {
         "model": ref.text,
-        "role": "base" if ref == plan.recipe.base else "model",
+        "role": "base" if ref == plan.recipe.base else "step" if ref.step else "model",
         "commit": checkpoint.snapshot.commit if checkpoint.snapshot else None,
         "tensors": len(checkpoint.tensors),
         "bytes": total_bytes(checkpoint.tensors.values()),
@@ -64,7 +64,7 @@ def render(data: dict[str, Any]) -> Any:
     for column in ("model", "role", "commit", "tensors", "size", "dtype"):
         models.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
     for model in data["models"]:
-        commit = (model["commit"] or "local folder")[:12]
+        commit = (model["commit"] or ("merged here" if model["role"] == "step" else "local folder"))[:12]
         size = format_size(model["bytes"])
         name = Text(model["model"])  # no markup: folders may have brackets in their names
         models.add_row(name, model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))

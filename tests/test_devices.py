@@ -125,7 +125,7 @@ def test_a_limit_that_is_none_is_refused(text: str) -> None:
 def test_little_memory_means_fewer_workers_and_too_little_is_refused(tmp_path: Path) -> None:
     model = write_checkpoint(tmp_path / "m", {"w": torch.ones(1000, 1000)})
     recipe = parse_recipe(recipe_text("linear", [(model, {"weight": 1.0})]))
-    bound = {workers: memory_bound(Merge(recipe).plan, workers) for workers in (1, 2, 3, 4)}
+    bound = {workers: memory_bound(Merge(recipe).merges, workers) for workers in (1, 2, 3, 4)}
     assert bound[1] < bound[2] < bound[3]
     assert Merge(recipe, num_workers=4).workers == 4
     assert Merge(recipe, num_workers=4, max_memory=f"cpu={bound[2]}").workers == 2

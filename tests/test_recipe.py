@@ -178,7 +178,8 @@ tokenizer_source: union
         "11: `dtype`: input should be 'float32', 'float16', 'bfloat16' or 'float64' (it is 'int8')",
         "12: `seed`: input should be greater than or equal to 0 (it is -1)",
         "13: `missing`: input should be 'error', 'base' or 'skip' (it is 'maybe')",
-        "14: `slices` (stacks of layer ranges) are not supported yet: list whole models under `models`",
+        "14: `slices`: list should have at least 1 item after validation, not 0 (it is [])",
+        "14: give one of `models`, `slices`, `modules`; there is `models` and `slices`",
         "16: ties has no parameter 'lamda' (did you mean 'lambda'?)",
         "17: only `tokenizer_source: base` is supported yet, not 'union'",
     ]
@@ -194,7 +195,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "typo of a method": (LINEAR.replace("linear", "linaer"), "1: no merge method 'linaer' (did you mean 'linear'?)"),
     "no method": (LINEAR.partition("\n")[2], "1: `merge_method` is missing"),
     "method is a list": (LINEAR.replace("linear", "[linear]"), "1: `merge_method`: input should be a valid string"),
-    "no models": ("merge_method: linear\n", "1: `models` is missing"),
+    "no models": ("merge_method: linear\n", "1: give one of `models`, `slices`, `modules`; there is none of them"),
     "models empty": ("merge_method: linear\nmodels: []\n", "2: `models`: list should have at least 1 item"),
     "models is a name": ("merge_method: linear\nmodels: a/b\n", "2: `models`: input should be a valid list"),
     "model is a bare name": (LINEAR + "  - org/c\n", "9: a model is written as `model: org/name`"),
@@ -256,8 +257,18 @@ WRONG: dict[str, tuple[str, str]] = {
     "slerp without its parameter": (
         "merge_method: slerp\nbase_model: org/a\nmodels: [{model: org/b}]\n", "1: the parameter `t` is missing"
     ),
-    "slices": ("merge_method: passthrough\nslices: [{sources: []}]\n", "2: `slices` (stacks of layer ranges)"),
-    "modules": (LINEAR + "modules: {x: y}\n", "9: `modules` (multi-part models) are not supported yet"),
+    "slices": (
+        "merge_method: passthrough\nslices: [{sources: []}]\n",
+        "2: `slices.0.sources`: list should have at least 1 item after validation, not 0 (it is [])",
+    ),
+    "slice": (
+        "merge_method: passthrough\nslices: [x]\n",
+        "2: `slices.0` is a mapping of sources, base_model, parameters, not 'x'",
+    ),
+    "modules": (
+        "merge_method: passthrough\nmodules: {x: y}\n",
+        "2: `modules.x` is a mapping of models, slices, parameters, not 'y'",
+    ),
     "tokenizer": (LINEAR + "tokenizer: {source: union}\n", "9: tokenizer surgery is not supported yet"),
     "chat_template": (LINEAR + "chat_template: auto\n", "9: `chat_template` is not supported yet"),
     "another tokenizer": (LINEAR + "tokenizer_source: union\n", "9: only `tokenizer_source: base` is supported yet"),
@@ -291,7 +302,6 @@ def test_a_later_key_without_value_says_nothing(key: str) -> None:
     [
         ("genome: {}\n", "a mergekit-evolve genome is not a recipe"),
         ("base_model: x\nexperts: []\n", "mergekit-moe configs are not supported yet"),
-        (LINEAR + "---\n" + LINEAR, "several YAML documents in one file (mergekit-multi) are not supported yet"),
     ],
 )
 def test_the_documents_of_mergekits_other_tools_are_refused_by_name(text: str, expected: str) -> None:
@@ -396,7 +406,7 @@ LEAVES = (
 )  # fmt: skip
 KEYS = st.sampled_from(
     "merge_method models model base_model parameters weight density t lambda normalize value filter path revision seed "
-    "dtype missing slices tokenizer_source experts str ModelSchema".split()
+    "dtype missing slices sources layer_range modules name tokenizer_source experts str ModelSchema".split()
 )
 VALUES = st.recursive(
     LEAVES,

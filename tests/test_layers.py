@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
     "__init__ errors sizes",
-    "header hub companions model_config document output methods.parameters methods.noise methods.combine "
+    "header hub companions model_config document compatibility output methods.parameters methods.noise methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
     "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
@@ -23,7 +23,7 @@ ROWS = [row.split() for row in (
     "methods.__init__",
     "settings recipe_schema checkpoint tokenizer architecture",
     "recipe depth stored devices writer model weights probing.null probing.verdict",
-    "pickled correspondence slices schema probing.run probing.svg probing.terminal",
+    "pickled correspondence slices schema check probing.run probing.svg probing.terminal",
     "plan probing.ranks probing.placement probing.figures",
     "merged tying probing.page",
     "estimate manifest findings",

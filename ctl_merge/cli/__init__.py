@@ -1,0 +1,59 @@
+"""The command line: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import ctl_merge
+from ctl_merge.cli import compare, merge, methods, probe, schema
+from ctl_merge.errors import CtlMergeError
+
+
+class RecipeFirst(TyperGroup):
+    """`ctl-merge RECIPE …` is `ctl-merge merge RECIPE …`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version", *self.commands}
+        if args and args[0] not in own and not args[0].startswith(("--install-", "--show-")):
+            args = ["merge", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RecipeFirst, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` is `ctl-merge merge RECIPE`.",
+)  # fmt: skip
+app.command()(merge.merge)
+app.command(cls=probe.ManyModels)(probe.probe)
+app.command()(compare.compare)
+app.command()(methods.methods)
+app.command()(schema.schema)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ctl-merge {ctl_merge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
+    try:
+        app()
+    except CtlMergeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,113 @@
+"""`ctl-merge merge RECIPE`: a recipe becomes a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.terminal import configure, meter, print_json, print_table, warn
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: see the README, or `ctl-merge schema`.", metavar="RECIPE")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write. Default: the recipe's name.", metavar="FOLDER"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Do all arithmetic there: cpu, cuda, cuda:1.", metavar="DEVICE")
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(help='auto, cpu, cuda:N, or JSON {"prefix": device} as in transformers.', metavar="MAP"),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory that may be used, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Threads that read, merge and write. Default: the CPU cores.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.", metavar="SIZE")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge, once the new one is whole.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Do not hash local sources and output for the manifest.")
+    ] = False,
+    probe_too: Annotated[
+        bool,
+        typer.Option("--probe", help="Probe the merge too, as the recipe's `probe:` says; the card tells the result."),
+    ] = False,
+    as_json: JsonFlag = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Merge what RECIPE describes into a folder that transformers loads."""
+    configure(verbose, quiet)
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map say the same: give one of them")
+    require_recipe(recipe)
+    from ctl_merge.merging import Merge
+
+    opened = Merge(
+        recipe, device_map=device or device_map, max_memory=max_memory, num_workers=num_workers,
+        max_shard_size=max_shard_size,
+    )  # fmt: skip
+    if dry_run:
+        _show_plan(opened.summary(), as_json)
+        return
+    warn(opened.plan.warnings)
+    try:
+        result = opened.write(
+            output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
+            meter=meter(quiet),
+            attach=_probe_attached(opened) if probe_too else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json({"output": str(result.folder), **result.manifest})
+    elif not quiet:
+        _show_result(result)
+
+
+def _probe_attached(opened: Any) -> Callable[[Path], str]:
+    """Probes the merge and puts the report into the output's folder."""
+
+    def attach(folder: Path) -> str:
+        from ctl_merge.probing import api
+        from ctl_merge.probing.verdict import markdown
+
+        report = api.probe_opened(opened)
+        report.save(folder / "probe")
+        more = "The whole report, with figures and statistics, is in the folder [probe](probe)."
+        return f"\n## Probe: Cross-Task Linearity by block\n\n{markdown(report.data)}\n{more}\n"
+
+    return attach
+
+
+def _show_plan(data: dict[str, Any], as_json: bool) -> None:
+    from ctl_merge.summary import render
+
+    if as_json:
+        print_json(data)
+    else:
+        print_table(render(data))
+
+
+def _show_result(result: Any) -> None:
+    manifest = result.manifest
+    tensors = manifest["tensors"]
+    again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
+    print(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
+    for line in manifest["decisions"]:
+        print(f"· {line}")
+    print(f"→ {result.folder}")

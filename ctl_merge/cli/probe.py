@@ -1,0 +1,96 @@
+"""`ctl-merge probe`: linearity of a merge, block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.terminal import configure, print_table
+
+
+class ManyModels(TyperCommand):
+    """`--models A B C` is `--models A --models B --models C`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        many = False
+        for arg in args:
+            if arg.startswith("-"):
+                many = arg == "--models"
+                spread += [] if many else [arg]
+            else:
+                spread += ["--models", arg] if many else [arg]
+        return super().parse_args(ctx, spread)
+
+
+def probe(
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="The merge to probe; it is not written. Several over the same models too.", metavar="RECIPE"
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: FILE, FILE:column,column or org/dataset:column@split, named NAME=…; may be repeated."),
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option(help="Parents, without a recipe: two for a sweep over α.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that --models come from.", metavar="MODEL")] = None,
+    merged: Annotated[
+        str | None, typer.Option(help="A merge that is there already, whatever made it.", metavar="FOLDER")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the report.", metavar="FOLDER")
+    ] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Windows of each data set. Default: 64.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. Default: 256.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
+    ] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", help="Also replace each block's features by the linear ones.")
+    ] = False,
+    null: Annotated[bool, typer.Option("--null", help="Also probe a random task vector of the same size.")] = False,
+    device_map: Annotated[
+        str | None, typer.Option(help="cpu, cuda:N, auto, or disk: weights are read block by block.", metavar="MAP")
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for weights, such as cpu=8GiB; the rest is read as needed.", metavar="LIMITS"),
+    ] = None,
+    blocks: Annotated[str | None, typer.Option(help="Path of the model's list of blocks, if not found.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
+    configure()
+    for recipe in recipes or []:
+        require_recipe(recipe)
+    from ctl_merge.probing import api
+
+    options = api.Options(
+        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
+        blocks=blocks, chat=chat, patch=patch, null=null,
+    )  # fmt: skip
+    if recipes and not (models or merged):
+        report = api.probe_recipes(recipes, data or [], options, sequences, length, base)
+    elif merged is not None and not recipes:
+        report = api.probe_merged(merged, models or [], base, data or [], options=options)
+    elif models and base and not recipes:
+        report = api.probe_pair(models, base, data or [], options=options)
+    else:
+        raise typer.BadParameter("give a RECIPE, or --models A B --base C, or --merged FOLDER")
+    if output:
+        report.save(output)
+    if as_json:
+        print(report.to_json(), end="")
+    else:
+        from ctl_merge.probing.terminal import render
+
+        print_table(render(report.data))
+        if output:
+            print(f"→ {output / 'report.html'}")

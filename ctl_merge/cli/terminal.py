@@ -1,0 +1,74 @@
+"""What verbs say: messages, progress bars, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+WIDTH = 100  # columns beyond which a table is no easier to read
+_UNITS = {"merging": "B", "probing": "window"}  # of what a bar counts; elsewhere tensors
+
+Meter = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+
+
+def configure(verbose: bool = False, quiet: bool = False) -> None:
+    """Send the package's messages to standard error; those of libraries only where they are errors."""
+    level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+    others = logging.StreamHandler()
+    others.setLevel(logging.ERROR)  # a library's loggers may let more through than the root's own level
+    logging.basicConfig(handlers=[others], level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    logger = logging.getLogger("ctl_merge")
+    logger.setLevel(level)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False
+    if quiet or not sys.stderr.isatty():
+        _silence_hub()
+
+
+def _silence_hub() -> None:
+    """No bars and warnings of huggingface_hub's own, without importing it if nothing else does."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    os.environ["HF_HUB_VERBOSITY"] = "error"
+    if loaded := sys.modules.get("huggingface_hub.utils"):
+        loaded.disable_progress_bars()
+
+
+def warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        logging.getLogger("ctl_merge").warning(warning)
+
+
+def meter(quiet: bool = False) -> Meter:
+    """A progress bar on standard error where that is a terminal; elsewhere nothing is shown."""
+    from ctl_merge.merging import no_meter
+
+    return no_meter if quiet or not sys.stderr.isatty() else _bar
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    unit = _UNITS.get(what, "tensor")
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(what: Any) -> None:
+    """Print what rich renders, in at most WIDTH columns."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    console.width = min(console.width, WIDTH)
+    console.print(what)

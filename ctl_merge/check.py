@@ -16,9 +16,9 @@ from ctl_merge.settings import Setting
 
 @dataclass(frozen=True)
 class Checked:
-    """`lines`: (heading, sentences). `problem`: why the file is no recipe, None where it is one."""
+    """`sections`: (title, lines). `problem`: why the file is no recipe, None where it is one."""
 
-    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    sections: tuple[tuple[str, tuple[str, ...]], ...]
     problem: str | None
 
 
@@ -52,7 +52,7 @@ def _sections(recipe: Recipe, before: str) -> Iterator[tuple[str, tuple[str, ...
     for number, part in enumerate(recipe.slices, 1):
         what = f"slice {number}" if part.layers else "module"
         name = f" of {part.module}" if part.module and part.layers else f" {part.module}" if part.module else ""
-        yield f"{before}{what}{name}", tuple([*_base_of(part), *_models(part.models, recipe, part.settings)])
+        yield f"{before}{what}{name}", (*_base_of(part), *_models(part.models, recipe, part.settings))
     yield f"{before}what comes out", tuple(_outcome(recipe))
     if recipe.warnings:
         yield f"{before}mind", recipe.warnings
@@ -64,9 +64,7 @@ def _base(recipe: Recipe) -> Iterator[str]:
     shared = {name: s for name, s in recipe.settings.items() if not recipe.method.parameters[name].per_model}
     if shared:
         yield ", ".join(f"{name} {_said(setting)}" for name, setting in shared.items())
-    left = {
-        n: p.default for n, p in recipe.method.parameters.items() if not p.required and not _set(recipe, n)
-    }  # fmt: skip
+    left = {n: p.default for n, p in recipe.method.parameters.items() if not p.required and not _set(recipe, n)}
     if left:
         yield "left at their defaults: " + ", ".join(f"{name} {_plain(value)}" for name, value in left.items())
 

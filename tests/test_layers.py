@@ -34,7 +34,7 @@ ROWS = [row.split() for row in (
     "probing.api compare",
     "probing.__init__",
     "cli.arguments cli.terminal",
-    "cli.merge cli.probe cli.compare cli.methods cli.schema",
+    "cli.merge cli.probe cli.compare cli.check cli.methods cli.schema",
     "cli.__init__",
     "__main__",
 )]  # fmt: skip

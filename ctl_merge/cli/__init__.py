@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import compare, merge, methods, probe, schema
+from ctl_merge.cli import check, compare, merge, methods, probe, schema
 from ctl_merge.errors import CtlMergeError
 
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 app.command()(merge.merge)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
+app.command()(check.check)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

@@ -1,0 +1,48 @@
+"""`ctl-merge check RECIPE`: what it will do, in words."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.terminal import configure, print_json, print_table
+
+
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, or any mergekit config.", metavar="RECIPE")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what RECIPE will do, and what mergekit would do differently. No model is looked at."""
+    configure()
+    require_recipe(recipe)
+    from ctl_merge.check import check
+
+    found = check(recipe)
+    if as_json:
+        print_json(
+            {"problem": found.problem, "sections": [{"title": t, "lines": lines} for t, lines in found.sections]}
+        )
+    else:
+        print_table(_text(found.sections))
+        if found.problem:
+            print(f"error: {found.problem}", file=sys.stderr)
+    if found.problem:
+        raise typer.Exit(2)
+
+
+def _text(sections: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[Any] = []
+    for title, lines in sections:
+        listed = Table.grid(padding=(0, 1), pad_edge=True)
+        for line in lines:
+            listed.add_row("·", Text(line))
+        shown += [Text(title, "bold"), listed]
+    return Group(*shown)

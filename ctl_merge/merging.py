@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from ctl_merge import hub
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
-from ctl_merge.companions import is_companion
-from ctl_merge.correspondence import Input
+from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import CheckpointError, DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import chunk_of, estimate, memory_bound, missing_bytes
@@ -32,6 +31,7 @@ from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, TensorPlan, make_plan
 from ctl_merge.recipe import Recipe, load_recipe
 from ctl_merge.reference import ModelRef
+from ctl_merge.rows import Input
 from ctl_merge.sizes import format_size, parse_size
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
@@ -186,7 +186,7 @@ class Merge:
     def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
         first = self.checkpoints[self.recipe.refs[0]]
-        _copy_companions(first.folder, folder)
+        _write_companions(companions(first.folder, self.plan.vocabulary.files), folder)
         (folder / RECIPE).write_text(self.recipe.text, "utf-8")
         with pool(self.workers) as mapped:
             manifest = build_manifest(
@@ -199,7 +199,8 @@ class Merge:
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)
         untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
-        config = patch_config((first.folder / "config.json").read_bytes(), self.recipe.dtype, untie)
+        original = (first.folder / "config.json").read_bytes()
+        config = patch_config(original, self.recipe.dtype, untie, self.plan.vocabulary.fit)
         (folder / "config.json").write_bytes(config)
         return manifest
 
@@ -249,10 +250,13 @@ def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable
     return telling
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, templates, licence, custom code: as they are. config.json comes last, by the caller."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_file() and is_companion(relative.as_posix()) and relative.name not in ("config.json", RECIPE):
-            (target / relative.parent).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+def _write_companions(files: Mapping[str, Path | bytes], target: Path) -> None:
+    """Tokenizer, templates, licence, custom code. config.json comes last, by the caller."""
+    for relative, content in files.items():
+        if relative.rpartition("/")[2] in ("config.json", RECIPE):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (target / relative).write_bytes(content)
+        else:
+            shutil.copyfile(content, target / relative)

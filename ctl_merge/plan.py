@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from ctl_merge.architecture import layer_places, natural
 from ctl_merge.checkpoint import FileCheckpoint
-from ctl_merge.correspondence import Correspondence, Input, correspond
+from ctl_merge.correspondence import Correspondence, correspond
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
 from ctl_merge.methods import Method, Parameter
 from ctl_merge.recipe import Recipe, Source
 from ctl_merge.reference import ModelRef
+from ctl_merge.rows import Input
+from ctl_merge.vocabulary import OutputVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Plan:
     tied: Mapping[str, str]  # output tensors that hold the same as another one where every input ties them
     decisions: tuple[str, ...]
     warnings: tuple[str, ...]
+    vocabulary: OutputVocabulary
 
     @property
     def method(self) -> Method:
@@ -68,7 +71,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
     return Plan(
         recipe=recipe, tensors=tensors, tied=found.tied,
         decisions=(*found.decisions, *builder.dtype_decisions(tensors)),
-        warnings=(*recipe.warnings, *found.warnings, *scope_warnings),
+        warnings=(*recipe.warnings, *found.warnings, *scope_warnings), vocabulary=found.vocabulary,
     )  # fmt: skip
 
 

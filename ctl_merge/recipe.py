@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
+from ctl_merge.chat_template import TEMPLATES
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, RecipeError
 from ctl_merge.methods import Method, Parameter, registry
+from ctl_merge.recipe_tokenizer import MODEL, TokenizerChecker, TokenizerSchema, TokenizerSetting, schema_problem
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting, parse_setting
 
@@ -26,8 +28,6 @@ Path_ = tuple[str | int, ...]
 LATER = {
     "slices": "`slices` (stacks of layer ranges) are not supported yet: list whole models under `models`",
     "modules": "`modules` (multi-part models) are not supported yet: list whole models under `models`",
-    "tokenizer": "tokenizer surgery is not supported yet; `tokenizer_source: base` keeps the base's vocabulary",
-    "chat_template": "`chat_template` is not supported yet: the output keeps the base's chat template",
 }
 LATER_METHODS = frozenset(
     "nuslerp multislerp karcher della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock "
@@ -83,8 +83,12 @@ class RecipeSchema(BaseModel):
         None, description="dtype of the merged weights (arithmetic is float64); base's if unset"
     )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; wins over `dtype`")
-    tokenizer_source: Literal["base"] | None = Field(
-        None, description="`base`: keep the base's vocabulary and drop the rows that only other models have"
+    tokenizer_source: Any = Field(
+        None, description="whose vocabulary: `base`, `union` of all, or a model's", json_schema_extra=MODEL
+    )
+    tokenizer: TokenizerSchema | None = Field(None, description="the same, with sources of single tokens' rows")
+    chat_template: str | None = Field(
+        None, description=f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in jinja"
     )
     probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
@@ -113,7 +117,7 @@ class Recipe:
     base: ModelRef | None
     settings: Mapping[str, Setting]
     dtype: Dtype | None
-    keep_base_vocabulary: bool
+    tokenizer: TokenizerSetting
     seed: int
     missing: Literal["error", "base", "skip"]
     allow_nonfinite: bool
@@ -121,6 +125,7 @@ class Recipe:
     text: str
     name: str
     warnings: tuple[str, ...] = ()
+    onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:
@@ -169,6 +174,9 @@ class _Checker:
         if method and complete and (base or not data.get("base_model")):
             sources = self._with_base(method, sources, base)
             self._complete(method, sources, shared, base)
+        models = [*([base] if base else []), *(source.ref for source in sources)]
+        known = models if complete and (base or not data.get("base_model")) else None
+        tokenizer = TokenizerChecker(self._ref, known, self.problems).setting(data)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
@@ -176,7 +184,7 @@ class _Checker:
             self.warnings.append("a model is listed more than once: it counts as often as it is listed")
         return Recipe(
             method=method, models=tuple(sources), base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
-            keep_base_vocabulary=schema.tokenizer_source == "base", seed=schema.seed, missing=schema.missing,
+            tokenizer=tokenizer, seed=schema.seed, missing=schema.missing,
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             text=self.document.text, name=self.document.name,
             warnings=tuple(self.warnings),
@@ -212,8 +220,8 @@ class _Checker:
         name = str(path[-1]) if path else ""
         if path[:1] == ("models",) and kind == "missing" and "slices" in self.document.data:
             return  # already told that slices are not supported
-        if path[-1:] == ("tokenizer_source",):
-            message = f"only `tokenizer_source: base` is supported yet, not {value!r}"
+        if path[:1] == ("tokenizer",):
+            message = schema_problem(path, kind, message, value)
         elif kind == "extra_forbidden":
             known = [*RecipeSchema.model_fields, *LATER]
             if len(path) > 1:  # below `models` or `base_model`

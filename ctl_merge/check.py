@@ -74,6 +74,16 @@ def _set(recipe: Recipe, name: str) -> bool:
     return any(name in settings for part in parts for settings in (part.settings, *(s.settings for s in part.models)))
 
 
+def _tokenizer(recipe: Recipe) -> str:
+    source, first = recipe.tokenizer.source, recipe.refs[0]
+    if source is None:
+        return f"{first}'s; an error where vocabularies differ"
+    if source == "union":
+        return f"{first}'s, with the tokens that only others have"
+    owner = first if source == "base" else source
+    return f"{owner}'s; rows of tokens that only others have are left out"
+
+
 def _base_of(part: Slice) -> Iterator[str]:
     if part.base:
         yield f"task vectors are differences from {_source(part.base)}"
@@ -113,7 +123,8 @@ def _outcome(recipe: Recipe) -> Iterator[str]:
     first = recipe.refs[0]
     kept = f"each tensor's own in {first}" if recipe.dtype is None else recipe.dtype
     yield f"dtype: {kept}; arithmetic is float64, rounded once"
-    yield f"config and tokenizer of {first}"
+    yield f"config of {first}"
+    yield f"tokenizer: {_tokenizer(recipe)}"
     total = sum(part.layers or 0 for part in recipe.slices if part.module in (None, recipe.slices[0].module))
     if total:
         yield f"{total} layers"

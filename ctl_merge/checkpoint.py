@@ -84,6 +84,10 @@ class FileCheckpoint(Checkpoint):
     def fetch(self) -> None:
         """Make the weights local: downloads what the cache lacks."""
 
+    def stored(self, tensor: str) -> tuple[ModelRef, str]:
+        """The checkpoint that holds a tensor, and its name there: this one, as a rule."""
+        return self.ref, tensor
+
     def sources(self) -> dict[ModelRef, FileCheckpoint]:
         """The checkpoints in files that it is made of: itself, as a rule."""
         return {self.ref: self}

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from ctl_merge.architecture import ModuleMap, block_index, natural, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import MismatchError
-from ctl_merge.header import TensorSpec
+from ctl_merge.header import MERGEABLE, TensorSpec
+from ctl_merge.model_config import vocab_size
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.tokenizer import Difference, Vocabulary, compare, read_vocabulary
+from ctl_merge.rows import Input
 
 # Buffers that models compute from their config: older checkpoints store them, and no reader needs them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$|embeddings\.position_ids$")
+_POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?)([._]|$)")  # tables of places, which may be as long
 _MASK = re.compile(r"\.(attn|attention)\.bias$")  # GPT-2's causal mask; other models learn biases of that name
 
 
@@ -30,21 +31,18 @@ def _is_computed(name: str, spec: TensorSpec) -> bool:
     return bool(_COMPUTED.search(name) or (square and _MASK.search(name)))
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One model's part in one output tensor."""
-
-    model: ModelRef
-    tensor: str
-    foreign_rows: tuple[int, ...] = ()  # rows (of dim 0) whose token only the first model has: its row is used
-
-
 @dataclass(frozen=True)
 class Correspondence:
-    """The output's tensors with each model's part in them, and what was decided on the way, in words."""
+    """The output's tensors with each model's part in them, and what was decided on the way, in words.
+
+    `inputs`: each part as the model's own files have it. `specs`: the first model's. `kinds`: each part's dtype.
+    `axes`: of the tokens, in tables that have one row a token.
+    """
 
     inputs: Mapping[str, Mapping[ModelRef, Input]]
-    specs: Mapping[str, TensorSpec]  # the first model's
+    specs: Mapping[str, TensorSpec]
+    kinds: Mapping[str, Mapping[ModelRef, str]]
+    axes: Mapping[str, int]
     tied: Mapping[str, str]  # output tensors that models may tie, with the one stored in their place
     computed: frozenset[str]  # buffers that follow from the config
     decisions: tuple[str, ...]
@@ -111,6 +109,7 @@ class _Matcher:
         self.config = checkpoints[self.first].config
         self.inputs = {name: {self.first: Input(self.first, name)} for name in checkpoints[self.first].tensors}
         self.tied: dict[str, str] = {}
+        self.axes: dict[str, int] = {}  # of the tokens, in tensors that have one row a token
         self.decisions: list[str] = []
         self.warnings = _config_warnings(recipe.refs, checkpoints)
         self._modules: ModuleMap | None = None
@@ -129,10 +128,20 @@ class _Matcher:
         if computed:
             self.decisions.append(f"{len(computed)} stored buffers that the model computes are {self.first}'s")
         return Correspondence(
-            inputs=self.inputs, specs={n: own[parts[self.first].tensor] for n, parts in self.inputs.items()},
-            tied=self.tied, computed=frozenset(computed),
+            inputs=self._stored_inputs(), specs={n: own[parts[self.first].tensor] for n, parts in self.inputs.items()},
+            axes=self.axes, kinds=self._kinds(), tied=self.tied, computed=frozenset(computed),
             decisions=tuple(self.decisions), warnings=tuple(self.warnings),
         )  # fmt: skip
+
+    def _stored_inputs(self) -> dict[str, dict[ModelRef, Input]]:
+        """Every part as its model's own files have it, where it was matched through a view of them."""
+        return {
+            name: {ref: Input(*self.checkpoints[part.model].stored(part.tensor)) for ref, part in parts.items()}
+            for name, parts in self.inputs.items()
+        }
+
+    def _kinds(self) -> dict[str, dict[ModelRef, str]]:
+        return {name: {ref: self._spec(name, ref).dtype for ref in parts} for name, parts in self.inputs.items()}
 
     def _spec(self, name: str, ref: ModelRef | None = None) -> TensorSpec:
         part = self.inputs[name][ref or self.first]
@@ -159,7 +168,9 @@ class _Matcher:
         tables = {ref: self.checkpoints[ref].tensors for ref in self.recipe.refs}
         differ = any(set(table) != set(tables[self.first]) for table in tables.values())
         rows = [
-            s.shape for n, s in tables[self.first].items() if len(s.shape) == 2 and s.shape[0] == self._vocabulary()
+            s.shape
+            for n, s in tables[self.first].items()
+            if len(s.shape) == 2 and s.shape[0] == vocab_size(self.config)
         ]
         if not differ and not (len(rows) > len(set(rows)) and ties_embeddings(self.config)):
             return
@@ -244,72 +255,30 @@ class _Matcher:
 
     # ---- shapes and vocabulary
 
-    def _vocabulary(self, ref: ModelRef | None = None) -> int | None:
-        config: Mapping[str, Any] = self.checkpoints[ref or self.first].config
-        text = config.get("text_config")
-        size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
-        return size if isinstance(size, int) else None
-
     def match_shapes(self) -> None:
-        """Check every model's shapes; where the rows of a vocabulary differ, do what the recipe says."""
+        """Check every model's shapes; the rows of tables with one row a token are the vocabulary's to decide."""
         in_blocks = block_index(self.inputs, self.config)
-        rows = {name for name in self.inputs if name not in in_blocks and self._has_rows(name)}
-        differences = {ref: self._compare_tokens(ref, rows) for ref in self.others} if rows else {}
+        axes = {name: self._row_axis(name) for name in self.inputs if name not in in_blocks}
         for ref in self.others:
-            resized = [name for name in self.inputs if self._spec(name).shape != self._spec(name, ref).shape]
-            for name in resized:
-                if name not in rows or self._spec(name).shape[1:] != self._spec(name, ref).shape[1:]:
+            for name in self.inputs:
+                own, theirs = self._spec(name).shape, self._spec(name, ref).shape
+                axis = axes.get(name)
+                if own != theirs and (axis is None or _without(own, axis) != _without(theirs, axis)):
                     raise MismatchError(
-                        f"{name} has shape {list(self._spec(name).shape)} in {self.first} and "
-                        f"{list(self._spec(name, ref).shape)} in {ref}: they do not come from the same base"
+                        f"{name} has shape {list(own)} in {self.first} and "
+                        f"{list(theirs)} in {ref}: they do not come from the same base"
                     )
-            if resized or (rows and differences[ref].conflicting):
-                self._settle_vocabulary(ref, sorted(rows), differences[ref])
+        self.axes = {name: axis for name, axis in sorted(axes.items()) if axis is not None}
 
-    def _has_rows(self, name: str) -> bool:
-        shape = self._spec(name).shape
-        is_table = len(shape) == 2 or (len(shape) == 1 and name.endswith("bias"))
-        return is_table and shape[0] >= (self._vocabulary() or 1 << 62)
+    def _row_axis(self, name: str) -> int | None:
+        """The axis of the tokens in a table; None for other tensors."""
+        spec, size = self._spec(name), vocab_size(self.config)
+        axis = 1 if len(spec.shape) == 2 and spec.shape[0] == 1 and name.endswith("bias") else 0
+        is_table = len(spec.shape) == 2 or (len(spec.shape) == 1 and name.endswith("bias"))
+        if not is_table or size is None or spec.shape[axis] < size or spec.dtype not in MERGEABLE:
+            return None
+        return None if _POSITIONS.search(name) else axis
 
-    def _compare_tokens(self, ref: ModelRef, rows: set[str]) -> Difference:
-        ours, theirs = (self._tokens(r, max(self._spec(name, r).shape[0] for name in rows)) for r in (self.first, ref))
-        difference = compare(ours, theirs)
-        if not difference.compared and (ours.known or theirs.known):
-            self.warnings.append(f"the tokenizers of {self.first} and {ref} cannot be compared: taken to be the same")
-        return difference
 
-    def _tokens(self, ref: ModelRef, rows: int) -> Vocabulary:
-        """The tokens that have a row: tokenizers also list some that the model does not know."""
-        vocabulary = read_vocabulary(self.checkpoints[ref].folder, str(ref))
-        return replace(vocabulary, tokens={i: token for i, token in vocabulary.tokens.items() if i < rows})
-
-    def _settle_vocabulary(self, ref: ModelRef, names: list[str], difference: Difference) -> None:
-        sizes = {name: (self._spec(name).shape[0], self._spec(name, ref).shape[0]) for name in names}
-        name = next((name for name, (own, theirs) in sizes.items() if own != theirs), names[0])
-        own, theirs = sizes[name]
-        if not self.recipe.keep_base_vocabulary:
-            what = f"{own} rows in {self.first}, {theirs} in {ref}"
-            if own == theirs:
-                what = f"{len(difference.conflicting)} ids stand for other tokens in {ref} than in {self.first}"
-            raise MismatchError(
-                f"different vocabularies ({name}): {what}. Set `tokenizer_source: base` to keep the vocabulary of "
-                f"{self.first}: rows and tokens that only {ref} has are then left out."
-            )
-        if difference.moved or not difference.compared:
-            why = f"{few(difference.moved)} stand at other ids" if difference.compared else "its tokenizer is unknown"
-            raise MismatchError(
-                f"the embedding rows of {ref} cannot be matched with those of {self.first}: {why}. "
-                "Moving rows is not supported yet."
-            )
-        foreign: tuple[int, ...] = ()
-        for each, (rows, stored) in sizes.items():
-            part = self.inputs[each][ref]
-            rest = {i for i in difference.conflicting if i < rows} | set(range(stored, rows))
-            self.inputs[each][ref] = Input(part.model, part.tensor, tuple(sorted(rest)))
-            foreign = max(foreign, tuple(sorted(rest)), key=len)
-        told = [f"vocabulary of {self.first} ({own} rows) is kept"]
-        if theirs > own:
-            told.append(f"{theirs - own} more of {ref} left out")
-        if foreign:
-            told.append(f"{len(foreign)} whose token {ref} lacks taken from {self.first}")
-        self.decisions.append(", ".join(told))
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
-from ctl_merge.correspondence import Input
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Measure
-from ctl_merge.model_config import with_changes
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
+from ctl_merge.rows import Input, RowReader
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
 DEVICE_CHUNK = 32 * CHUNK
@@ -42,8 +40,8 @@ class MergedCheckpoint(Checkpoint):
     ) -> None:
         self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
         self.tensors: Mapping[str, TensorSpec] = plan.specs
-        self.config = with_changes(checkpoints[plan.recipe.refs[0]].config, plan.changes)
-        self._checkpoints, self._devices = checkpoints, devices or {}
+        self.config = plan.fit(checkpoints[plan.recipe.refs[0]].config)
+        self._checkpoints, self._devices, self._rows = checkpoints, devices or {}, RowReader(checkpoints)
         self._accepted = inspect.signature(self.method.function).parameters
         self._columns: dict[int, dict[str, Any]] = {}
         self._of_model: Results = {}
@@ -94,7 +92,7 @@ class MergedCheckpoint(Checkpoint):
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
         for row, part in zip(buffer, parts, strict=True):
-            self.fill(row, part, plan, start)
+            self.fill(row, part, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
             self._refuse_nonfinite(buffer, parts, start)
         if device.type != "cpu":
@@ -103,23 +101,12 @@ class MergedCheckpoint(Checkpoint):
             return buffer, None
         return buffer[:-1].sub_(buffer[-1]), buffer[-1]
 
-    def fill(self, row: Tensor, part: Input, plan: TensorPlan, start: int) -> None:
-        """Read one model's entries; rows whose token it lacks are the first model's."""
-        checkpoint = self._checkpoints[part.model]
-        stored = checkpoint.tensors[part.tensor].numel
-        own = row[: max(0, stored - start)]
-        if own.numel():
-            checkpoint.read_into(part.tensor, own, start)
-        if not part.foreign_rows:
-            return
-        first = next(p for p in plan.everyone if p.model == self.plan.recipe.refs[0])
-        width = plan.spec.numel // plan.spec.shape[0]
-        at = bisect.bisect_left(part.foreign_rows, start // width)
-        for foreign in part.foreign_rows[at:]:
-            begin, end = max(foreign * width - start, 0), min((foreign + 1) * width - start, row.numel())
-            if begin >= end:
-                break
-            self._checkpoints[first.model].read_into(first.tensor, row[begin:end], start + begin)
+    def fill(self, row: Tensor, part: Input, start: int) -> None:
+        """Read one model's entries of an output tensor."""
+        if part.rows is not None:
+            self._rows.read_into(part.rows, row, start)
+        else:
+            self._checkpoints[part.model].read_into(part.tensor, row, start)
 
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
@@ -279,7 +266,7 @@ class ParentView(Checkpoint):
         plan = self.merged.plan.tensors[tensor]
         parts = plan.everyone
         part = next((p for p in parts if p.model == self.ref), parts[0])  # a computed buffer: the first model's
-        self.merged.fill(out, part, plan, start)
+        self.merged.fill(out, part, start)
 
 
 def _numeric(value: Any) -> bool:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ctl_merge import hub
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import FileCheckpoint
-from ctl_merge.companions import is_companion
+from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
@@ -179,10 +179,10 @@ class Merge:
     def write_companions(self, folder: Path) -> None:
         """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
         first = self.checkpoints[self.recipe.refs[0]]
-        _copy_companions(first.folder, folder)
+        _write_companions(companions(first.folder, self.plan.vocabulary.files), folder)
         untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
         original = (first.folder / "config.json").read_bytes()
-        config = patch_config(original, self.recipe.dtype, untie, self.plan.changes)
+        config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
         (folder / "config.json").write_bytes(config)
 
     def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
@@ -235,10 +235,13 @@ def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable
     return telling
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, templates, licence, custom code: as they are. config.json comes last, by the caller."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_file() and is_companion(relative.as_posix()) and relative.name not in ("config.json", RECIPE):
-            (target / relative.parent).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
+def _write_companions(files: Mapping[str, Path | bytes], target: Path) -> None:
+    """Tokenizer, templates, licence, custom code. config.json comes last, by the caller."""
+    for relative, content in files.items():
+        if relative.rpartition("/")[2] in ("config.json", RECIPE):
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (target / relative).write_bytes(content)
+        else:
+            shutil.copyfile(content, target / relative)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_TOKEN_IDS = re.compile(r"\w+_token_(id|ids|index)|(begin_)?suppress_tokens|bad_words_ids|forced_decoder_ids")
 
 
 def patch_config(
-    original: bytes, dtype: str | None, untie: bool, changes: Mapping[tuple[str, ...], Any] | None = None
+    original: bytes, dtype: str | None, untie: bool, fit: Callable[[dict[str, Any]], dict[str, Any]] = dict
 ) -> bytes:
     """The config with the weights' dtype (torch name; None: as it is) and, if `untie`, embeddings not tied.
 
-    `changes` are values by their path in the config, for what else is another one.
+    `fit` is what else changes, before that.
 
-    Of dtype and ties only keys that the config uses already are set, in its sub-configs too, so that old and new
-    readers find what they look for. Unchanged bytes where nothing changes.
+    Only keys that the config uses already are set, in its sub-configs too, so that old and new readers find what they
+    look for. Unchanged bytes where nothing changes.
     """
     config = json.loads(original)
-    patched = with_changes(_patched(config, dtype, untie), changes or {})
+    patched = _patched(fit(config), dtype, untie)
     if untie and patched.get("tie_word_embeddings") is not False:
         patched["tie_word_embeddings"] = False  # a default that ties would tie again
     if patched == config:
@@ -48,3 +50,31 @@ def _patched(config: dict[str, Any], dtype: str | None, untie: bool) -> dict[str
         else:
             result[key] = value
     return result
+
+
+def vocab_size(config: Mapping[str, Any]) -> int | None:
+    """The number of rows that a config states for its vocabulary."""
+    text = config.get("text_config")
+    size = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+    return size if isinstance(size, int) else None
+
+
+def fit_vocabulary(
+    config: Mapping[str, Any], size: tuple[int, int] | None, special: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A config with another vocabulary, in its sub-configs too.
+
+    `size`: vocab_size before and after; None: as it is. `special`: the config that gives the ids of special tokens,
+    of which those that it does not state are left to the model type's defaults; None: as they are.
+    """
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            theirs = special.get(key) if special else None
+            result[key] = fit_vocabulary(value, size, theirs if isinstance(theirs, Mapping) else None)
+        elif key == "vocab_size" and size and value == size[0]:
+            result[key] = size[1]
+        elif special is None or not _TOKEN_IDS.fullmatch(key) or key in special:
+            result[key] = special[key] if special is not None and _TOKEN_IDS.fullmatch(key) else value
+    stated = {key: value for key, value in (special or {}).items() if _TOKEN_IDS.fullmatch(key)}
+    return {**result, **stated}

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ctl_merge.architecture import ModuleMap, layer_places, natural, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
-from ctl_merge.correspondence import Correspondence, Input, correspond
+from ctl_merge.correspondence import Correspondence, correspond
 from ctl_merge.depth import Path
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
 from ctl_merge.methods import Method, Parameter
+from ctl_merge.model_config import vocab_size, with_changes
 from ctl_merge.recipe import Recipe, Source
 from ctl_merge.reference import ModelRef
-from ctl_merge.slices import Part, Stacked, View, cut
+from ctl_merge.rows import Input
+from ctl_merge.slices import Part, Stacked, cut
+from ctl_merge.source_vocabularies import Table
+from ctl_merge.vocabulary import OutputVocabulary, plan_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ class Plan:
     tied: Mapping[str, str]  # output tensors that hold the same as another one where every input ties them
     decisions: tuple[str, ...]
     warnings: tuple[str, ...]
+    vocabulary: OutputVocabulary = field(default_factory=OutputVocabulary)
     changes: Mapping[Path, object] = field(default_factory=dict)  # what the first model's config needs for the output
 
     @property
@@ -54,6 +60,10 @@ class Plan:
     def specs(self) -> dict[str, TensorSpec]:
         """The output's tensors, in the order of the layers."""
         return {name: tensor.spec for name, tensor in self.tensors.items()}
+
+    def fit(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The first model's config with the output's depth and vocabulary."""
+        return self.vocabulary.fit(with_changes(config, self.changes))
 
     def settled(self, name: str, decision: str, leave: bool = False) -> Plan:
         """The plan with the open decision on a tensor replaced, now that the weights are known; `leave`: without it."""
@@ -72,10 +82,13 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
     tensors: dict[str, TensorPlan] = {}
     tied: dict[str, str] = {}
     decisions, warnings = list(stacked.decisions), list(recipe.warnings)
-    for part in stacked.parts:
-        found = correspond(part.recipe, part.views)
+    matched = [(part, correspond(part.recipe, part.views)) for part in stacked.parts]
+    tables = [table for _, found in matched for table in _tables(recipe, checkpoints, found)]
+    vocabulary = plan_vocabulary(recipe, checkpoints, tables, vocab_size(checkpoints[recipe.refs[0]].config))
+    for part, found in matched:
         config = part.views[part.recipe.refs[0]].config
-        builder = _Builder(part, found, part.places or layer_places(found.inputs, config), shared)
+        places = part.places or layer_places(found.inputs, config)
+        builder = _Builder(part, found, vocabulary, places, shared)
         tensors |= {name: builder.tensor(name) for name in found.inputs}
         tied |= found.tied
         decisions += found.decisions
@@ -83,9 +96,29 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
     tensors = {name: tensors[name] for name in sorted(tensors, key=natural)}
     if len(stacked.parts) > 1:
         tied |= _ties_across(checkpoints[recipe.refs[0]].config, tensors)
-    decisions += _dtype_decisions(recipe, tensors)
-    warnings += _check_whole_model(recipe, tensors)
-    return Plan(recipe, tensors, tied, tuple(dict.fromkeys(decisions)), tuple(dict.fromkeys(warnings)), stacked.changes)
+    decisions += [*vocabulary.decisions, *_dtype_decisions(recipe, tensors)]
+    warnings += [*vocabulary.warnings, *_check_whole_model(recipe, tensors)]
+    return Plan(
+        recipe, tensors, tied, tuple(dict.fromkeys(decisions)), tuple(dict.fromkeys(warnings)), vocabulary,
+        stacked.changes,
+    )  # fmt: skip
+
+
+def _tables(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint], found: Correspondence) -> Iterator[Table]:
+    """The tables with one row a token, with the parts of all models of the recipe: tokens are decided for all slices.
+
+    A model that does not go into a table's slice, and lacks it, counts as having the first one's.
+    """
+    for name, axis in found.axes.items():
+        parts = {part.model: part for part in found.inputs[name].values()}
+        first = next(iter(parts.values()))
+        for ref in (ref for ref in recipe.refs if ref not in parts):
+            parts[ref] = Input(ref, first.tensor) if first.tensor in checkpoints[ref].tensors else first
+        parts = {ref: parts[ref] for ref in recipe.refs}
+        shapes = {ref: checkpoints[part.model].tensors[part.tensor].shape for ref, part in parts.items()}
+        shape = found.specs[name].shape
+        rows = {ref: shape[axis] for ref, shape in shapes.items()}
+        yield Table(name, parts, rows, math.prod(shape[:axis] + shape[axis + 1 :]))
 
 
 def _ties_across(config: Mapping[str, Any], tensors: Mapping[str, TensorPlan]) -> dict[str, str]:
@@ -101,18 +134,23 @@ class _Builder:
     """Decides the tensors of one part. `shared`: parameter values so far, as most tensors have the same."""
 
     def __init__(
-        self, part: Part, found: Correspondence, places: Mapping[str, float], shared: dict[tuple, Mapping[str, Any]]
-    ) -> None:
-        self.recipe, self.checkpoints, self.found, self.places = part.recipe, part.views, found, places
+        self, part: Part, found: Correspondence, vocabulary: OutputVocabulary, places: Mapping[str, float],
+        shared: dict[tuple, Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        self.recipe, self.found, self.vocabulary, self.places = part.recipe, found, vocabulary, places
         self._shared = shared
 
     def tensor(self, name: str) -> TensorPlan:
         recipe, first = self.recipe, self.recipe.refs[0]
         spec, everyone = self.found.specs[name], self.found.inputs[name]
-        everyone = {ref: self._stored(part) for ref, part in everyone.items()}
+        if name in self.vocabulary.sizes:
+            maps, axis = self.vocabulary.rows[name], self.found.axes[name]
+            everyone = {ref: replace(part, rows=maps.get(part.model)) for ref, part in everyone.items()}
+            shape = (*spec.shape[:axis], self.vocabulary.sizes[name], *spec.shape[axis + 1 :])
+            spec = TensorSpec(spec.dtype, shape)
         if name in self.found.computed:
             return TensorPlan(name, spec, "copy", (everyone[first],), None, {})
-        self._check_dtypes(name, self.found.inputs[name])
+        self._check_dtypes(name)
         if spec.dtype not in MERGEABLE:
             others = tuple(part for ref, part in everyone.items() if ref != first)
             return TensorPlan(name, spec, "copy", (everyone[first], *others), None, {})
@@ -126,13 +164,8 @@ class _Builder:
             raise MismatchError(f"{name}: {objection}")
         return TensorPlan(name, spec, "merge", inputs, base, parameters)
 
-    def _stored(self, part: Input) -> Input:
-        """A part as the model's own files have it, where it was matched through a view of them."""
-        view = self.checkpoints[part.model]
-        return replace(part, model=view.whole.ref, tensor=view.names[part.tensor]) if isinstance(view, View) else part
-
-    def _check_dtypes(self, name: str, everyone: Mapping[ModelRef, Input]) -> None:
-        kinds = {ref: self.checkpoints[part.model].tensors[part.tensor].dtype for ref, part in everyone.items()}
+    def _check_dtypes(self, name: str) -> None:
+        kinds = self.found.kinds[name]
         if len({kind if kind not in MERGEABLE else "float" for kind in kinds.values()}) > 1:
             listed = ", ".join(f"{ref}: {kind}" for ref, kind in kinds.items())
             raise MismatchError(f"{name} has dtypes that cannot be merged ({listed}): convert the odd one")

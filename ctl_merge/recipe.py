@@ -27,15 +27,12 @@ from ctl_merge.recipe_schema import (
     SliceSourceSchema,
     SourceSchema,
 )
+from ctl_merge.recipe_tokenizer import TokenizerChecker, TokenizerSetting, schema_problem
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting, parse_setting
 
 Path_ = tuple[str | int, ...]
 
-LATER = {
-    "tokenizer": "tokenizer surgery is not supported yet; `tokenizer_source: base` keeps the base's vocabulary",
-    "chat_template": "`chat_template` is not supported yet: the output keeps the base's chat template",
-}
 LATER_METHODS = frozenset(
     "nuslerp multislerp karcher della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock "
     "nearswap arcee_fusion".split()
@@ -88,7 +85,7 @@ class Recipe:
     base: ModelRef | None
     settings: Mapping[str, Setting]
     dtype: Dtype | None
-    keep_base_vocabulary: bool
+    tokenizer: TokenizerSetting
     seed: int
     missing: Literal["error", "base", "skip"]
     allow_nonfinite: bool
@@ -98,6 +95,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     slices: tuple[Slice, ...] = ()
     steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
+    onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:
@@ -204,16 +202,19 @@ class _Checker:
         shared = self._settings(("parameters",), data.get("parameters"), method, per_model_only=False)
         base = self._ref(("base_model",), data.get("base_model"))
         parts = list(self._parts(data, method, base, shared))
+        models = [*([base] if base else []), *(source.ref for part in parts for source in part.models)]
+        known = models if parts and (base or not data.get("base_model")) else None
+        tokenizer = TokenizerChecker(self._ref, known, self.problems).setting(data)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
         whole = len(parts) == 1 and parts[0].module is None and parts[0].layers is None
-        models = parts[0].models if whole else _distinct(parts)
+        merged = parts[0].models if whole else _distinct(parts)
         if any(len({(s.ref, s.layers) for s in part.models}) < len(part.models) for part in parts):
             self.warnings.append("a model is listed more than once: it counts as often as it is listed")
         return Recipe(
-            method=method, models=models, base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
-            keep_base_vocabulary=schema.tokenizer_source == "base", seed=schema.seed, missing=schema.missing,
+            method=method, models=merged, base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
+            tokenizer=tokenizer, seed=schema.seed, missing=schema.missing,
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
             slices=() if whole else tuple(parts), steps=self.steps,
@@ -321,10 +322,8 @@ class _Checker:
             raise RecipeError(f"{self.document.name}: mergekit-moe configs are not supported yet")
 
     def _schema(self, data: dict) -> RecipeSchema | None:
-        self.problems += [((key,), message) for key, message in LATER.items() if data.get(key) is not None]
-        given = {key: value for key, value in data.items() if key not in LATER}
         try:
-            return RecipeSchema.model_validate(given)
+            return RecipeSchema.model_validate(data)
         except ValidationError as error:
             problems = error.errors()
             for problem in [p for p in problems if _in_meant_form(p["loc"], data)] or problems:
@@ -334,10 +333,10 @@ class _Checker:
 
     def _schema_problem(self, path: Path_, kind: str, message: str, value: Any) -> None:
         name = str(path[-1]) if path else ""
-        if path[-1:] == ("tokenizer_source",):
-            message = f"only `tokenizer_source: base` is supported yet, not {value!r}"
+        if path[:1] == ("tokenizer",):
+            message = schema_problem(path, kind, message, value)
         elif kind == "extra_forbidden":
-            known = [*RecipeSchema.model_fields, *LATER]
+            known: list[str] = list(RecipeSchema.model_fields)
             if len(path) > 1:
                 known = _keys_at(path)
             message = f"unknown key {name!r}{nearest(name, known)}"

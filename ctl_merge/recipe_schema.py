@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
+from ctl_merge.chat_template import TEMPLATES
+from ctl_merge.recipe_tokenizer import MODEL, TokenizerSchema
+
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
@@ -89,8 +92,12 @@ class RecipeSchema(BaseModel):
         None, description="dtype of the merged weights (arithmetic is float64); base's if unset"
     )
     out_dtype: Dtype | None = Field(None, description="dtype of the merged weights; wins over `dtype`")
-    tokenizer_source: Literal["base"] | None = Field(
-        None, description="`base`: keep the base's vocabulary and drop the rows that only other models have"
+    tokenizer_source: Any = Field(
+        None, description="whose vocabulary: `base`, `union` of all, or a model's", json_schema_extra=MODEL
+    )
+    tokenizer: TokenizerSchema | None = Field(None, description="the same, with sources of single tokens' rows")
+    chat_template: str | None = Field(
+        None, description=f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in jinja"
     )
     probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")

@@ -60,7 +60,7 @@ def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:
     """The recipe's models and one more, matched with each other; what is done with them there does not matter."""
     equal = {"weight": Setting(((None, 1.0),))}
     models = tuple(Source(source.ref, equal) for source in (*opened.recipe.models, Source(ref)))
-    everyone = Merge(replace(opened.recipe, method=registry()["linear"], models=models, settings={}))
+    everyone = Merge(replace(opened.recipe, method=registry()["linear"], models=models, settings={}, onlookers=(ref,)))
     everyone.fetch()
     return everyone.merged
 

@@ -46,6 +46,9 @@ class View(FileCheckpoint):
     def fetch(self) -> None:
         self.whole.fetch()
 
+    def stored(self, tensor: str) -> tuple[ModelRef, str]:
+        return self.whole.ref, self.names[tensor]
+
 
 @dataclass(frozen=True)
 class Part:

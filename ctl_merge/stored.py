@@ -92,6 +92,15 @@ class StoredCheckpoint(FileCheckpoint):
         return buffer[: count * dtype.itemsize].view(dtype)
 
 
+def companion_folder(ref: ModelRef) -> Path:
+    """The folder with a model's files beside its weights, of which nothing is read. Raises HubError."""
+    if ref.folder is not None:
+        return ref.folder
+    assert ref.repo_id is not None
+    snapshot = hub.resolve(ref.repo_id, ref.revision)
+    return hub.download(snapshot, [file.path for file in snapshot.files if is_companion(file.path)])
+
+
 def read_json(path: Path, name: str) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint. Raises CheckpointError."""
     try:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ctl_merge.errors import CheckpointError
 
@@ -15,44 +17,135 @@ from ctl_merge.errors import CheckpointError
 class Vocabulary:
     """The tokens of one model by id; `sentencepiece` is the hash of a tokenizer.model, whose tokens are not read."""
 
-    tokens: Mapping[int, str] = field(default_factory=dict)
-    complete: bool = False  # `tokens` are all tokens, not only the added ones
+    core: Mapping[int, str] = field(default_factory=dict)  # of the tokenizer's model
+    added: Mapping[int, str] = field(default_factory=dict)  # looked for in the text before the model sees it
+    complete: bool = False  # all tokens are known, not only the added ones
     sentencepiece: str | None = None
 
     @property
     def known(self) -> bool:
         return self.complete or self.sentencepiece is not None
 
+    @cached_property
+    def tokens(self) -> Mapping[int, str]:
+        return {**self.core, **self.added}
 
-def read_vocabulary(folder: Path, name: str) -> Vocabulary:
-    """The vocabulary that the tokenizer files in a model's folder define; an empty one where there are none."""
-    try:
-        return _read(folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{name}: its tokenizer files cannot be read ({type(error).__name__}: {error})") from None
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        return {token: i for i, token in self.tokens.items()}
 
-
-def _read(folder: Path) -> Vocabulary:
-    sentencepiece = folder / "tokenizer.model"
-    digest = hashlib.sha256(sentencepiece.read_bytes()).hexdigest() if sentencepiece.is_file() else None
-    added = {int(i): str(t) for t, i in _json(folder / "added_tokens.json", {}).items()}
-    whole = _json(folder / "tokenizer.json", None)
-    if whole is not None:
-        core = whole["model"].get("vocab", {})
-        pairs = ((i, t) for t, i in core.items()) if isinstance(core, dict) else enumerate(entry[0] for entry in core)
-        added |= {int(entry["id"]): str(entry["content"]) for entry in whole.get("added_tokens", [])}
-        return Vocabulary(dict(pairs) | added, True, digest)
-    table = _json(folder / "vocab.json", None)
-    if isinstance(table, dict):
-        return Vocabulary({int(i): str(t) for t, i in table.items()} | added, True, digest)
-    if (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text("utf-8").splitlines()
-        return Vocabulary(dict(enumerate(lines)) | added, True, digest)
-    return Vocabulary(added, False, digest)
+    def below(self, rows: int) -> Vocabulary:
+        """The tokens that have a row: tokenizers also list some that the model does not know."""
+        core, added = ({i: t for i, t in part.items() if i < rows} for part in (self.core, self.added))
+        return replace(self, core=core, added=added)
 
 
-def _json(path: Path, default: object) -> dict:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else default  # type: ignore[return-value]
+_DECIDING = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "vocab.txt")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class TokenizerFiles:
+    """The files that define a model's tokenizer, read as they are needed. Raises CheckpointError for broken ones."""
+
+    def __init__(self, files: Mapping[str, Path | bytes], name: str) -> None:
+        self.files, self.name = files, name
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.files
+
+    def content(self, path: str) -> bytes:
+        found = self.files[path]
+        try:
+            return found if isinstance(found, bytes) else found.read_bytes()
+        except OSError as error:
+            raise self._broken(path, error) from None
+
+    def json(self, path: str) -> dict[str, Any]:
+        """A JSON object; an empty one where there is no such file."""
+        try:
+            found = json.loads(self.content(path)) if path in self.files else {}
+            return {**found}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._broken(path, error) from None
+
+    def text(self, path: str) -> str:
+        try:
+            return self.content(path).decode()
+        except UnicodeDecodeError as error:
+            raise self._broken(path, error) from None
+
+    def identity(self) -> tuple[tuple[str, bytes], ...]:
+        """What the vocabulary depends on: equal for equal files."""
+        return tuple((p, hashlib.sha256(self.content(p)).digest()) for p in _DECIDING if p in self.files)
+
+    def _broken(self, path: str, error: Exception) -> CheckpointError:
+        what = f"{path}: {type(error).__name__}: {error}"
+        return CheckpointError(f"{self.name}: its tokenizer files cannot be read ({what})")
+
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary that the files define; an empty one where there are none."""
+        try:
+            return self._vocabulary()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._broken("the vocabulary", error) from None
+
+    def _vocabulary(self) -> Vocabulary:
+        pieces = self.content("tokenizer.model") if "tokenizer.model" in self.files else None
+        digest = hashlib.sha256(pieces).hexdigest() if pieces is not None else None
+        added = {int(i): str(t) for t, i in self.json("added_tokens.json").items()}
+        if "tokenizer.json" in self.files:
+            whole = self.json("tokenizer.json")
+            added |= {int(entry["id"]): str(entry["content"]) for entry in whole.get("added_tokens", [])}
+            return Vocabulary(model_vocabulary(whole["model"]), added, True, digest)
+        if "vocab.json" in self.files:
+            return Vocabulary({int(i): str(t) for t, i in self.json("vocab.json").items()}, added, True, digest)
+        if "vocab.txt" in self.files:
+            lines = self.text("vocab.txt").splitlines()
+            return Vocabulary(dict(enumerate(lines)), added, True, digest)
+        return Vocabulary({}, added, False, digest)
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The added tokens with all of their flags, as tokenizer.json has them: content -> entry."""
+        listed = self.json("tokenizer.json").get("added_tokens")
+        if listed is None:
+            decoder = self.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+            plain = [{"content": token} for token in self.json("added_tokens.json")]
+            listed = [*plain, *decoder.values()]
+        return {entry["content"]: added_entry(entry) for entry in listed}
+
+    def merges(self) -> list[tuple[str, str]]:
+        """The merges of a BPE in their order; none for other kinds."""
+        listed = self.json("tokenizer.json").get("model", {}).get("merges")
+        if listed is None and "tokenizer.json" not in self.files and "merges.txt" in self.files:
+            lines = self.text("merges.txt").splitlines()
+            listed = [line for line in lines if line and not line.startswith("#version")]
+        return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in listed or []]  # type: ignore[misc]
+
+
+def written(data: Mapping[str, Any]) -> bytes:
+    """JSON as the files beside a model's weights have it."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def added_entry(given: Mapping[str, Any]) -> dict[str, Any]:
+    """An added token with all of its flags; one without any is found in the text as it is written."""
+    return {"content": given["content"], **{flag: bool(given.get(flag)) for flag in _FLAGS}}
+
+
+def model_vocabulary(model: Mapping[str, Any]) -> dict[int, str]:
+    """The tokens of the `model` of a tokenizer.json by id: a table, or a list of tokens with their scores."""
+    core = model.get("vocab", {})
+    return {i: t for t, i in core.items()} if isinstance(core, dict) else {i: e[0] for i, e in enumerate(core)}
+
+
+def completed(vocabularies: Iterable[Vocabulary]) -> list[Vocabulary]:
+    """Vocabularies of which only a tokenizer.model is there get the tokens from another model that has the same one."""
+    found = list(vocabularies)
+    cores = {v.sentencepiece: v.core for v in found if v.complete and v.sentencepiece}
+    return [
+        replace(v, core=cores[v.sentencepiece], complete=True) if not v.complete and v.sentencepiece in cores else v
+        for v in found
+    ]
 
 
 @dataclass(frozen=True)
@@ -61,7 +154,6 @@ class Difference:
 
     compared: bool  # False: one of them has no tokenizer files, or files of different kinds
     conflicting: tuple[int, ...] = ()  # both have a token there, and not the same
-    moved: tuple[str, ...] = ()  # tokens that both have, at different ids
 
 
 def compare(base: Vocabulary, other: Vocabulary) -> Difference:
@@ -71,7 +163,5 @@ def compare(base: Vocabulary, other: Vocabulary) -> Difference:
         return Difference(compared=False)
     if base.tokens == other.tokens:
         return Difference(compared=True)
-    ids = {token: i for i, token in base.tokens.items()}
     differing = [i for i, token in other.tokens.items() if base.tokens.get(i, token) != token]
-    moved = tuple(token for i, token in other.tokens.items() if ids.get(token, i) != i)
-    return Difference(True, tuple(sorted(differing)), moved)
+    return Difference(True, tuple(sorted(differing)))

@@ -45,7 +45,8 @@ def test_models_parameters_and_outcome_are_told(tmp_path: Path) -> None:
     )
     assert found["what comes out"] == (
         "dtype: bfloat16; arithmetic is float64, rounded once",
-        "config and tokenizer of org/base",
+        "config of org/base",
+        "tokenizer: org/base's; an error where vocabularies differ",
     )
     assert any(line.startswith("`ties`: entries that equal the cut") for line in found["against mergekit 0.1.5"])
 

@@ -14,16 +14,21 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
     "__init__ errors sizes",
-    "header hub companions model_config document compatibility output methods.parameters methods.noise methods.combine "
+    "header hub tokenizer companions model_config document compatibility output methods.parameters methods.noise "
+    "methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
     "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
     "methods.task_arithmetic methods.ties methods.dare",
     "methods.builtin",
     "methods.__init__",
-    "settings recipe_schema checkpoint tokenizer architecture",
-    "recipe depth stored devices writer model weights probing.null probing.verdict",
-    "pickled correspondence slices schema check probing.run probing.svg probing.terminal",
+    "settings checkpoint chat_template tokenizer_files architecture",
+    "rows recipe_tokenizer depth devices writer model weights probing.null probing.verdict",
+    "recipe_schema",
+    "recipe stored",
+    "pickled source_vocabularies slices schema check probing.run probing.svg probing.terminal",
+    "vocabulary",
+    "correspondence",
     "plan probing.ranks probing.placement probing.figures",
     "merged tying probing.page",
     "estimate manifest findings",

@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from ctl_merge.errors import RecipeError
 from ctl_merge.methods import registry
 from ctl_merge.recipe import LATER_METHODS, Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.reference import ModelRef
 from ctl_merge.schema import recipe_schema
 
@@ -66,7 +67,7 @@ def test_a_recipe_and_its_defaults() -> None:
     assert refs(recipe) == ["org/a", "org/b"]
     assert [source.settings["weight"].at("any", 0.0) for source in recipe.models] == [1.0, 2.5]
     assert (recipe.base, recipe.dtype, recipe.seed, recipe.missing) == (None, None, 0, "error")
-    assert not recipe.allow_nonfinite and not recipe.keep_base_vocabulary
+    assert not recipe.allow_nonfinite and recipe.tokenizer == TokenizerSetting()
     assert recipe.text == LINEAR and recipe.warnings == ()
 
 
@@ -76,7 +77,7 @@ def test_every_key() -> None:
     assert recipe.base == ModelRef("org/base", repo_id="org/base", revision="main")
     assert recipe.settings["lambda"].at("any", 0.0) == 0.7
     assert (recipe.dtype, recipe.seed, recipe.missing) == ("bfloat16", 7, "skip")
-    assert recipe.allow_nonfinite and recipe.keep_base_vocabulary
+    assert recipe.allow_nonfinite and recipe.tokenizer.source == "base"
     assert parse_recipe(TIES + "dtype: float16").dtype == "float16"
 
 
@@ -165,7 +166,7 @@ missing: maybe
 slices: []
 parameters:
   lamda: 1
-tokenizer_source: union
+tokenizer_source: not a model
 """
     )
     expected = [
@@ -181,7 +182,7 @@ tokenizer_source: union
         "14: `slices`: list should have at least 1 item after validation, not 0 (it is [])",
         "14: give one of `models`, `slices`, `modules`; there is `models` and `slices`",
         "16: ties has no parameter 'lamda' (did you mean 'lambda'?)",
-        "17: only `tokenizer_source: base` is supported yet, not 'union'",
+        "17: 'not a model' is neither a folder that exists nor a Hub repository (org/name or org/name@revision)",
     ]
     assert found == expected
 
@@ -269,9 +270,6 @@ WRONG: dict[str, tuple[str, str]] = {
         "merge_method: passthrough\nmodules: {x: y}\n",
         "2: `modules.x` is a mapping of models, slices, parameters, not 'y'",
     ),
-    "tokenizer": (LINEAR + "tokenizer: {source: union}\n", "9: tokenizer surgery is not supported yet"),
-    "chat_template": (LINEAR + "chat_template: auto\n", "9: `chat_template` is not supported yet"),
-    "another tokenizer": (LINEAR + "tokenizer_source: union\n", "9: only `tokenizer_source: base` is supported yet"),
 }  # fmt: skip
 
 

@@ -67,8 +67,8 @@ EXPECTED = {
         read=104_126_955_520, shards=6,
         decisions=(
             "vanillaOVO/WizardMath-13B-V1.0@refs/pr/1: 40 stored buffers that the model computes are left out",
-            "vocabulary of meta-llama/Llama-2-13b-hf (32000 rows) is kept, 1 more of "
-            "vanillaOVO/WizardMath-13B-V1.0@refs/pr/1 left out",
+            "vocabulary of meta-llama/Llama-2-13b-hf: 32,000 rows",
+            "vanillaOVO/WizardMath-13B-V1.0@refs/pr/1: 32,000 rows kept, 1 of its own left out",
             "written as F16",
         ),
     ),
@@ -76,8 +76,8 @@ EXPECTED = {
         "ties", merged=291, parameters=8_030_261_248, dtype="BF16", download=48_181_800_200,
         read=4 * 48_181_698_560, shards=4,
         decisions=(
-            "vocabulary of meta-llama/Llama-3.1-8B (128256 rows) is kept, 8 more of allenai/Llama-3.1-Tulu-3-8B-SFT "
-            "left out",
+            "vocabulary of meta-llama/Llama-3.1-8B: 128,256 tokens, 128,256 rows",
+            "allenai/Llama-3.1-Tulu-3-8B-SFT: 128,256 rows kept, 8 of its own left out",
             "written as BF16",
         ),
     ),

@@ -17,9 +17,11 @@ from rich.console import Console
 
 from ctl_merge.probing.figures import figures, write_figures
 from ctl_merge.probing.page import render_page
+from ctl_merge.probing.section import markdown
 from ctl_merge.probing.svg import COLOURS
 from ctl_merge.probing.terminal import render
-from ctl_merge.probing.verdict import markdown, share, spans, verdict
+from ctl_merge.probing.verdict import verdict
+from ctl_merge.probing.wording import share, spans
 
 HOSTILE = '<script>alert("x")</script>'
 VOID = {"meta", "link", "br"}

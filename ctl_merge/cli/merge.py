@@ -84,7 +84,7 @@ def _probe_attached(opened: Any) -> Callable[[Path], str]:
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing import api
-        from ctl_merge.probing.verdict import markdown
+        from ctl_merge.probing.section import markdown
 
         report = api.probe_opened(opened)
         report.save(folder / "probe")

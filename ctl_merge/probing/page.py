@@ -6,23 +6,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from ctl_merge.probing.figures import Figure, figures
-from ctl_merge.probing.svg import COLOURS
-from ctl_merge.probing.verdict import (
-    Data,
-    below_floor,
-    costs_of,
-    degree,
-    interval,
-    main_merge,
-    number,
-    place,
-    prepared,
-    rows,
-    share,
-    shown,
-    verdict,
-)
+from ctl_merge.probing.figures import figures
+from ctl_merge.probing.record import Data, below_floor, bounded, costs_of, main_merge, number, place, prepared, rows
+from ctl_merge.probing.svg import COLOURS, Figure
+from ctl_merge.probing.verdict import verdict
+from ctl_merge.probing.wording import degree, interval, share, shown
 
 _STYLE = """
 *{box-sizing:border-box}
@@ -168,12 +156,7 @@ def _tables(data: Data, name: str) -> str:
 
 
 def _cells(data: Data, row: Data, optional: Sequence[str]) -> list[str]:
-    bounds = {
-        "value": row.get("nonlinearity"),
-        "low": row.get("nonlinearity_low"),
-        "high": row.get("nonlinearity_high"),
-    }
-    cells = ["" if row["index"] is None else place(row), row["part"], interval(bounds)]
+    cells = ["" if row["index"] is None else place(row), row["part"], interval(bounded(row, "nonlinearity"))]
     cells += [shown(number(row, key), digits=4) for key in ("nonlinearity_robust",)]
     cells += [shown(number(row, key), digits=5) for key in ("cos", "cos_token", "coef", "cos_parents")]
     cells += [shown(number(row, key)) for key in ("local", "propagated")]

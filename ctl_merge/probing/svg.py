@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from ctl_merge.probing.verdict import number
+from ctl_merge.probing.record import number
 
 WIDTH, LEFT, RIGHT = 480, 62, 468
 # Colours that remain apart in the common kinds of colour blindness: (light, dark), 3:1 against their background.
@@ -23,6 +23,16 @@ COLOURS = {
 _SERIES = 5
 _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: `name` is its file's, `caption` says how to read it, `svg` is one `<svg>` element."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
 
 
 @dataclass
@@ -135,47 +145,6 @@ class Panel:
             across = f"{-cap:.1f} 0h{2 * cap:.1f}"
             d = f"M{x:.1f} {self.y(low):.1f}m{across}m{across[: across.index('h')]}V{self.y(high):.1f}m{across}"
             self.canvas.add("path", d=d, stroke=series_colour(series), stroke_width=1.5)
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Where the blocks lie on the horizontal axis; several stacks follow each other."""
-
-    labels: list[str]
-    stacks: list[str]
-    left: float = LEFT
-
-    @property
-    def step(self) -> float:
-        return (RIGHT - self.left) / len(self.labels)
-
-    @property
-    def size(self) -> float:
-        """Of marks, so that neighbours do not touch."""
-        return min(1.0, max(0.35, self.step / 14))
-
-    def x(self, i: float) -> float:
-        return self.left + (i + 0.5) * self.step
-
-    def axis(self, canvas: Canvas, top: float) -> None:
-        """Numbers of the blocks (not all, where there is no room), a rule and a name for each of several stacks."""
-        y = canvas.height + 11
-        starts = [i for i, stack in enumerate(self.stacks) if i == 0 or stack != self.stacks[i - 1]]
-        stride = next(n for n in (1, 2, 4, 5, 10, 20, 50, 10**6) if n * self.step >= 22)
-        for i, label in enumerate(self.labels):
-            number_ = label.rpartition(" ")[2]
-            if not number_.isdigit() and self.step >= 22:
-                canvas.text(self.x(i), y, "in", text_anchor="middle", fill="soft")
-            elif number_.isdigit() and int(number_) % stride == 0:
-                canvas.text(self.x(i), y, number_, text_anchor="middle", fill="soft")
-        for i in starts[1:] if top < canvas.height - 6 else ():
-            x = self.x(i - 0.5)
-            canvas.add("path", d=f"M{x:.1f} {top:.1f}V{y - 17:.1f}", stroke="soft", stroke_dasharray="2 3")
-        for i, end in zip(starts, [*starts[1:], len(self.labels)], strict=True):
-            text = "block" if len(starts) == 1 else f"{self.labels[i].partition(' ')[0]} block"
-            room = (end - i) * self.step
-            canvas.text((self.x(i) + self.x(end - 1)) / 2, y + 17, text, room=room, text_anchor="middle", fill="soft")
-        canvas.height = y + 25
 
 
 def shorten(text: str, length: int) -> str:

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctl_merge.probing.verdict import (
-    Data,
-    below_floor,
-    costs_of,
-    interval,
-    number,
-    place,
-    prepared,
-    rows,
-    shown,
-    verdict,
-)
+from ctl_merge.probing.record import Data, below_floor, bounded, costs_of, number, place, prepared, rows
+from ctl_merge.probing.verdict import verdict
+from ctl_merge.probing.wording import interval, shown
 
 PARENTS = 3  # columns of coefficients that fit; probe.json has them all
 _NAME = 18
@@ -54,12 +45,7 @@ def _blocks(data: Data, name: str) -> Any:
     for column in ["null"] * null + ["written", "floor"] * rounded:
         table.add_column(column, justify="right", no_wrap=True)
     for row in blocks:
-        bounds = {
-            "value": row["nonlinearity"],
-            "low": row.get("nonlinearity_low"),
-            "high": row.get("nonlinearity_high"),
-        }
-        cells = [_short(place(row), 10), interval(bounds), shown(number(row, "cos"), digits=4)]
+        cells = [_short(place(row), 10), interval(bounded(row, "nonlinearity")), shown(number(row, "cos"), digits=4)]
         cells += [shown(number(row, key), digits=2) for key in ("coef", "local", "propagated")]
         cells += [shown(number(row, "effective_feature", parent), digits=2) for parent in parents]
         cells += [shown(number(row, "nonlinearity_null"), digits=2)] * null

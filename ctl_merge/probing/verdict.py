@@ -6,18 +6,27 @@ optional. No sentence is written without the numbers it rests on.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-Data = Mapping[str, Any]
-FLOOR = 3  # R below this many times the rounding floor cannot be told from rounding
+from ctl_merge.probing.record import (
+    FLOOR,
+    Data,
+    below_floor,
+    bounded,
+    costs_of,
+    main_merge,
+    number,
+    place,
+    prepared,
+    rows,
+    sweep,
+)
+from ctl_merge.probing.wording import degree, interval, listed, share, shown, spans
+
 LINEAGE = 0.9  # finetunes of a base have a cosine to it above this
 LEAN = 0.05  # how far ĉ has to part from the weights, between two parents, to be called a preference
 _NEAR = 0.9  # blocks whose value is at least this share of the largest are named beside it
-_DEGREES = ((0.1, "nearly linear"), (0.3, "mostly linear"), (0.7, "partly linear"), (1.0, "hardly linear"))
 
 
 def verdict(data: Data) -> list[str]:
@@ -25,152 +34,6 @@ def verdict(data: Data) -> list[str]:
     data = prepared(data)
     found = [cautions(data), _linearity(data), _blame(data), _following(data), _cost(data), _advice(data)]
     return [line for line in found if line]
-
-
-def markdown(data: Data) -> str:
-    """The verdict as a list and one table row for each data set, for a model card."""
-    head = ["data", "R first → last block", "explained", "merged", "best parent", "dilution", "non-linearity"]
-    lines = [f"- {_escaped(line)}" for line in verdict(data)]
-    lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    data = prepared(data)
-    for name, found in data["sets"].items():
-        blocks, costs = rows(data, name), costs_of(data, name)
-        cells = [name, "–", "–", "–", "–", "–", "–"]
-        if blocks:
-            first, last = number(blocks[0], "nonlinearity"), number(blocks[-1], "nonlinearity")
-            cells[1:3] = [f"{shown(first)} → {shown(last)}", share(last)]
-        if costs:
-            cells[3] = shown(number(found["losses"]["nll"].get(main_merge(data)["name"]), "value"))
-            cells[4] = f"{shown(costs['loss'])} ({costs['parent']})"
-            cells[5:] = [interval(costs["dilution"], signed=True), interval(costs["nonlinearity"], signed=True)]
-        lines.append(f"| {' | '.join(map(_escaped, cells))} |")
-    return "\n".join(lines) + "\n"
-
-
-# Reading the data
-
-
-def printable(data: Any) -> Any:
-    """The same data with its texts in one line each and without control characters: names come from outside."""
-    if isinstance(data, str):
-        return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in data)
-    if isinstance(data, Mapping):
-        return {printable(str(key)): printable(value) for key, value in data.items()}
-    return [printable(item) for item in data] if isinstance(data, list | tuple) else data
-
-
-def prepared(data: Data) -> dict[str, Any]:
-    """The data with clean texts, and in each row its `place` for people."""
-    data = printable(data)
-    every = [row for found in data["sets"].values() for row in found["blocks"]]
-    split = [stack.split(".") for stack in dict.fromkeys(row["stack"] for row in every)]
-    common = next((i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1), 0)
-    for row in every:
-        own = "input" if row["index"] is None else str(row["index"])
-        row["place"] = f"{row['stack'].split('.')[common]} {own}" if len(split) > 1 else own
-    return data  # type: ignore[return-value]
-
-
-def number(found: Any, *keys: str) -> float | None:
-    """The finite number at a path of keys, or None."""
-    for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    usable = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-    return float(found) if usable else None
-
-
-def main_merge(data: Data) -> dict[str, Any]:
-    """The merge that the report is about: the one marked `main`, else the first."""
-    return next((merge for merge in data["merges"] if merge.get("main")), data["merges"][0])
-
-
-def rows(data: Data, name: str, merge: str | None = None, parts: Iterable[str] = ("block",)) -> list[dict[str, Any]]:
-    """The rows of a data set by depth: of one merge (None: the main one), at blocks or other parts."""
-    merge, wanted = main_merge(data)["name"] if merge is None else merge, set(parts)
-    return [row for row in data["sets"][name]["blocks"] if row["merge"] == merge and row["part"] in wanted]
-
-
-def place(row: Data) -> str:
-    """Where a row of prepared data is: `3`, `input`, or `encoder 3` where a model has several stacks."""
-    return row["place"]
-
-
-def costs_of(data: Data, name: str) -> dict[str, Any] | None:
-    """The main merge's loss against the best parent of a data set, and the two costs that it is made of."""
-    losses = data["sets"][name].get("losses")
-    merge = main_merge(data)["name"]
-    if not losses or merge not in losses.get("merges", {}):
-        return None
-    known = {p: loss for p in data["parents"] if (loss := number(losses["nll"].get(p), "value")) is not None}
-    if not known:
-        return None
-    best, own = min(known, key=lambda parent: known[parent]), losses["merges"][merge]
-    return {
-        "parent": best, "loss": known[best], "base": number(losses["nll"].get("base"), "value"),
-        "merged": number(losses["nll"].get(merge), "value"), "ensemble": own["ensemble"],
-        "dilution": own["dilution_cost"].get(best), "nonlinearity": own["nonlinearity_cost"],
-        "patch": own.get("patch") or {},
-    }  # fmt: skip
-
-
-# Writing numbers
-
-
-def shown(value: float | None, signed: bool = False, digits: int = 3) -> str:
-    """A number to be read; – where there is none. The minus is a minus."""
-    if value is None:
-        return "–"
-    text = f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-    text = text if abs(value) < 1e4 else f"{value:.2e}"
-    return text.replace("-", "−")
-
-
-def interval(found: Any, signed: bool = False) -> str:
-    """`0.323 [0.218, 0.432]`."""
-    low, high = number(found, "low"), number(found, "high")
-    bounds = f" [{shown(low)}, {shown(high)}]" if low is not None and high is not None else ""
-    return shown(number(found, "value"), signed) + bounds
-
-
-def share(nonlinearity: float | None) -> str:
-    """1 - R² in per cent: what linear mixing explains."""
-    if nonlinearity is None:
-        return "–"
-    explained = 100 * max(0.0, 1 - nonlinearity**2)
-    if explained in (0, 100):
-        return "all" if explained else "none"
-    return "over 99.9 %" if explained >= 99.95 else f"{explained:.{0 if explained < 99 else 1}f} %"
-
-
-def spans(chosen: Iterable[str], among: Sequence[str]) -> str:
-    """`blocks 0–2 and 4`: neighbours among all blocks are drawn together; at most four such runs are named."""
-    runs: list[list[str]] = []
-    wanted, last = set(chosen), -2
-    for i, label in enumerate(among):
-        if label in wanted:
-            joined = i == last + 1 and label.rpartition(" ")[0] == runs[-1][0].rpartition(" ")[0]
-            runs = [*runs[:-1], [*runs[-1], label]] if joined else [*runs, [label]]
-            last = i
-    texts = [run[0] if len(run) == 1 else f"{run[0]}–{run[-1].rpartition(' ')[2]}" for run in runs]
-    more = [f"{sum(map(len, runs[3:]))} more"] if len(runs) > 4 else []
-    return f"block{'s' if len(wanted) > 1 else ''} {listed([*texts[:3], *more] if more else texts)}"
-
-
-def listed(texts: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(text, quote=False))
-
-
-def degree(nonlinearity: float) -> str:
-    """R in words; the thresholds leave 99, 91 and 51 % explained."""
-    return next((word for bound, word in _DEGREES if nonlinearity < bound), "not linear")
-
-
-# The statements
 
 
 def _focus(data: Data) -> list[str]:
@@ -184,12 +47,6 @@ def _focus(data: Data) -> list[str]:
 
 def _has_r(data: Data, name: str) -> list[dict[str, Any]]:
     return [row for row in rows(data, name) if number(row, "nonlinearity") is not None]
-
-
-def below_floor(row: Data) -> bool:
-    """Whether R cannot be told from rounding."""
-    value, floor = number(row, "nonlinearity"), number(row, "floor")
-    return value is not None and floor is not None and value < FLOOR * floor
 
 
 def cautions(data: Data) -> str:
@@ -247,9 +104,7 @@ def _linearity(data: Data) -> str:
 
 
 def _r(row: Data) -> str:
-    return interval(
-        {"value": row["nonlinearity"], "low": row.get("nonlinearity_low"), "high": row.get("nonlinearity_high")}
-    )
+    return interval(bounded(row, "nonlinearity"))
 
 
 def _blame(data: Data) -> str:
@@ -374,12 +229,6 @@ def _advice(data: Data) -> str:
         f"α = {alpha:g}, the best of the sweep on {n}" for n in costs if (alpha := _best_alpha(data, n)) is not None
     ]
     return f"To try: {'; '.join(tips)}." if tips else ""
-
-
-def sweep(data: Data) -> list[dict[str, Any]]:
-    """The merges that have an α, by α; empty unless there are two."""
-    found = sorted((m for m in data["merges"] if number(m, "alpha") is not None), key=lambda merge: merge["alpha"])
-    return found if len(found) > 1 else []
 
 
 def _best_alpha(data: Data, name: str) -> float | None:

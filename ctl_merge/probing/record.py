@@ -1,0 +1,91 @@
+"""What probe.json holds, and under which names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Data = Mapping[str, Any]
+FLOOR = 3  # R below this many times the rounding floor cannot be told from rounding
+
+
+def printable(data: Any) -> Any:
+    """The same data with its texts in one line each and without control characters: names come from outside."""
+    if isinstance(data, str):
+        return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in data)
+    if isinstance(data, Mapping):
+        return {printable(str(key)): printable(value) for key, value in data.items()}
+    return [printable(item) for item in data] if isinstance(data, list | tuple) else data
+
+
+def prepared(data: Data) -> dict[str, Any]:
+    """The data with clean texts, and in each row its `place` for people."""
+    data = printable(data)
+    every = [row for found in data["sets"].values() for row in found["blocks"]]
+    split = [stack.split(".") for stack in dict.fromkeys(row["stack"] for row in every)]
+    common = next((i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1), 0)
+    for row in every:
+        own = "input" if row["index"] is None else str(row["index"])
+        row["place"] = f"{row['stack'].split('.')[common]} {own}" if len(split) > 1 else own
+    return data  # type: ignore[return-value]
+
+
+def number(found: Any, *keys: str) -> float | None:
+    """The finite number at a path of keys, or None."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    usable = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+    return float(found) if usable else None
+
+
+def bounded(row: Data, key: str, *inner: str) -> dict[str, float | None]:
+    """A number of a row with its 95 % interval, which lies beside it as `key_low` and `key_high`."""
+    ends = {"value": key, "low": f"{key}_low", "high": f"{key}_high"}
+    return {end: number(row, name, *inner) for end, name in ends.items()}
+
+
+def main_merge(data: Data) -> dict[str, Any]:
+    """The merge that the report is about: the one marked `main`, else the first."""
+    return next((merge for merge in data["merges"] if merge.get("main")), data["merges"][0])
+
+
+def rows(data: Data, name: str, merge: str | None = None, parts: Iterable[str] = ("block",)) -> list[dict[str, Any]]:
+    """The rows of a data set by depth: of one merge (None: the main one), at blocks or other parts."""
+    merge, wanted = main_merge(data)["name"] if merge is None else merge, set(parts)
+    return [row for row in data["sets"][name]["blocks"] if row["merge"] == merge and row["part"] in wanted]
+
+
+def place(row: Data) -> str:
+    """Where a row of prepared data is: `3`, `input`, or `encoder 3` where a model has several stacks."""
+    return row["place"]
+
+
+def costs_of(data: Data, name: str) -> dict[str, Any] | None:
+    """The main merge's loss against the best parent of a data set, and the two costs that it is made of."""
+    losses = data["sets"][name].get("losses")
+    merge = main_merge(data)["name"]
+    if not losses or merge not in losses.get("merges", {}):
+        return None
+    known = {p: loss for p in data["parents"] if (loss := number(losses["nll"].get(p), "value")) is not None}
+    if not known:
+        return None
+    best, own = min(known, key=lambda parent: known[parent]), losses["merges"][merge]
+    return {
+        "parent": best, "loss": known[best], "base": number(losses["nll"].get("base"), "value"),
+        "merged": number(losses["nll"].get(merge), "value"), "ensemble": own["ensemble"],
+        "dilution": own["dilution_cost"].get(best), "nonlinearity": own["nonlinearity_cost"],
+        "patch": own.get("patch") or {},
+    }  # fmt: skip
+
+
+def sweep(data: Data) -> list[dict[str, Any]]:
+    """The merges that have an α, by α; empty unless there are two."""
+    found = sorted((m for m in data["merges"] if number(m, "alpha") is not None), key=lambda merge: merge["alpha"])
+    return found if len(found) > 1 else []
+
+
+def below_floor(row: Data) -> bool:
+    """Whether R cannot be told from rounding."""
+    value, floor = number(row, "nonlinearity"), number(row, "floor")
+    return value is not None and floor is not None and value < FLOOR * floor

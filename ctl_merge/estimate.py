@@ -53,12 +53,17 @@ def memory_bound(plan: Plan, workers: int, chunk: int = CHUNK) -> int:
     Twice, as the allocator keeps about as much again as is in use.
     """
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
-    largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
-    entries = largest if plan.method.grain == "tensor" else min(chunk, largest)
+    entries = max((_at_once(plan, tensor, chunk) for tensor in plan.tensors.values()), default=0)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
     each = 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
     return INTERPRETER_BYTES + 2 * workers * each
+
+
+def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:
+    """How many entries of a tensor are merged in one call, at most."""
+    whole = tensor.operation == "merge" and plan.method.grain_for(tensor.parameters) == "tensor"
+    return tensor.spec.numel if whole else min(chunk, tensor.spec.numel)
 
 
 def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:

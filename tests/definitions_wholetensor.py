@@ -1,11 +1,12 @@
-"""Definitions of the methods that look at whole tensors: at the angles between them.
+"""Definitions of the methods that look at whole tensors: angles between them, and the singular values of matrices.
 
-Written from the papers with explicit vectors where the package works with inner products.
+Written from the papers with explicit vectors where the package works with inner products, and from singular values
+where it solves linear systems.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from definitions import Array, Row, weighted
@@ -104,9 +105,101 @@ def model_stock(
     return t * models.mean(0) + (1 - t) * base
 
 
+# ---- matrices
+
+
+def _each_matrix(base: Array, models: Array, merge: Callable[[Array], Array], scale: float = 1.0) -> Array:
+    """Base plus the merged task vector, matrix by matrix; vectors and kernels are averaged."""
+    deltas = models - base
+    if base.size == 0 or base.ndim not in (2, 3):
+        return base + scale * deltas.mean(0)
+    if base.ndim == 2:
+        return base + scale * merge(deltas)
+    return base + scale * np.stack([merge(deltas[:, expert]) for expert in range(base.shape[0])])
+
+
+def _svd(matrix: Array, scale: float) -> tuple[Array, Array, Array]:
+    """Singular triples whose values are more than rounding of numbers of size `scale`."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    rank = int((s > 1e-13 * scale).sum())
+    return u[:, :rank], s[:rank], vt[:rank].T
+
+
+def _nearest_orthonormal(columns: Array) -> Array:
+    """C (CᵀC)^-½ with the pseudo-inverse where columns depend on each other."""
+    u, _, v = _svd(columns, 1.0)
+    return u @ v.T
+
+
+def tsv(base: Array, models: Array, noise: Array | None, *, k: int | None = None, lambda_: float = 1.0) -> Array:
+    """arXiv 2412.00081, algorithm 1: low-rank parts of the task vectors, whitened by Procrustes."""
+
+    def merge(deltas: Array) -> Array:
+        most = min(deltas.shape[1:]) // len(deltas) if k is None else k
+        if most == 0:
+            return deltas.mean(0)
+        scale = np.linalg.norm(deltas)
+        found = [_svd(delta, scale) for delta in deltas]
+        u = np.concatenate([u[:, :most] for u, _, _ in found], axis=1)
+        s = np.concatenate([s[:most] for _, s, _ in found])
+        v = np.concatenate([v[:, :most] for _, _, v in found], axis=1)
+        return _nearest_orthonormal(u) @ np.diag(s) @ _nearest_orthonormal(v).T
+
+    return _each_matrix(base, models, merge, lambda_)
+
+
+def iso_c(base: Array, models: Array, noise: Array | None, *, lambda_: float = 1.0) -> Array:
+    """arXiv 2502.04959, Iso-C: U σ̄ Vᵀ of the sum."""
+
+    def merge(deltas: Array) -> Array:
+        u, s, v = _svd(deltas.sum(0), np.linalg.norm(deltas))
+        return s.mean() * u @ v.T if len(s) else np.zeros_like(deltas[0])
+
+    return _each_matrix(base, models, merge, lambda_)
+
+
+def iso_cts(
+    base: Array, models: Array, noise: Array | None, *, common_space_fraction: float = 0.8, lambda_: float = 1.0
+) -> Array:
+    """arXiv 2502.04959, Iso-CTS: the common directions first, then each task's own, whitened, one singular value."""
+
+    def merge(deltas: Array) -> Array:
+        n, rank, scale = len(deltas), min(deltas.shape[1:]), np.linalg.norm(deltas)
+        own = round((rank - int(rank * common_space_fraction)) / n)
+        own = own if own * n <= rank else rank // n
+        common = rank - own * n
+        u, s, v = (part[..., :common] for part in _svd(deltas.sum(0), scale))
+        outside = np.eye(deltas.shape[1]) - u @ u.T
+        found = [(u, s, v), *(tuple(part[..., :own] for part in _svd(outside @ d, scale)) for d in deltas)]
+        us, ss, vs = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+        if not len(ss):
+            return np.zeros_like(deltas[0])
+        return ss.mean() * _nearest_orthonormal(us) @ _nearest_orthonormal(vs).T
+
+    return _each_matrix(base, models, merge, lambda_)
+
+
+def wudi(base: Array, models: Array, noise: Array | None, *, ridge: float = 1e-6) -> Array:
+    """arXiv 2503.08099's loss and the ridge as one least-squares problem, solved row by row by its pseudo-inverse."""
+
+    def merge(deltas: Array) -> Array:
+        columns, there = deltas.shape[2], [d for d in deltas if np.linalg.norm(d) > 0]
+        if not there:
+            return deltas.mean(0)
+        units = [d / np.linalg.norm(d) for d in there]
+        pull = np.sqrt(ridge * len(there) / columns)
+        # τ [u_1ᵀ, u_2ᵀ, ..., pull] is to be [d_1 u_1ᵀ, d_2 u_2ᵀ, ..., pull · mean].
+        system = np.concatenate([*(u.T for u in units), pull * np.eye(columns)], axis=1)
+        wanted = [*(d @ u.T for d, u in zip(there, units, strict=True)), pull * deltas.mean(0)]
+        return np.linalg.lstsq(system.T, np.concatenate(wanted, axis=1).T, rcond=None)[0].T
+
+    return _each_matrix(base, models, merge)
+
+
 # ---- the table
 
 _NO_WEIGHTS = {"cancel": "no weights", "zero weight": "no weights"}
+_FLAT = "the spectrum is flattened, so that no task vector comes back as it was"
 
 ROWS: Mapping[str, Row] = {
     "nuslerp": Row(
@@ -145,4 +238,28 @@ ROWS: Mapping[str, Row] = {
         average={},
         exempt={**_NO_WEIGHTS, "single": "at least two task vectors"},
     ),
-}
+    "tsv": Row(
+        tsv,
+        cases=({}, {"lambda": 0.7}, {"k": 4}, {"k": 1000}),
+        average={},
+        exempt={**_NO_WEIGHTS, "copies": "only the leading triples of each are kept; see the test of its own"},
+    ),
+    "iso_c": Row(
+        iso_c,
+        cases=({}, {"lambda": 0.7}),
+        average={},
+        exempt={**_NO_WEIGHTS, "copies": _FLAT, "single": _FLAT},
+    ),
+    "iso_cts": Row(
+        iso_cts,
+        cases=({}, {"common_space_fraction": 0.5, "lambda": 0.7}, {"common_space_fraction": 0.0}),
+        average={},
+        exempt={**_NO_WEIGHTS, "copies": _FLAT, "single": _FLAT},
+    ),
+    "wudi": Row(
+        wudi,
+        cases=({}, {"ridge": 0.01}),
+        average={},
+        exempt=_NO_WEIGHTS,
+    ),
+}  # fmt: skip

@@ -17,9 +17,9 @@ ROWS = [row.split() for row in (
     "header hub companions model_config document output methods.parameters methods.noise methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
-    "methods.sparsify methods.linear methods.passthrough methods.angles methods.table",
+    "methods.sparsify methods.linear methods.passthrough methods.angles methods.matrices methods.table",
     "methods.task_arithmetic methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp "
-    "methods.karcher methods.model_stock",
+    "methods.karcher methods.model_stock methods.tsv methods.iso methods.wudi",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",

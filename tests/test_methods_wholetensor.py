@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from definitions_wholetensor import karcher as karcher_by_steps
-from references import METHODS, as_float64, draw_family, expected, open_family, ulps, write_family
+from references import METHODS, ROWS, as_float64, draw_family, expected, open_family, ulps, write_family
 
 import ctl_merge
 from ctl_merge.checkpoint import CHUNK
@@ -326,6 +326,214 @@ def test_karcher_tells_which_tensors_ran_out_of_steps(tmp_path: Path):
     rows = {m: {W: v, NORM: [1.0, 0.0]} for m, v in zip("abc", ([1.0, 0.0], [0.9, 0.3], [0.0, 1.0]), strict=True)}
     assert report(tmp_path / "1", "karcher", rows, {"max_iter": 1}) == "1 of 2 tensors took all of `max_iter` steps"
     assert report(tmp_path / "2", "karcher", rows, {"max_iter": 100}) is None
+
+
+# ---- matrices
+
+
+def diagonal(*values: float) -> list[list[float]]:
+    return np.diag(values).tolist()
+
+
+def singular_values(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.svdvals(matrix)
+
+
+def low_rank(models: int, rows: int, columns: int, rank: int) -> torch.Tensor:
+    return draw(models, rows, rank, seed=1) @ draw(models, rank, columns, seed=2)
+
+
+def test_tsv_by_hand():
+    """One triple each; those of the first two are orthogonal and stay, the small ones fall."""
+    assert_near(call("tsv", [diagonal(3, 0.5), diagonal(0.25, 2)]), diagonal(3, 2))
+    assert_near(call("tsv", [diagonal(3, 0.5), diagonal(0.25, 2)], lambda_=0.5), diagonal(1.5, 1))
+    # The same left vector twice: made as orthogonal as one dimension allows, it is e₁ / √2 twice.
+    assert_near(call("tsv", [diagonal(3, 0), [[0, 2], [0, 0]]]), [[3 / ROOT2, 2 / ROOT2], [0, 0]])
+
+
+def test_tsv_of_orthogonal_tasks_is_their_sum():
+    left, right = (torch.linalg.qr(draw(12, 12, seed=seed)).Q for seed in (1, 2))
+    values = torch.arange(12, 0, -1, dtype=torch.float64)
+    tasks = [(left[:, i::3] * values[i::3]) @ right[:, i::3].T for i in range(3)]
+    assert_near(call("tsv", torch.stack(tasks)), sum(tasks))
+
+
+def test_tsv_of_one_task_is_the_task():
+    delta = draw(1, 9, 14)
+    assert_near(call("tsv", delta), delta[0])
+    assert_near(call("tsv", low_rank(1, 9, 14, 3)), low_rank(1, 9, 14, 3)[0])
+
+
+def test_tsv_of_copies_is_their_leading_part():
+    """Every copy keeps the same triples; nothing of vectors that a singular value of zero would make up."""
+    delta = draw(12, 9)
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    assert_near(call("tsv", delta.expand(3, -1, -1)), (u[:, :3] * s[:3]) @ vt[:3])
+    assert_near(call("tsv", delta.expand(3, -1, -1), k=99), delta)
+
+
+def test_k_beyond_the_rank_keeps_the_whole_rank():
+    """Of rank 2, whatever k: no triple is made up for a singular value of zero."""
+    deltas = low_rank(2, 10, 8, 2)
+    assert_near(call("tsv", deltas, k=2), call("tsv", deltas, k=7))
+    assert int((singular_values(call("tsv", deltas)) > 1e-9).sum()) == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 7), (3, 7, 2)])
+def test_tsv_averages_matrices_that_have_no_triple_for_every_task(shape: tuple[int, ...]):
+    assert_near(call("tsv", draw(*shape)), draw(*shape).mean(0))
+
+
+def test_iso_c_by_hand():
+    """diag(3, 1), turned by 90°: both singular values become 2."""
+    assert_near(call("iso_c", [[[0, 2], [0.5, 0]], [[0, 1], [0.5, 0]]]), [[0, 2], [2, 0]])
+    assert_near(call("iso_c", [diagonal(-3, 0), diagonal(0, 1)], lambda_=0.5), diagonal(-1, 1))
+
+
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts"])
+@pytest.mark.parametrize("shape", [(3, 12, 9), (3, 9, 12), (1, 9, 12)])
+def test_isotropic_merges_have_one_singular_value(name: str, shape: tuple[int, ...]):
+    values = singular_values(call(name, draw(*shape)))
+    assert_near(values, values.mean().expand(9))
+    if name == "iso_c":
+        assert_near(values.mean(), singular_values(draw(*shape).sum(0)).mean())
+
+
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts"])
+def test_isotropic_merges_keep_the_rank(name: str):
+    """What LoRAs have left untouched stays so, and the sum of Iso-C's singular values is that of the sum."""
+    deltas = low_rank(3, 20, 15, 2)
+    values = singular_values(call(name, deltas))
+    assert values[6:].max() < 1e-9
+    assert_near(values[:6], values[:6].mean().expand(6))
+    assert_near(values.sum(), singular_values(deltas.sum(0)).sum(), 1e-9)
+
+
+def test_iso_cts_by_hand():
+    """Rank 4, half of it common: 8 and 4 of the sum, then 3 and 2 of the tasks' own; their mean is 17 / 4."""
+    stack = [diagonal(4, 1, 3, 0), diagonal(4, 3, 0, 2)]
+    assert_near(call("iso_cts", stack, common_space_fraction=0.5), diagonal(*[17 / 4] * 4))
+    assert_near(call("iso_cts", stack, common_space_fraction=1.0), diagonal(*[17 / 4] * 4))  # (8 + 4 + 3 + 2) / 4
+
+
+def test_iso_cts_without_own_directions_is_iso_c():
+    assert_near(call("iso_cts", draw(3, 12, 9), common_space_fraction=1.0), call("iso_c", draw(3, 12, 9)))
+
+
+def test_iso_cts_shares_out_no_more_directions_than_there_are():
+    """Rank 5 for three tasks without common space: two each would be six."""
+    values = singular_values(call("iso_cts", draw(3, 5, 8), common_space_fraction=0.0))
+    assert_near(values, values.mean().expand(5))
+
+
+def test_wudi_by_hand():
+    """Tasks that respond to different inputs keep what each does: their sum. On a shared input it is the mean."""
+    assert_near(call("wudi", [diagonal(3, 0), diagonal(0, 2)], ridge=1e-12), diagonal(3, 2), 1e-9)
+    assert_near(call("wudi", [[[2.0], [0.0]], [[0.0], [4.0]]]), [[1.0], [2.0]])
+    # Σ G = diag(1, 1), ρ = 1: halfway from the mean diag(1.5, 1) to the sum.
+    assert_near(call("wudi", [diagonal(3, 0), diagonal(0, 2)], ridge=1.0), diagonal(2.25, 1.5))
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 20), (3, 4, 20), (2, 20, 20), (3, 7, 21)])
+def test_wudi_is_a_stationary_point_of_its_loss(shape: tuple[int, ...]):
+    """In both ways of solving: by columns, and by the fewer rows of all task vectors."""
+    deltas, ridge = draw(*shape), 1e-3
+    tau = call("wudi", deltas, ridge=ridge).requires_grad_()
+    squares = deltas.square().sum((1, 2))
+    loss = (((tau - deltas) @ deltas.transpose(1, 2)).square().sum((1, 2)) / squares).sum()
+    pull = ridge * shape[0] / shape[2] * (tau - deltas.mean(0)).square().sum()
+    (gradient,) = torch.autograd.grad(loss + pull, tau)
+    assert gradient.abs().max() < 1e-12
+    (elsewhere,) = torch.autograd.grad(
+        (((tau + 0.01 - deltas) @ deltas.transpose(1, 2)).square().sum((1, 2)) / squares).sum(), tau
+    )
+    assert elsewhere.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 30, 20), (3, 4, 20)])
+def test_wudi_without_ridge_is_the_papers_closed_form(shape: tuple[int, ...]):
+    deltas = draw(*shape)
+    grams = deltas.transpose(1, 2) @ deltas / deltas.square().sum((1, 2)).view(-1, 1, 1)
+    wanted = (deltas @ grams).sum(0) @ torch.linalg.pinv(grams.sum(0), rtol=1e-10)
+    assert_near(call("wudi", deltas, ridge=1e-10), wanted, 1e-6)
+
+
+def test_wudi_leaves_a_zero_task_vector_out_of_its_loss():
+    deltas = torch.cat([draw(2, 9, 6), torch.zeros(1, 9, 6)])
+    assert_near(call("wudi", deltas, ridge=1e-9), call("wudi", deltas[:2], ridge=1e-9), 1e-7)
+
+
+MATRICES = [("tsv", {}), ("tsv", {"k": 2}), ("iso_c", {}), ("iso_cts", {"common_space_fraction": 0.5}), ("wudi", {})]
+
+
+def rotation(size: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(draw(size, size, seed=seed)).Q
+
+
+def with_values(values: Sequence[float], seed: int) -> torch.Tensor:
+    """A matrix with these singular values, equal ones among them."""
+    return rotation(len(values), seed) @ torch.diag(torch.tensor(values)).double() @ rotation(len(values), seed + 50)
+
+
+@pytest.mark.parametrize(
+    "values", [(3, 3, 3, 3, 1, 1), (1, 1, 1, 1, 1, 1), (3, 2, 2, 2, 0, 0), (6, 5, 4, 3, 2, 1), (0, 0, 0, 0, 0, 0)]
+)
+@pytest.mark.parametrize("name, case", MATRICES, ids=str)
+def test_the_basis_that_an_svd_happens_to_return_does_not_matter(
+    name: str, case: Mapping[str, Any], values: Sequence[float]
+):
+    """Rotating all task vectors rotates the result; where singular values are equal an SVD takes other vectors then."""
+    deltas = torch.stack([with_values(values, seed) for seed in (1, 2, 3)])
+    left, right = rotation(6, 8), rotation(6, 9)
+    assert_near(call(name, left @ deltas @ right, **case), left @ call(name, deltas, **case) @ right, 1e-9)
+    assert_near(call(name, deltas.flip(0), **case), call(name, deltas, **case), 1e-9)
+
+
+@pytest.mark.parametrize("name, case", MATRICES, ids=str)
+def test_experts_that_are_stored_as_one_tensor_are_merged_as_those_stored_apart(name: str, case: Mapping[str, Any]):
+    stacked = draw(3, 4, 12, 9)
+    apart = [call(name, stacked[:, expert], **case) for expert in range(4)]
+    assert torch.equal(call(name, stacked, **case), torch.stack(apart))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 7), (3, 4, 5, 3, 3)])
+@pytest.mark.parametrize("name, case", MATRICES, ids=str)
+def test_numbers_vectors_and_kernels_are_averaged(name: str, case: Mapping[str, Any], shape: tuple[int, ...]):
+    assert_near(call(name, draw(*shape), **case), draw(*shape).mean(0))
+
+
+@pytest.mark.parametrize("name, case", MATRICES, ids=str)
+def test_task_vectors_that_cancel_or_are_zero(name: str, case: Mapping[str, Any]):
+    delta = draw(1, 8, 6)
+    assert_near(call(name, torch.zeros(3, 8, 6), **case), torch.zeros(8, 6))
+    found = call(name, torch.cat([delta, -delta]), **case)
+    assert found.isfinite().all()
+    if name != "iso_cts":  # its remainders are those of each task
+        assert_near(found, torch.zeros(8, 6))
+    assert call(name, torch.cat([delta, 0 * delta]), **case).isfinite().all()
+
+
+@pytest.mark.parametrize("name, case", MATRICES, ids=str)
+def test_what_is_not_finite_spoils_its_matrix_only(tmp_path: Path, name: str, case: Mapping[str, Any]):
+    """With `nonfinite: allow` there is a result, not a failed decomposition."""
+    family = draw_family(["base", "a", "b"], {W: (2, 12, 9)})
+    family["a"][W][0, 3, 4] = torch.nan
+    found = open_family(tmp_path, name, family, case, nonfinite="allow").read(W)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_a_recipe_names_its_options(tmp_path: Path):
+    for name, case in [("tsv", {"k": None}), ("tsv", {"k": [3, None]}), ("wudi", {"ridge": "1e-4"})]:
+        open_family(tmp_path, name, draw_family(["base", "a", "b"], {W: (6, 8)}), case).read(W)
+    for name, case in [("tsv", {"k": 0}), ("wudi", {"ridge": 0}), ("iso_cts", {"common_space_fraction": 1.1})]:
+        with pytest.raises(RecipeError, match=next(iter(case))):
+            open_family(tmp_path, name, draw_family(["base", "a", "b"], {W: (6, 8)}), case)
+
+
+def test_every_method_here_has_a_definition():
+    assert {name for name, _ in ARCS} | {name for name, _ in MATRICES} == ROWS.keys() & {
+        "nuslerp", "multislerp", "karcher", "model_stock", "tsv", "iso_c", "iso_cts", "wudi",
+    }  # fmt: skip
 
 
 def test_a_merge_is_written_with_what_it_tells(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from ctl_merge.methods import (  # noqa: F401
     dare,
+    iso,
     karcher,
     linear,
     model_stock,
@@ -11,4 +12,6 @@ from ctl_merge.methods import (  # noqa: F401
     slerp,
     task_arithmetic,
     ties,
+    tsv,
+    wudi,
 )

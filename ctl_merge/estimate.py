@@ -58,11 +58,16 @@ def memory_bound(merges: Iterable[MergedCheckpoint], workers: int) -> int:
 def _held(plan: Plan, chunk: int) -> int:
     """What one worker holds for one merge."""
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
-    largest = max((tensor.spec.numel for tensor in plan.tensors.values()), default=0)
-    entries = largest if plan.method.grain == "tensor" else min(chunk, largest)
+    entries = max((_at_once(plan, tensor, chunk) for tensor in plan.tensors.values()), default=0)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
     return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
+
+
+def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:
+    """How many entries of a tensor are merged in one call, at most."""
+    whole = tensor.operation == "merge" and plan.method.grain_for(tensor.parameters) == "tensor"
+    return tensor.spec.numel if whole else min(chunk, tensor.spec.numel)
 
 
 def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:

@@ -50,7 +50,7 @@ class MergedCheckpoint(Checkpoint):
         self._buffers = threading.local()
 
     def block(self, tensor: str) -> int:
-        if self.method.grain == "tensor":
+        if self._whole(self.plan.tensors[tensor]):
             return max(1, self.tensors[tensor].numel)
         own = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
         return max(own, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
@@ -60,7 +60,7 @@ class MergedCheckpoint(Checkpoint):
         if plan.operation == "copy":
             self._copy(plan, out, start)
             return
-        if self.method.grain == "tensor" and out.numel() < plan.spec.numel:
+        if self._whole(plan) and out.numel() < plan.spec.numel:
             out.copy_(self.read(tensor).view(-1)[start : start + out.numel()])
             return
         results = self._results(plan)
@@ -78,10 +78,14 @@ class MergedCheckpoint(Checkpoint):
         """Unrounded values of the entries [start, start + count) of a tensor."""
         stack, base = self._stack(plan, start, count)
         wanted = {name: result for name, result in results.items() if name in self._accepted}
-        if self.method.grain == "tensor":
+        if self._whole(plan):
             stack = stack.view(-1, *plan.spec.shape)
         merged = self.method.function(stack, **self._arguments(plan, stack, start), **wanted)
         return merged.flatten().add_(base) if base is not None else merged.flatten()
+
+    def _whole(self, plan: TensorPlan) -> bool:
+        """Whether the tensor is merged all at once, not chunk by chunk."""
+        return plan.operation == "merge" and self.method.grain_for(plan.parameters) == "tensor"
 
     def _stack(self, plan: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor | None]:
         """The inputs' entries on the tensor's device: (models, count), and the base's (count,).

@@ -34,8 +34,7 @@ from ctl_merge.settings import Setting, parse_setting
 Path_ = tuple[str | int, ...]
 
 LATER_METHODS = frozenset(
-    "nuslerp multislerp karcher della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock "
-    "nearswap arcee_fusion".split()
+    "della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl nearswap arcee_fusion".split()
 )
 # mergekit reads it for the dtype of its masks only; the merged weights do not depend on it.
 _WITHOUT_EFFECT = {"int8_mask": "`int8_mask` concerns mergekit's memory use only and has no effect here"}

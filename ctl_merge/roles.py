@@ -24,7 +24,7 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
     """
     recipe = opened.recipe
     _check_aligned(recipe)
-    if base is not None and recipe.method.space == "task_vectors":
+    if base is not None and recipe.base is not None and recipe.method.space == "task_vectors":
         raise RecipeError(f"--base: {recipe.method.name} has a base in the recipe already, {recipe.base}")
     chosen = base or recipe.base
     if chosen is None:

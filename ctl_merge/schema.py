@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ctl_merge.methods import Method, Parameter, registry
-from ctl_merge.recipe import RecipeSchema
+from ctl_merge.methods.parameters import EXPONENT
+from ctl_merge.recipe_schema import RecipeSchema
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -45,6 +46,8 @@ def _setting(parameter: Parameter) -> dict[str, Any]:
     text = value.pop("description", "")
     if parameter.type_is_bool:
         value = {"anyOf": [value, {"enum": [0, 1]}]}
+    elif "'number'" in str(value):  # without a point, YAML 1.1 takes 1e-10 for text
+        value = {"anyOf": [value, {"type": "string", "pattern": f"^{EXPONENT.pattern}$"}]}
     gradient = {"type": "array", "items": value, "minItems": 1}
     choice = {
         "type": "object",

@@ -44,7 +44,7 @@ class Setting:
 def _interpolate(values: tuple[Any, ...], place: float) -> Any:
     position = min(max(place, 0.0), 1.0) * (len(values) - 1)
     index = int(position)
-    if isinstance(values[0], bool | str) or index == len(values) - 1:
+    if not isinstance(values[0], float) or index == len(values) - 1:
         return values[index]
     share = position - index
     return (1 - share) * values[index] + share * values[index + 1]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from checkpoints import recipe_text, write_checkpoint
 from definitions import Array, Row, elect_and_merge, keep_largest, weighted
+from definitions_wholetensor import ROWS as WHOLE_TENSOR
 
 import ctl_merge
 from ctl_merge.merged import MergedCheckpoint
@@ -185,6 +186,7 @@ ROWS: Mapping[str, Row] = {
         average={"weight": (0.7, 0.4, 0.3), "density": (1.0, 1.0, 1.0), "normalize": True},
         exempt={"cancel": _ELECTION},
     ),
+    **WHOLE_TENSOR,
 }
 
 
@@ -218,10 +220,15 @@ def draw_family(
     }
 
 
+def takes_base(method: Method) -> bool:
+    """Whether the families here have a "base" for it: where it is optional, methods of task vectors are given one."""
+    return method.base == "required" or (method.base == "optional" and method.space == "task_vectors")
+
+
 def members(name: str, parameters: Mapping[str, Any]) -> list[str]:
-    """The models of a family for these parameters: base, if the method requires one, and a, b, c."""
+    """The models of a family for these parameters: base, if the method takes one, and a, b, c."""
     method = METHODS[name]
-    return ["base"] * (method.base == "required") + list("abc"[: model_count(method, parameters)])
+    return ["base"] * takes_base(method) + list("abc"[: model_count(method, parameters)])
 
 
 def model_count(method: Method, parameters: Mapping[str, Any]) -> int:
@@ -241,7 +248,7 @@ def write_family(
     folder: Path, name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], *,
     order: Sequence[str] | None = None, shards: int = 1, **keys: Any,
 ) -> ctl_merge.Recipe:  # fmt: skip
-    """Write the models of `family` (a required base is its "base") into `folder`; the recipe that merges them.
+    """Write the models of `family` into `folder`; the recipe that merges them, with its "base" if the method takes one.
 
     `order` lists the models (a name may come twice), other `keys` go into the recipe. Names in the recipe are
     relative, so that random masks do not depend on where the test runs.
@@ -249,10 +256,10 @@ def write_family(
     method = METHODS[name]
     for model, tensors in family.items():
         write_checkpoint(folder / model, tensors, shards=shards)
-    models = list(order or (model for model in family if model != "base" or method.base != "required"))
+    models = list(order or (model for model in family if model != "base" or not takes_base(method)))
     own = [{n: v[i] for n, v in parameters.items() if isinstance(v, tuple)} for i in range(len(models))]
     shared = {n: v for n, v in parameters.items() if not isinstance(v, tuple)}
-    base = Path("base") if method.base == "required" else None
+    base = Path("base") if takes_base(method) and "base" in family else None
     text = recipe_text(name, [(Path(m), o) for m, o in zip(models, own, strict=True)], base, shared, **keys)
     return ctl_merge.parse_recipe(text, relative_to=folder)
 
@@ -263,13 +270,17 @@ def expected(
     """The definition's value of one tensor, unrounded; with `trim: model` all tensors are one vector."""
     method, whole = METHODS[name], parameters.get("trim") == "model"
     names = sorted(next(iter(family.values()))) if whole else [tensor]
-    arrays = {m: np.concatenate([as_float64(t[n]).ravel() for n in names]) for m, t in family.items()}
-    base = arrays.pop("base") if method.base == "required" else None
+    arrays = {m: as_float64(t[tensor]) for m, t in family.items()}
+    if whole:
+        arrays = {m: np.concatenate([as_float64(t[n]).ravel() for n in names]) for m, t in family.items()}
+    base = arrays.pop("base", None) if takes_base(method) else None
     noise = None
     if method.random:
-        noise = np.stack([philox_uniform(seed, model, tensor, len(array)) for model, array in arrays.items()])
+        noise = np.stack(
+            [philox_uniform(seed, model, tensor, array.size).reshape(array.shape) for model, array in arrays.items()]
+        )
     python_names = {"lambda_" if n == "lambda" else n: value for n, value in parameters.items()}
-    merged = ROWS[name].definition(base, np.stack(list(arrays.values())), noise, **python_names)
+    merged = np.ravel(ROWS[name].definition(base, np.stack(list(arrays.values())), noise, **python_names))
     start = sum(family["base"][n].numel() for n in names[: names.index(tensor)]) if whole else 0
     shape = next(iter(family.values()))[tensor].shape
     return merged[start : start + shape.numel()].reshape(shape)

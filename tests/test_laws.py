@@ -15,6 +15,7 @@ from references import (
     expected,
     members,
     open_family,
+    takes_base,
     ulps,
     write_family,
 )
@@ -97,7 +98,7 @@ def test_copies_of_one_model_merge_to_it(tmp_path: Path, name: str, dtype: torch
 @lawful("single")
 def test_one_model_at_weight_1_is_returned(tmp_path: Path, name: str):
     alone = {n: (1.0,) if isinstance(v, tuple) else v for n, v in ROWS[name].average.items()}
-    family = draw_family(members(name, alone), SHAPES)
+    family = draw_family([model for model in members(name, alone) if model in ("base", "a")], SHAPES)
     merged = open_family(tmp_path, name, family, alone)
     assert all(torch.equal(merged.read(tensor), family["a"][tensor]) for tensor in SHAPES)
 
@@ -129,7 +130,8 @@ def test_a_model_of_weight_zero_changes_nothing(tmp_path: Path, name: str, place
 @lawful("zero weight")
 def test_weights_of_zero_alone_give_the_base_or_nothing(tmp_path: Path, name: str):
     method = METHODS[name]
-    case = {"weight": (0.0, 0.0, 0.0), **supported(method, density=(0.5, 0.5, 0.5), normalize=False)}
+    untouched = {"normalize": False, "normalize_weights": False}
+    case = {"weight": (0.0, 0.0, 0.0), **supported(method, density=(0.5, 0.5, 0.5), **untouched)}
     family = draw_family(members(name, case), SHAPES)
     merged = open_family(tmp_path, name, family, case)
     for tensor in SHAPES:
@@ -141,8 +143,9 @@ def test_weights_of_zero_alone_give_the_base_or_nothing(tmp_path: Path, name: st
 def test_a_model_and_its_negation_cancel(tmp_path: Path, name: str):
     """Listed twice, with weights w and -w: random methods drop the same entries of both."""
     method = METHODS[name]
-    case = {"weight": (0.7, -0.7), **supported(method, density=(0.5, 0.5), normalize=False)}
-    family = draw_family([*(["base"] if method.base == "required" else []), "a"], SHAPES)
+    untouched = {"normalize": False, "normalize_weights": False}
+    case = {"weight": (0.7, -0.7), **supported(method, density=(0.5, 0.5), **untouched)}
+    family = draw_family([*(["base"] if takes_base(method) else []), "a"], SHAPES)
     merged = open_family(tmp_path, name, family, case, order=["a", "a"])
     for tensor in SHAPES:
         nothing = family["base"][tensor] if method.space == "task_vectors" else torch.zeros(SHAPES[tensor])

@@ -25,8 +25,9 @@ ROWS = [row.split() for row in (
     "probing.figures",
     "probing.page",
     "reference methods.registry methods.agreement probing.losses",
-    "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
-    "methods.task_arithmetic methods.ties methods.dare",
+    "methods.sparsify methods.linear methods.passthrough methods.angles methods.matrices methods.table",
+    "methods.task_arithmetic methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp "
+    "methods.karcher methods.model_stock methods.tsv methods.iso methods.wudi",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint chat_template tokenizer_files architecture",

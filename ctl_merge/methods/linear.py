@@ -11,11 +11,11 @@ from ctl_merge.methods.parameters import Normalize, Parameters, PerModel, Weight
 from ctl_merge.methods.registry import merge_method
 
 
-def weights_cancel(parameters: Parameters) -> str | None:
-    """The objection to weights that sum to zero where the sum is a divisor."""
+def weights_cancel(parameters: Parameters, flag: str = "normalize") -> str | None:
+    """The objection to weights that sum to zero where the sum is a divisor, which the parameter `flag` decides."""
     weights = parameters["weight"]
-    if parameters["normalize"] and abs(math.fsum(weights)) <= 1e-9 * math.fsum(map(abs, weights)):
-        return "the weights sum to zero, and `normalize` divides by their sum: change a weight or set normalize: false"
+    if parameters[flag] and abs(math.fsum(weights)) <= 1e-9 * math.fsum(map(abs, weights)):
+        return f"the weights sum to zero, and `{flag}` divides by their sum: change a weight or set {flag}: false"
     return None
 
 

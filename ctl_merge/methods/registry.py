@@ -20,6 +20,7 @@ from ctl_merge.errors import RecipeError
 from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 
 Scope = Literal["tensor", "model"]
+Grain = Literal["element", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ class Method:
     check: Callable[[Parameters], str | None]
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None
     paper: str | None
-    grain: Literal["element", "tensor"] = "element"
+    grain: Grain | Callable[[Parameters], Grain] = "element"
     summary: str = field(default="")
+
+    def grain_for(self, parameters: Parameters) -> Grain:
+        """On what the method may be called with these parameters."""
+        return self.grain(parameters) if callable(self.grain) else self.grain
 
     def scopes(self, parameters: Parameters) -> dict[str, Scope]:
         """The measures that these parameters call for, each with its scope, in the order in which they are taken."""
@@ -75,7 +80,7 @@ def merge_method(
     space: Literal["weights", "task_vectors"],
     base: Literal["required", "optional", "none"] | None = None,
     models: tuple[int, int | None] = (1, None),
-    grain: Literal["element", "tensor"] = "element",
+    grain: Grain | Callable[[Parameters], Grain] = "element",
     measures: Mapping[str, Measure] | None = None,
     check: Callable[[Parameters], str | None] = no_objection,
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
@@ -85,10 +90,12 @@ def merge_method(
     """Register a pure function of stacked float64 tensors as a merge method, and return it unchanged.
 
     The first argument is the stack (models, *shape): of task vectors (x_i - base) if `space` says so, the engine then
-    adds the base to the result; else of weights, the base first if the method requires one. Keyword-only arguments are
+    adds the base to the result; else of weights, the base first if the method requires one. A method of task vectors
+    whose base is optional receives the weights themselves where the recipe names none. Keyword-only arguments are
     the parameters; `noise` and the measures' names are filled in by the engine. `grain` says on what it may be called:
-    any chunk of a tensor's entries, or only whole tensors. `check(parameters)` returns an objection or None;
-    `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
+    any chunk of a tensor's entries, or only whole tensors; a function of the parameters where it depends on them.
+    `check(parameters)` returns an objection or None; `report(results of the measures by tensor)` what a reader of the
+    manifest should know, or None.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

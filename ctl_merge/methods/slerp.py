@@ -6,34 +6,17 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from ctl_merge.methods.parameters import Parameters
-from ctl_merge.methods.registry import Measure, Scope, merge_method
+from ctl_merge.methods.angles import cosine as angle_cosine
+from ctl_merge.methods.angles import gram, whole_tensor
+from ctl_merge.methods.registry import Measure, merge_method
 
 # Above this cosine the arc and the chord are the same to rounding, and sin(angle) divides by almost nothing.
 PARALLEL = 0.9995
 
 Place = Annotated[FiniteFloat, Field(description="place between the base (0) and the other model (1)")]
-
-
-def _whole_tensor(parameters: Parameters) -> Scope | None:
-    return "tensor"
-
-
-def _gram(tensors: Tensor, **_: object) -> Tensor:
-    """Inner products of the models' chunks in float64: (models, n) -> (models, models)."""
-    flat = tensors.flatten(1).double()
-    return flat @ flat.T
-
-
-def _cosine(gram: Tensor, numel: int, **_: object) -> Tensor:
-    """cos of the angle between the two tensors; 0 where one of them is zero."""
-    norms = gram.diagonal().sqrt()
-    product = norms[0] * norms[1]
-    return torch.where(product > 0, gram[0, 1] / product.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
 
 
 def _count_fallbacks(results: Mapping[str, Mapping[str, Tensor]]) -> str:
@@ -49,7 +32,7 @@ def _count_fallbacks(results: Mapping[str, Mapping[str, Tensor]]) -> str:
     space="weights",
     base="required",
     models=(2, 2),
-    measures={"cosine": Measure(_gram, _cosine, _whole_tensor)},
+    measures={"cosine": Measure(gram, angle_cosine, whole_tensor)},
     report=_count_fallbacks,
 )
 def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
@@ -60,7 +43,7 @@ def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
     Where |cos| > 0.9995, which is almost everywhere for finetunes of one base, it is linear interpolation.
     """
     if cosine is None:
-        cosine = _cosine(_gram(tensors), tensors[0].numel())
+        cosine = angle_cosine(gram(tensors), tensors[0].numel())
     first, second = tensors
     cos = float(cosine)
     if abs(cos) > PARALLEL:

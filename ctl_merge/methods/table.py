@@ -27,7 +27,7 @@ def _models(method: Method) -> str:
     least, most = method.models
     count = str(least) if least == most else f"≥ {least}"
     if method.space == "task_vectors":
-        return f"base + {count}"
+        return f"base + {count}" if method.base == "required" else f"{count}, base optional"
     return f"{count}, base included" if method.base != "none" else count
 
 
@@ -45,7 +45,7 @@ def signature(row: dict[str, Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def render(rows: list[dict[str, Any]]) -> Any:

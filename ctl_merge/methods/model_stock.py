@@ -1,0 +1,75 @@
+"""Model Stock: towards the base as far as task vectors disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctl_merge.methods.angles import cosines, gram, whole_tensor
+from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.parameters import Parameters
+from ctl_merge.methods.registry import Grain, Measure, Scope, merge_method
+
+_SINGULAR = 1e-6  # mergekit's: the smallest denominator of t that is divided by
+
+FilterWise = Annotated[bool, Field(description="one t for every vector of the last dimension, not one a tensor")]
+Clamp = Annotated[bool, Field(description="keep the base where t is negative (mergekit steps away from the mean)")]
+
+
+def _ratio(products: Tensor, numel: int, *, clamp: bool, **_: object) -> Tensor:
+    """t, from inner products of the task vectors: (models, models, *rest) -> (*rest)."""
+    models = len(products)
+    pairs = torch.triu_indices(models, models, 1)
+    mean = cosines(products)[pairs[0], pairs[1]].mean(0)
+    denominator = 1 + (models - 1) * mean
+    singular = denominator.abs() < _SINGULAR
+    t = torch.where(singular, 0.0, models * mean / torch.where(singular, 1.0, denominator))
+    return t.clamp_min(0.0) if clamp else t
+
+
+def _grain(parameters: Parameters) -> Grain:
+    return "tensor" if parameters["filter_wise"] else "element"
+
+
+def _scope(parameters: Parameters) -> Scope | None:
+    return None if parameters["filter_wise"] else whole_tensor(parameters)
+
+
+def _say_range(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    found = [float(result["t"]) for result in results.values() if result]
+    if not found:
+        return None
+    said = f"t, the share of the mean task vector, is {min(found):.3g} to {max(found):.3g} over {len(found)} tensors"
+    below = sum(t < 0 for t in found)
+    return said + (f"; it is negative in {below}: `clamp: true` keeps the base there" if below else "")
+
+
+@merge_method(
+    space="task_vectors",
+    models=(2, None),
+    grain=_grain,
+    measures={"t": Measure(gram, _ratio, _scope)},
+    report=_say_range,
+    paper="2403.19522",
+)
+def model_stock(
+    deltas: Tensor, *, filter_wise: FilterWise = False, clamp: Clamp = False, t: Tensor | None = None
+) -> Tensor:
+    """Base plus t times the mean task vector, t = n c / (1 + (n - 1) c), c the mean cosine of pairs of task vectors.
+
+    deltas (models, *shape) -> (*shape). arXiv 2403.19522. t is at most 1; task vectors that oppose each other make it
+    negative without bound, and where they cancel it is 0. `filter_wise`: one t for every vector along the last
+    dimension. `t`: computed from `deltas` if not given.
+    """
+    models = len(deltas)
+    if filter_wise:
+        rows = deltas if deltas.ndim > 1 else deltas.unsqueeze(1)
+        t = _ratio(torch.einsum("i...k,j...k->ij...", rows, rows), 0, clamp=clamp)
+        return deltas.mean(0) * (t.unsqueeze(-1) if deltas.ndim > 1 else t)
+    if t is None:
+        t = _ratio(gram(deltas), deltas[0].numel(), clamp=clamp)
+    return weighted_sum(deltas, (t / models).expand(models))

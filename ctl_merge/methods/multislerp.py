@@ -1,0 +1,73 @@
+"""Multi-SLERP: a barycentre of directions, at the mean length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from ctl_merge.methods.angles import gram, lengths, whole_tensor
+from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.linear import weights_cancel
+from ctl_merge.methods.parameters import PerModel, Weight
+from ctl_merge.methods.registry import Measure, merge_method
+
+# Inner products of unit vectors in float64 tell no length below this from zero.
+_NOTHING = 1e-7
+
+NormalizeWeights = Annotated[bool, Field(description="divide the weights by their sum")]
+Epsilon = Annotated[FiniteFloat, Field(ge=0, description="length of the mean direction that counts as zero")]
+
+
+def _mix(products: Tensor, numel: int, *, weight: Tensor, normalize_weights: bool, eps: float, **_: object) -> Tensor:
+    """What each tensor is multiplied with, then 1 if that is a straight line, else 0: (models + 1,)."""
+    weights, norms = weight.flatten().to(products), lengths(products)
+    if len(weights) == 1:
+        return products.new_tensor([1.0, 0.0])
+    if normalize_weights:
+        weights = weights / weights.sum()
+    of_units = weights / safe_divisor(norms + eps)
+    # The tangent vectors at the mean direction m = Σ w u / |Σ w u| are u - (u·m) m. Their weighted sum is
+    # Σ w u - |Σ w u| m = 0, so the barycentre on the tangent space is its origin: m itself.
+    length = (of_units @ products @ of_units).clamp_min(0).sqrt()
+    straight = bool(length < max(eps, _NOTHING))
+    factors = weights if straight else of_units * ((weights @ norms) / length)
+    return torch.cat([factors, factors.new_tensor([float(straight)])])
+
+
+def _count_straight(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    found = [bool(result["mix"][-1]) for result in results.values() if result]
+    if not any(found):
+        return None
+    return f"the weighted directions of {sum(found)} of {len(found)} tensors cancel: those were added linearly"
+
+
+@merge_method(
+    space="task_vectors",
+    base="optional",
+    measures={"mix": Measure(gram, _mix, whole_tensor)},
+    check=partial(weights_cancel, flag="normalize_weights"),
+    report=_count_straight,
+)
+def multislerp(
+    tensors: Tensor,
+    *,
+    weight: PerModel[Weight],
+    normalize_weights: NormalizeWeights = True,
+    eps: Epsilon = 1e-8,
+    mix: Tensor | None = None,
+) -> Tensor:
+    """Σ w u / |Σ w u|, u the directions of task vectors (of models without a base), times the mean length Σ w |d|.
+
+    tensors (models, *shape), weight (models, 1, ...) -> (*shape). This is the barycentre that mergekit seeks in the
+    tangent space at Σ w u: it is the point itself. Where the weighted directions cancel it is Σ w d; one model alone
+    is returned whatever its weight. `mix`: factors of the tensors, computed from `tensors` if not given.
+    """
+    if mix is None:
+        products = gram(tensors)
+        mix = _mix(products, tensors[0].numel(), weight=weight, normalize_weights=normalize_weights, eps=eps)
+    return weighted_sum(tensors, mix[:-1])

@@ -61,11 +61,12 @@ def multislerp(
     eps: Epsilon = 1e-8,
     mix: Tensor | None = None,
 ) -> Tensor:
-    """Σ w u / |Σ w u|, u the directions of task vectors (of models without a base), times the mean length Σ w |d|.
+    """The weighted mean direction of the task vectors, or of the models without a base, at their mean length.
 
-    tensors (models, *shape), weight (models, 1, ...) -> (*shape). This is the barycentre that mergekit seeks in the
-    tangent space at Σ w u: it is the point itself. Where the weighted directions cancel it is Σ w d; one model alone
-    is returned whatever its weight. `mix`: factors of the tensors, computed from `tensors` if not given.
+    tensors (models, *shape), weight (models, 1, ...) -> (*shape): Σ w u / |Σ w u| · Σ w |d|, u = d / (|d| + eps). This
+    is the barycentre that mergekit seeks in the tangent space at Σ w u: it is the point itself. Where the weighted
+    directions cancel it is Σ w d; one model alone is returned whatever its weight. `mix`: factors of the tensors,
+    computed from `tensors` if not given.
     """
     if mix is None:
         products = gram(tensors)

@@ -16,7 +16,7 @@ ROWS = [row.split() for row in (
     "__init__ errors sizes",
     "header hub companions model_config document output methods.parameters methods.noise methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
-    "probing.record",
+    "probing.record probing.raster",
     "probing.wording",
     "probing.verdict probing.svg",
     "probing.depth probing.section probing.terminal",

@@ -17,7 +17,7 @@ ROWS = [row.split() for row in (
     "header hub tokenizer companions model_config document compatibility output methods.parameters methods.noise "
     "methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
-    "probing.record",
+    "probing.record probing.raster",
     "probing.wording",
     "probing.verdict probing.svg",
     "probing.depth probing.section probing.terminal",

@@ -496,7 +496,7 @@ def _in_meant_form(path: tuple[int | str, ...], data: Any) -> bool:
     for part in path:
         if isinstance(value, dict) and part in value:
             value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        elif isinstance(value, list) and isinstance(part, int) and 0 <= part < len(value):
             value = value[part]
         elif part in _UNION_BRANCHES:
             meant = "str" if not isinstance(value, dict) else "LongModelSchema" if "model" in value else "ModelSchema"

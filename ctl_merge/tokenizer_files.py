@@ -2,9 +2,9 @@
 
 Everything that the first tokenizer says stays: ids, flags, special tokens, how text is split. A token that is *added*
 is found in the text before the tokenizer's own model sees it. Tokens of another model's *core* become part of the
-core: in BPE, this core's merges come first and then those of the other, so that tokens of the other can be reached;
-both texts are then encoded with tokens of both, and not always as either tokenizer alone would. (mergekit adds such
-tokens as literal text, `Ġword`, which no text contains: none of them is ever used.)
+core: in BPE, this core's merges come first and then those of the other, so that tokens of the other are reached where
+the first merges leave their parts. Text is then encoded with tokens of both, not always as one of the tokenizers alone
+would do it. (mergekit adds such tokens as literal text, `Ġword`, which no text contains: none of them is ever used.)
 """
 
 from __future__ import annotations

@@ -137,11 +137,11 @@ def test_ranks_share_the_sequences_and_find_the_same(tmp_path: Path) -> None:
 
 def test_the_report_is_saved_whole(report: ctl_merge.ProbeReport, tmp_path: Path) -> None:
     report.save(tmp_path)
-    assert json.loads((tmp_path / "probe.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "probe.json").read_text())["format"] == 2
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "figures").glob("*.svg"))
-    with np.load(tmp_path / "grams.npz") as grams:
-        assert grams["cycle/model.layers.0/gram"].shape[0] == SMALL["sequences"]
+    with np.load(tmp_path / "statistics.npz", allow_pickle=False) as arrays:
+        assert arrays["sets/cycle/model.layers.0/gram"].shape[0] == SMALL["sequences"]
 
 
 def test_the_command_line_probes_and_the_card_tells(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def blame(gains: Mapping[str, Array], cost: Array) -> dict[str, Array]:
     A patch undoes all that has gone wrong up to its site, so successive differences are the blocks' own. After the
     last block come the final norm and the head; the patch there is the logit ensemble, whose gain is the whole `cost`.
     The shares of the last stack and of the logits add up to it; a stack before that one starts anew from the merge.
+    Where a merge is not linear in the weights, sites differ in its effective coefficients, and that is in the shares.
     """
     found: dict[str, Array] = {}
     last: dict[str, Array] = {}

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.probing import archive
 from ctl_merge.probing.blocks import site_rows
 from ctl_merge.probing.costs import best_parent, loss_report
 from ctl_merge.probing.intervals import Draws
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.scaling import scaling_rows
-from ctl_merge.probing.statistics import FILE, Statistics
+from ctl_merge.probing.statistics import Statistics
 from ctl_merge.weights import TaskGrams
 
 FORMAT = 2  # of probe.json; `ctl_merge.probing.schema` describes it
@@ -47,7 +48,7 @@ class ProbeReport:
         (folder / "probe.json").write_text(self.to_json(), "utf-8")
         (folder / "report.html").write_text(render_page(plain), "utf-8")
         write_figures(plain, folder / "figures")
-        self.statistics.save(folder / FILE)
+        archive.save(self.statistics, folder / archive.FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeReport:
@@ -55,7 +56,7 @@ class ProbeReport:
 
         Raises ProbeError where the statistics are missing, damaged, or something else.
         """
-        return rebuild(Statistics.load(Path(folder) / FILE))
+        return rebuild(archive.load(Path(folder) / archive.FILE))
 
 
 def build_report(

@@ -40,7 +40,8 @@ def slopes(
 ) -> tuple[dict[str, Array], bool | None]:
     """Log-log slopes of ‖dev‖, 1 - cos and R against the scale, on every draw; whether the regime is quadratic.
 
-    They are 2, 4 and 1 where features depend on the weights to first order and the deviation is of the second. None
+    They are 2, 4 and 1 where features depend on the weights to first order and the deviation is of the second. What a
+    merge has beside a combination of its parents (TIES, DARE) deviates to first order: slopes towards 1, 2 and 0. None
     where the deviation at the smallest scale is no larger than the features' rounding, or there is none.
     `place`: of the merge's coefficients among those of the whole run, at scale 1.
     """

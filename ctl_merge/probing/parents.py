@@ -27,7 +27,7 @@ def parents_of(folder: Path, models: Sequence[str], base: str | None) -> tuple[l
     seen: list[str] = []
     for name, recipe in _recipes(folder, seen):
         chosen = base or (_found_again(recipe.base) if recipe.base else None)
-        own = _without(chosen, [_found_again(ref) for ref in recipe.refs])
+        own = _without(chosen, [_found_again(source.ref) for source in recipe.models])
         if chosen and own:
             return list(models) or own, chosen
         seen.append(f"{name} names no base_model")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import recipe_text
 from probe_references import (  # noqa: F401 (a fixture for all)
     Plain,
     affine,
@@ -30,6 +32,9 @@ from test_probe_laws import weight_coefficients
 from tiny_architectures import finetune
 from torch import nn
 
+import ctl_merge
+from ctl_merge.checkpoint import CHUNK
+from ctl_merge.merging import Merge
 from ctl_merge.probing.costs import blame
 from ctl_merge.probing.intervals import DRAWS, Draws
 from ctl_merge.probing.null import Combination, SignFlipped
@@ -183,6 +188,18 @@ def test_recipes_that_ride_together_are_compared_on_the_same_draws(tmp_path: Pat
     assert bounds(rows[BLOCKS[1], "other"], "nonlinearity_against_first") == pytest.approx(wanted, abs=1e-4)
 
 
+def test_prompt_and_response_are_told_apart_at_every_block(tmp_path: Path) -> None:
+    family = write_family(tmp_path)
+    first, delimiter, *_, other = TOKENS.strata.unbind(1)
+    answer = torch.arange(TOKENS.ids.shape[1]) >= 9
+    masks = torch.stack([first, delimiter, other & ~answer, other & answer, torch.zeros_like(other)], dim=1)
+    plain = run_plain(family, WEIGHTS, TOKENS.ids)
+    for site, row in run_probe(family, WEIGHTS, replace(TOKENS, strata=masks)).blocks().items():
+        wanted = plain.strata(site, masks)
+        assert list(row["by_stratum"]) == ["first", "delimiter", "prompt", "response"]
+        assert row["by_stratum"] == pytest.approx({name: wanted[name] for name in row["by_stratum"]}, rel=1e-4)
+
+
 # ---- losses
 
 
@@ -274,6 +291,27 @@ def test_a_decoder_alone_accounts_for_the_cost_and_its_encoder_starts_anew() -> 
 
 
 # ---- scaling
+
+
+@pytest.mark.parametrize("method, weights", [("slerp", None), ("ties", (0.8, 0.6))])
+def test_a_scaled_merge_is_the_base_and_a_part_of_its_task_vector(
+    method: str, weights: Sequence[float] | None, tmp_path: Path
+) -> None:
+    """Of a method that sees whole tensors too, larger than what is read at once."""
+    family = write_family(tmp_path / "models", vocab_size=3000)
+    listed = [(path, {"weight": w}) for path, w in zip(family.parents.values(), weights or (1, 1), strict=True)]
+    text = recipe_text(method, listed, family.base, {"density": 0.5})
+    if weights is None:
+        text = recipe_text("slerp", [(path, {}) for path in family.parents.values()], family.parents["1"], {"t": 0.5})
+    merged = Merge(ctl_merge.parse_recipe(text))
+    merged.fetch()
+    base = open_merge(family, (0.0, 0.0)).merged
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        own, whole = base.read(name), merged.merged.read(name)
+        assert name.startswith("model.layers") or own.numel() > CHUNK
+        found = Combination(base, [merged.merged], [0.25]).read(name)
+        assert torch.allclose(found, own + 0.25 * (whole - own), atol=1e-6)
+        assert not torch.allclose(found, own, atol=1e-4)
 
 
 def scale(family: Any, merge: Any) -> list[dict[str, Any]]:

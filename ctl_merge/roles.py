@@ -38,7 +38,7 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
     refs = [ref for ref in dict.fromkeys(source.ref for source in recipe.models) if ref != chosen]
     if not refs:
         raise RecipeError(f"{recipe.name}: there is no model besides the base {chosen}: no parents")
-    return merged.parent(chosen), dict(zip(_short_names(refs), map(merged.parent, refs), strict=True))
+    return merged.parent(chosen), dict(zip(short_names(refs), map(merged.parent, refs), strict=True))
 
 
 def _check_aligned(recipe: Recipe) -> None:
@@ -69,7 +69,7 @@ def _state(ref: ModelRef) -> tuple[Any, ...]:
     return ref.folder, ref.repo_id, ref.revision
 
 
-def _short_names(refs: Sequence[ModelRef]) -> list[str]:
+def short_names(refs: Sequence[ModelRef]) -> list[str]:
     """The last part of each name where that tells them apart, else whole names."""
     short = [short_name(ref.text) for ref in refs]
     return short if len(set(short)) == len(short) else [ref.text for ref in refs]

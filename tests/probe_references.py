@@ -114,7 +114,8 @@ def random_tokens(sequences: int = 4, length: int = 20, seed: int = 0, name: str
     first = torch.zeros_like(ids, dtype=torch.bool)
     first[:, 0] = True
     delimiter = (ids % 7 == 0) & ~first
-    return TokenSet(name, ids, torch.stack([first, delimiter, ~first & ~delimiter], dim=1))
+    empty = torch.zeros_like(first)
+    return TokenSet(name, ids, torch.stack([first, delimiter, empty, empty, ~first & ~delimiter], dim=1))
 
 
 # ---- features
@@ -286,12 +287,13 @@ class Plain:
     def numbers(self, site: str) -> dict[str, Any]:
         return definition(self.merged[site], self.ghosts.get(site), self.sources[site], self.coefficients)
 
-    def strata(self, site: str, masks: Tensor) -> list[float]:
-        """R over the tokens of each stratum; masks (N, S, T)."""
-        return [
-            nonlinearity(self.merged[site][mask], [f[mask] for f in self.sources[site]], self.coefficients)
-            for mask in masks.unbind(1)
-        ]
+    def strata(self, site: str, masks: Tensor) -> dict[str, float | None]:
+        """R over the tokens of each stratum, None where there are none; masks (N, S, T)."""
+        return {
+            name: nonlinearity(self.merged[site][mask], [f[mask] for f in self.sources[site]], self.coefficients)
+            if mask.any() else None
+            for name, mask in zip(STRATA, masks.unbind(1), strict=True)
+        }  # fmt: skip
 
 
 def run_plain(
@@ -383,4 +385,4 @@ class Probed:
 
 
 _PER_PARENT = ("cos_to_parents", "effective_feature", "effective_weight")
-assert STRATA == ("first", "delimiter", "other")
+assert STRATA == ("first", "delimiter", "prompt", "response", "other")

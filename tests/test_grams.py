@@ -1,31 +1,27 @@
-"""Statistics of features, the metrics that follow from them, and the windows of text that they are taken on."""
+"""Statistics of features, and the metrics that follow from them."""
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from ctl_merge.errors import DataError
-from ctl_merge.probing.data import DataSpec, TokenSet, load_tokens, strata_of
-from ctl_merge.probing.grams import MASSIVE, Grams, SiteGrams, save
+from ctl_merge.probing.grams import MASSIVE, SiteGrams
+from ctl_merge.probing.intervals import Draws
 from ctl_merge.probing.losses import Losses
 from ctl_merge.probing.metrics import (
+    Fit,
+    Site,
+    Sources,
     cosine,
     disagreement,
     inner,
-    least_squares,
     ratio,
-    site_metrics,
     unit,
 )
 
@@ -91,18 +87,6 @@ def test_massive_dimensions_are_the_bases_largest_in_the_tokens_that_count() -> 
     assert grams.massive == [1, 3, 5, 7, 9, 11, 13, 15]
 
 
-def test_saved_statistics_come_back(tmp_path: Path) -> None:
-    site = SiteGrams(["base", "one"])
-    site.add(draw(0, 2, 3, 4, 10), torch.ones(3, 1, 4, dtype=torch.bool), [(torch.ones(2), torch.ones(2))])
-    save(tmp_path / "grams.npz", {"text": Grams(["all"], {"layers.0": site}, [torch.tensor([4.0])] * 3)})
-    with np.load(tmp_path / "grams.npz") as found:
-        assert found["text/layers.0/gram"].shape == (3, 1, 2, 2)
-        assert np.array_equal(found["text/layers.0/gram"], torch.stack(site.gram))
-        assert found["text/layers.0/sources"].tolist() == ["base", "one"]
-        assert found["text/layers.0/massive"].tolist() == site.massive
-        assert found["text/tokens"].tolist() == [[4.0]] * 3
-
-
 # ---- metrics on Grams worked by hand
 
 
@@ -111,12 +95,22 @@ def gram_of(*vectors: Sequence[float]) -> np.ndarray:
     return matrix @ matrix.T
 
 
+def numbers(grams: np.ndarray, coefficients: Sequence[float], ghost: int | None = None) -> tuple[Any, Any]:
+    """Of N sequences; sources: base, parents, merged, ghost. The numbers, and the draws of those that have them."""
+    site, c = Site(grams, grams.sum(0), len(coefficients), Draws(len(grams))), np.array(coefficients)
+    at = Sources(1 + len(coefficients), ghost)
+    drawn = site.drawn_numbers(c, at)
+    values = {name: values[0].tolist() for name, values in drawn.items()}
+    return SimpleNamespace(**values, **site.plain_numbers(c, at)), drawn
+
+
 def metrics(gram: np.ndarray, coefficients: Sequence[float], ghost: int | None = None) -> Any:
-    """Of one sequence; sources: base, parents, merged, ghost."""
-    merged = 1 + len(coefficients)
-    return site_metrics(
-        gram[None], gram[None], math.nan, np.array(coefficients), merged, ghost, np.random.default_rng(0)
-    )
+    """Of one sequence."""
+    return numbers(gram[None], coefficients, ghost)[0]
+
+
+def least_squares(gram: np.ndarray, target: np.ndarray, count: int) -> tuple[Any, Any]:
+    return Fit(gram, count).coefficients(target)
 
 
 def test_two_orthogonal_parents_and_a_merge_that_is_their_mean() -> None:
@@ -126,7 +120,7 @@ def test_two_orthogonal_parents_and_a_merge_that_is_their_mean() -> None:
     assert found.cos_parents == pytest.approx(0)
     assert found.cos_to_parents == pytest.approx([math.sqrt(0.5)] * 2)
     assert found.effective_feature == pytest.approx([0.5, 0.5]) and found.explained_feature == pytest.approx(1)
-    assert found.local is None and found.propagated is None
+    assert not hasattr(found, "local") and not hasattr(found, "propagated")
 
 
 def test_a_merge_that_loses_half_of_what_its_parents_share() -> None:
@@ -164,7 +158,7 @@ def test_local_and_propagated_parts_by_hand() -> None:
 
 def test_cosines_and_coefficients_are_means_over_sequences_and_ratios_are_of_sums() -> None:
     grams = np.stack([gram_of([0, 0], [2, 0], [0, 2], [1, 1]), gram_of([0, 0], [20, 0], [0, 20], [10, -10])])
-    found = site_metrics(grams, grams, math.nan, np.array([0.5, 0.5]), 3, None, np.random.default_rng(0))
+    found = numbers(grams, [0.5, 0.5])[0]
     assert found.cos == pytest.approx(0.5) and found.coef == pytest.approx(0.5)
     assert found.nonlinearity == pytest.approx(math.sqrt(400 / (2 + 200)))
 
@@ -245,11 +239,8 @@ def test_the_interval_of_r_covers_what_many_texts_would_give() -> None:
         stack = stack[:, [0, 2, 3, 4]]
         return np.einsum("nah,nbh->nab", stack, stack)
 
-    def of(grams: np.ndarray) -> Any:
-        return site_metrics(grams, grams, math.nan, np.array([0.5, 0.5]), 3, None, np.random.default_rng(1))
-
-    truth = of(sample(4000)).nonlinearity
-    found = [of(sample(40)).nonlinearity_interval for _ in range(60)]
+    truth = numbers(sample(4000), [0.5, 0.5])[0].nonlinearity
+    found = [Draws(40).bounds(numbers(sample(40), [0.5, 0.5])[1]["nonlinearity"]) for _ in range(60)]
     assert 0.85 <= np.mean([low <= truth <= high for low, high in found]) <= 1
     assert all(0 < low < high < 2 * truth for low, high in found)
 
@@ -273,143 +264,3 @@ def test_losses_are_sums_over_predicted_tokens_of_each_sequence() -> None:
         agree = (log["merged"].argmax(-1) == log["ensemble"].argmax(-1)).sum()
         assert losses.agree["merged"][n] == int(agree)
     assert losses.tokens == [4, 4, 4]
-
-
-# ---- windows of text
-
-WORDS = [f"w{i}" for i in range(40)]
-PUNCTUATION = [".", "!", "\n", "\n\n"]
-TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, line ends too, and a special token in front unless it is told not to."""
-    names = ["<unk>", "<s>", *WORDS, *PUNCTUATION, "user", "assistant"]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    lines = pre_tokenizers.Split(Regex("\n+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), lines])
-    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>")
-    found.chat_template = TEMPLATE
-    return found
-
-
-def words(windows: TokenSet, tokenizer: Any) -> list[list[str]]:
-    return [tokenizer.convert_ids_to_tokens(row) for row in windows.ids.tolist()]
-
-
-ROWS = [{"q": f"w{i} w{i + 1}", "n": i, "a": f"w{i + 2}"} for i in range(0, 30, 3)]
-JOINED = [token for row in ROWS for token in (*row["q"].split(), "\n", row["a"], "\n\n")]
-
-
-def write_rows(folder: Path, suffix: str) -> Path:
-    path = folder / f"rows{suffix}"
-    if suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    elif suffix == ".json":
-        path.write_text(json.dumps(ROWS))
-    else:
-        getattr(datasets.Dataset.from_list(ROWS), f"to_{suffix[1:]}")(str(path))
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
-@pytest.mark.parametrize("columns", [":q,a", ""], ids=["named", "all_texts"])
-def test_windows_are_the_consecutive_tokens_of_rows_joined_by_a_blank_line(
-    suffix: str, columns: str, tokenizer: Any, tmp_path: Path
-) -> None:
-    spec = DataSpec.parse(f"{write_rows(tmp_path, suffix)}{columns}")
-    found = load_tokens(spec, tokenizer, 4, 6)
-    assert words(found, tokenizer) == [JOINED[i : i + 6] for i in range(0, 24, 6)]
-    assert found.name == "rows" and found.strata.shape == (4, 3, 6)
-    everything = load_tokens(spec, tokenizer, 1000, 6)
-    assert words(everything, tokenizer) == [JOINED[i : i + 6] for i in range(0, len(JOINED) // 6 * 6, 6)]
-
-
-def test_columns_are_taken_in_the_order_of_the_spec(tokenizer: Any, tmp_path: Path) -> None:
-    spec = DataSpec.parse(f"{write_rows(tmp_path, '.jsonl')}:a,q")
-    assert words(load_tokens(spec, tokenizer, 1, 5), tokenizer) == [["w2", "\n", "w0", "w1", "\n\n"]]
-
-
-def test_a_column_called_text_is_preferred(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "w1 w2 w3", "text": "w4 w5 w6"}) + "\n")
-    found = load_tokens(DataSpec.parse(str(tmp_path / "rows.jsonl")), tokenizer, 1, 3)
-    assert words(found, tokenizer) == [["w4", "w5", "w6"]]
-
-
-def test_a_plain_text_is_taken_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "plain.txt").write_text("w1 w2 . w3\n\nw4 w5\nw6 ! w7 w8")
-    found = load_tokens(DataSpec.parse(str(tmp_path / "plain.txt")), tokenizer, 9, 3)
-    assert words(found, tokenizer) == [["w1", "w2", "."], ["w3", "\n\n", "w4"], ["w5", "\n", "w6"], ["!", "w7", "w8"]]
-
-
-def test_chat_puts_columns_into_turns(tokenizer: Any, tmp_path: Path) -> None:
-    spec = DataSpec.parse(f"{write_rows(tmp_path, '.jsonl')}:q,a")
-    found = load_tokens(spec, tokenizer, 2, 5, chat=True)
-    assert words(found, tokenizer) == [["user", "w0", "w1", "assistant", "w2"], ["user", "w3", "w4", "assistant", "w5"]]
-
-
-def test_strata_are_first_token_delimiters_and_the_rest(tokenizer: Any) -> None:
-    ids = torch.tensor([tokenizer.convert_tokens_to_ids([".", "w1", "!", "\n\n", "w2"])] * 2)
-    strata = strata_of(ids, tokenizer)
-    assert strata.int().tolist() == [[[1, 0, 0, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]] * 2
-    assert torch.equal(strata.sum(1), torch.ones_like(ids))  # each token in one of them
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("data/test.jsonl", DataSpec("test", "data/test.jsonl")),
-        ("math=test.jsonl:question,answer", DataSpec("math", "test.jsonl", ("question", "answer"))),
-        ("wiki=org/set:text@validation", DataSpec("wiki", "org/set", ("text",), "validation")),
-        ("org/set@test", DataSpec("set", "org/set", (), "test")),
-        ("a.csv: x , y ,", DataSpec("a", "a.csv", ("x", "y"))),
-    ],
-)
-def test_specs_are_name_source_columns_and_split(text: str, expected: DataSpec) -> None:
-    assert DataSpec.parse(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "name=", "=:column", ":column", "@split"])
-def test_a_spec_without_a_source_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="names no data"):
-        DataSpec.parse(text)
-
-
-def test_too_little_text_names_the_set_and_what_to_do(tokenizer: Any, tmp_path: Path) -> None:
-    spec = DataSpec.parse(f"small={write_rows(tmp_path, '.jsonl')}")
-    with pytest.raises(DataError, match=r"^small: \d+ tokens are too few for one window of 999: use a smaller --len"):
-        load_tokens(spec, tokenizer, 2, 999)
-
-
-def test_an_unknown_column_is_named_with_those_that_exist(tokenizer: Any, tmp_path: Path) -> None:
-    spec = DataSpec.parse(f"small={write_rows(tmp_path, '.jsonl')}:question")
-    with pytest.raises(DataError, match="small has no column 'question'; it has: q, n, a"):
-        load_tokens(spec, tokenizer, 2, 4)
-
-
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "nowhere.txt", "./no/where"])
-def test_a_source_that_is_not_there_is_named(source: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=f"there is no file {source!r}"):
-        load_tokens(DataSpec.parse(source), tokenizer, 2, 4)
-
-
-def test_a_kind_of_file_that_is_not_read_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.docx").write_text("w1")
-    with pytest.raises(DataError, match=r"a .docx is not read; use .jsonl"):
-        load_tokens(DataSpec.parse(str(tmp_path / "a.docx")), tokenizer, 2, 4)
-
-
-@pytest.mark.parametrize(
-    "name, content, reason",
-    [("bad.jsonl", b'{"text": "w1"}\n{"text": \n', "cannot be read"), ("bad.jsonl", b"", "is empty"),
-     ("bad.txt", b"w1 \xff w2", "cannot be read")],
-    ids=["malformed", "empty", "not_utf8"],
-)  # fmt: skip
-def test_a_file_that_cannot_be_read_is_named(
-    name: str, content: bytes, reason: str, tokenizer: Any, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"^bad: .*{name} {reason}"):
-        load_tokens(DataSpec.parse(str(tmp_path / name)), tokenizer, 2, 4)

@@ -13,41 +13,30 @@ import ctl_merge
 PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
-    "__init__ errors sizes",
-    "header hub tokenizer companions model_config document compatibility output methods.parameters methods.noise "
-    "methods.combine "
-    "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
-    "probing.record probing.raster",
-    "probing.wording",
-    "probing.verdict probing.svg",
-    "probing.depth probing.section probing.terminal",
-    "probing.curves probing.coefficients probing.waterfall probing.patches probing.alphas",
-    "probing.figures",
-    "probing.page",
-    "reference methods.registry methods.agreement probing.losses",
-    "methods.sparsify methods.linear methods.passthrough methods.angles methods.matrices methods.table",
-    "methods.task_arithmetic methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp "
-    "methods.karcher methods.model_stock methods.tsv methods.iso methods.wudi",
-    "methods.builtin",
-    "methods.__init__",
-    "settings checkpoint chat_template tokenizer_files architecture",
-    "rows recipe_tokenizer depth devices writer model weights probing.null",
-    "recipe_schema",
-    "recipe stored",
-    "pickled source_vocabularies slices schema check probing.run",
-    "vocabulary",
-    "correspondence",
-    "plan probing.ranks probing.placement",
-    "merged tying",
-    "estimate manifest findings",
-    "summary step compare_table",
-    "card",
-    "merging probing.report",
-    "roles probing.loaded",
-    "probing.api compare",
-    "probing.__init__",
-    "cli.arguments cli.terminal",
-    "cli.merge cli.probe cli.compare cli.check cli.methods cli.schema",
+    "__init__ errors sizes companions model_config compatibility methods.parameters methods.noise methods.combine "
+    "probing.grams probing.lockstep probing.texts probing.record probing.raster methods.matrices architecture "
+    "probing.intervals probing.schema findings probing.__init__ cli.arguments",
+    "header hub tokenizer document output probing.metrics probing.wording probing.svg reference methods.registry "
+    "methods.agreement settings depth probing.rows probing.turns compare_table",
+    "probing.data probing.verdict probing.depth probing.waterfall probing.alphas probing.losses methods.sparsify "
+    "methods.linear methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi "
+    "methods.__init__ checkpoint chat_template tokenizer_files devices",
+    "probing.section probing.terminal probing.curves probing.coefficients probing.patches methods.task_arithmetic "
+    "methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher "
+    "methods.model_stock rows recipe_tokenizer writer model weights probing.null stored step",
+    "probing.figures methods.builtin recipe_schema pickled probing.observer",
+    "probing.page recipe schema probing.run probing.blocks probing.costs probing.statistics",
+    "source_vocabularies slices check correspondence probing.ranks probing.placement probing.parents "
+    "probing.scaling probing.archive",
+    "vocabulary probing.report",
+    "plan probing.loaded",
+    "merged tying card",
+    "estimate manifest",
+    "summary",
+    "merging",
+    "roles cli.terminal",
+    "probing.api compare cli.check cli.methods cli.schema",
+    "cli.merge cli.probe cli.compare",
     "cli.__init__",
     "__main__",
 )]  # fmt: skip

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import ctl_merge
 from ctl_merge.cli import app
 from ctl_merge.errors import CtlMergeError
+from ctl_merge.probing.texts import default_texts
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 BASE, CYCLE, SHIFT = (str(QUICKSTART / name) for name in ("base", "cycle", "shift"))
@@ -137,11 +140,11 @@ def test_ranks_share_the_sequences_and_find_the_same(tmp_path: Path) -> None:
 
 def test_the_report_is_saved_whole(report: ctl_merge.ProbeReport, tmp_path: Path) -> None:
     report.save(tmp_path)
-    assert json.loads((tmp_path / "probe.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "probe.json").read_text())["format"] == 2
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "figures").glob("*.svg"))
-    with np.load(tmp_path / "grams.npz") as grams:
-        assert grams["cycle/model.layers.0/gram"].shape[0] == SMALL["sequences"]
+    with np.load(tmp_path / "statistics.npz", allow_pickle=False) as arrays:
+        assert arrays["sets/cycle/model.layers.0/gram"].shape[0] == SMALL["sequences"]
 
 
 def test_the_command_line_probes_and_the_card_tells(tmp_path: Path) -> None:
@@ -176,3 +179,56 @@ def test_an_empty_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(CtlMergeError, match="too few"):
         ctl_merge.probe(RECIPE, [f"empty={tmp_path / 'empty.txt'}"], **SMALL)
+
+
+def test_progress_is_told_to_its_end() -> None:
+    seen: dict[str, list[int]] = {}
+
+    @contextmanager
+    def meter(what: str, total: int) -> Iterator[Callable[[int], object]]:
+        seen[what] = [0, total]
+        yield lambda count: seen[what].__setitem__(0, seen[what][0] + count)
+
+    ctl_merge.probe(RECIPE, scaling=True, meter=meter, **SMALL)
+    assert list(seen) == ["weights", "probing"]
+    assert all(0 < done == total for done, total in seen.values())
+    assert seen["probing"][1] == 3 * 2 * SMALL["sequences"]  # at three scales, on two sets
+    ctl_merge.probe_pair([CYCLE, SHIFT], BASE, alphas=[0.5], meter=meter, **SMALL)
+    assert seen["probing"] == [2 * SMALL["sequences"]] * 2
+
+
+def test_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name / "text.txt" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("cycle: abcd -> dabc\n" * 50)
+    with pytest.raises(CtlMergeError, match="several data sets are called text"):
+        ctl_merge.probe(RECIPE, [str(path) for path in paths], **SMALL)
+    found = ctl_merge.probe(RECIPE, [f"one={paths[0]}", str(paths[1])], **SMALL)
+    assert list(found.data["sets"]) == ["one", "text"]
+
+
+def test_special_tokens_are_asked_for_by_an_option() -> None:
+    """A window's loss is then that of its own tokens after <bos>."""
+    found = ctl_merge.probe(RECIPE, special_tokens=True, **SMALL)
+    assert found.data["settings"]["special_tokens"] is True
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    own = tokenizer(default_texts()["cycle"], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[tokenizer.bos_token_id, *own[i : i + 23]] for i in range(0, 4 * 23, 23)])
+    with torch.no_grad():
+        expected = float(loaded(CYCLE)(ids, labels=ids).loss)
+    assert found.data["sets"]["cycle"]["losses"]["nll"]["cycle"]["value"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_blame_by_block_adds_up(report: ctl_merge.ProbeReport) -> None:
+    for found in report.data["sets"].values():
+        merged = found["losses"]["merges"]["merged"]
+        assert list(merged["blame"]) == [*merged["patch"], "logits"]
+        total = sum(share["value"] for share in merged["blame"].values())
+        assert total == pytest.approx(merged["nonlinearity_cost"]["value"], abs=1e-12)
+
+
+def test_a_data_set_belongs_to_the_parent_that_was_trained_on_it(report: ctl_merge.ProbeReport) -> None:
+    for name in ("cycle", "shift"):
+        assert report.data["sets"][name]["best_parent"]["parent"] == name
+        assert report.data["sets"][name]["best_parent"]["margin"]["low"] > 0

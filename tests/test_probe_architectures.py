@@ -181,8 +181,8 @@ def test_strata_are_told_apart(case: Callable[[str], Case]) -> None:
     own = case("llama")
     for site, row in run_probe(own.family, WEIGHTS, own.tokens).blocks().items():
         wanted = own.plain.strata(site, own.tokens.strata)
-        assert list(row["by_stratum"]) == ["first", "delimiter", "other"]
-        assert list(row["by_stratum"].values()) == pytest.approx(wanted, rel=1e-4)
+        assert list(row["by_stratum"]) == ["first", "delimiter", "other"]  # no roles: no prompt, no response
+        assert row["by_stratum"] == pytest.approx({name: wanted[name] for name in row["by_stratum"]}, rel=1e-4)
 
 
 def test_an_encoder_has_the_strata_of_the_first_half_of_a_window(case: Callable[[str], Case]) -> None:
@@ -192,6 +192,6 @@ def test_an_encoder_has_the_strata_of_the_first_half_of_a_window(case: Callable[
         ("encoder.block.1", own.tokens.strata[..., :9]),
         ("decoder.block.1", own.tokens.strata[..., 9:]),
     ):
-        wanted = [own.plain.strata(site, masks[:, i : i + 1])[0] if masks[:, i].any() else None for i in range(3)]
-        for found, value in zip(rows[site]["by_stratum"].values(), wanted, strict=True):
-            assert found is None if value is None else found == pytest.approx(value, rel=1e-4)
+        wanted = own.plain.strata(site, masks)
+        for name, found in rows[site]["by_stratum"].items():
+            assert found is None if wanted[name] is None else found == pytest.approx(wanted[name], rel=1e-4)

@@ -26,7 +26,7 @@ def configure(verbose: bool = False, quiet: bool = False) -> None:
     logger.setLevel(level)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
-    logger.addHandler(handler)
+    logger.handlers = [handler]  # the command line may run twice in one process, as it does in tests
     logger.propagate = False
     if quiet or not sys.stderr.isatty():
         _silence_hub()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,23 @@ from typing import Any
 import torch
 
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.errors import DataError, ProbeError
-from ctl_merge.merging import Merge
+from ctl_merge.errors import CheckpointError, DataError, HubError, ProbeError, RecipeError
+from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.model import find_blocks, load_weights, return_freed_memory
 from ctl_merge.probing import ranks
-from ctl_merge.probing.data import DataSpec, TokenSet, cut, load_tokens
+from ctl_merge.probing.data import TokenSet, cut, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
+from ctl_merge.probing.observer import Observations, Rider, Subject
+from ctl_merge.probing.parents import parents_of
 from ctl_merge.probing.placement import Options, place, placed, weight_bytes
-from ctl_merge.probing.report import ProbeReport, build_report
-from ctl_merge.probing.run import Rider, Subject, observe
+from ctl_merge.probing.report import ProbeReport, rebuild
+from ctl_merge.probing.rows import DataSpec
+from ctl_merge.probing.scaling import SCALES, scaled
+from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.texts import default_texts
 from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.roles import roles
+from ctl_merge.roles import roles, short_names
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
 from ctl_merge.writer import pool
@@ -33,12 +37,13 @@ MERGED = "merged"
 
 def probe(
     recipe: Recipe | str | Path | Merge | Sequence[str | Path], data: str | Sequence[str] = (), *,
-    base: str | None = None, options: Options | None = None, **how: Any,
+    base: str | None = None, options: Options | None = None, meter: Meter = no_meter, **how: Any,
 ) -> ProbeReport:  # fmt: skip
     """Probe the merge that a recipe describes, or several recipes over the same models, without writing them.
 
     `data`: specs such as `math=test.jsonl:question,answer` or `wiki=corpus.txt`; the shipped tasks if there is none.
     `base`: the model that the others come from, where the recipe names none. `how`: fields of Options.
+    `meter(what, total)` gives a context in which progress is told: tensors of `weights`, then sequences of `probing`.
 
     >>> import ctl_merge
     >>> report = ctl_merge.probe("recipes/quickstart/ties.yaml", sequences=2, length=16)
@@ -51,70 +56,69 @@ def probe(
     merges = dict(zip(names, opened, strict=True))
     if len({frozenset(merge.recipe.refs) for merge in opened}) > 1 or len(merges) < len(opened):
         raise ProbeError("recipes that are probed together have the same models, and names of their own")
-    return _run(merges, names[0], data, options or Options(**how), base)
+    notes: dict[str, dict[str, Any]] = {name: {} for name in merges}
+    return _run(merges, notes, names[0], data, options or Options(**how), meter, base)
 
 
 def probe_pair(
     models: Sequence[str], base: str, data: str | Sequence[str] = (), *, alphas: Sequence[float] = ALPHAS,
-    options: Options | None = None, **how: Any,
+    options: Options | None = None, meter: Meter = no_meter, **how: Any,
 ) -> ProbeReport:  # fmt: skip
     """The paper's sweep: α θ_i + (1 - α) θ_j for two finetunes of a base, all α in one run."""
     if len(models) != 2:
         raise ProbeError(f"a sweep over α takes two models, not {len(models)}: write a recipe for more")
     merges = {f"α = {a:g}": Merge(_pair_recipe(models, base, a)) for a in alphas}
+    notes = {f"α = {a:g}": {"alpha": float(a)} for a in alphas}
     middle = min(alphas, key=lambda a: abs(a - 0.5))
-    report = _run(merges, f"α = {middle:g}", data, options or Options(**how))
-    for entry, alpha in zip(report.data["merges"], alphas, strict=True):
-        entry["alpha"] = alpha
-    return report
+    return _run(merges, notes, f"α = {middle:g}", data, options or Options(**how), meter)
 
 
 def probe_recipes(
     paths: Sequence[Path], data: Sequence[str], options: Options, sequences: int | None, length: int | None,
-    base: str | None = None,
+    base: str | None = None, meter: Meter = no_meter,
 ) -> ProbeReport:  # fmt: skip
     """Probe recipe files; what is not given here comes from the first one's `probe:` section."""
     section = load_recipe(paths[0]).probe
     if section:
         options = replace(options, sequences=sequences or section.sequences, length=length or section.length)
-    return probe(list(paths), data or (section.data if section else []), base=base, options=options)
+    return probe(list(paths), data or (section.data if section else []), base=base, options=options, meter=meter)
 
 
-def probe_opened(opened: Merge) -> ProbeReport:
+def probe_opened(opened: Merge, meter: Meter = no_meter) -> ProbeReport:
     """Probe a merge as its recipe's `probe:` section says."""
     section = opened.recipe.probe or ProbeSchema()
-    return probe(opened, section.data, sequences=section.sequences, length=section.length)
+    return probe(opened, section.data, sequences=section.sequences, length=section.length, meter=meter)
 
 
 def probe_merged(
     merged: str, models: Sequence[str] = (), base: str | None = None, data: str | Sequence[str] = (), *,
-    options: Options | None = None, **how: Any,
+    options: Options | None = None, meter: Meter = no_meter, **how: Any,
 ) -> ProbeReport:  # fmt: skip
     """A merge that lies in a folder or on the Hub, whatever made it, against its parents and their base.
 
-    Parents and base come from the recipe in the merge's folder where they are not given.
+    Parents and base come from the recipe or the model card in the merge's folder where they are not given.
     """
+    given = bool(models) and base is not None
     if not models or base is None:
-        models, base = _parents_of(merged, models, base)
+        models, base = parents_of(open_checkpoint(ModelRef.parse(merged)).folder, models, base)
     everyone = [*models, merged]
-    opened = Merge(parse_recipe(_recipe_text("task_arithmetic", everyone, [1.0] * len(everyone), base)))
+    try:
+        opened = Merge(parse_recipe(_recipe_text("task_arithmetic", everyone, [1.0] * len(everyone), base)))
+    except (RecipeError, CheckpointError, HubError) as error:
+        if given:
+            raise
+        said = f"{merged} says that it was merged from {', '.join(models)} on {base}"
+        raise ProbeError(f"{error}\n{said}: give --models A B … and --base C where they are now") from None
     opened.fetch()
-    views = {ref.text: opened.merged.parent(ref) for ref in opened.recipe.refs}
-    parents = {_short(model): views[model] for model in models}
-    subject = _subject(views[base], parents, {MERGED: views[merged]}, opened.workers)
-    return _probe(subject, [Rider(MERGED, views[merged])], MERGED, opened, data, options or Options(**how))
-
-
-def _parents_of(merged: str, models: Sequence[str], base: str | None) -> tuple[list[str], str]:
-    """Parents and base as the recipe that lies in a merge's folder names them."""
-    folder = open_checkpoint(ModelRef.parse(merged)).folder
-    for name in ("ctl_merge_recipe.yaml", "mergekit_config.yml"):
-        if (folder / name).is_file():
-            recipe = load_recipe(folder / name)
-            if recipe.base is not None:
-                own = [ref.text for ref in recipe.refs if ref != recipe.base]
-                return list(models) or own, base or recipe.base.text
-    raise ProbeError(f"{merged} does not say what it was merged from: give --models A B … and --base C")
+    views = {ref: opened.merged.parent(ref) for ref in opened.recipe.refs}
+    *refs, own, root = (ModelRef.parse(text) for text in (*models, merged, base))
+    refs = [ref for ref in dict.fromkeys(refs) if ref not in (own, root)]
+    if own == root or not refs:
+        raise ProbeError(f"{merged} has no parents besides itself and its base: give --models A B … and --base C")
+    parents = dict(zip(short_names(refs), (views[ref] for ref in refs), strict=True))
+    subject = _subject(views[root], parents, {MERGED: views[own]}, opened.workers, meter)
+    riders = [Rider(MERGED, views[own])]
+    return _probe(subject, riders, {MERGED: {}}, opened, data, options or Options(**how), meter)
 
 
 def load_model(recipe: Recipe | str | Path, device_map: str | None = None) -> Any:
@@ -140,34 +144,43 @@ def _recipe_text(method: str, models: Sequence[str], weights: Sequence[float], b
 
 
 def _run(
-    merges: Mapping[str, Merge], main: str, data: str | Sequence[str], options: Options, base: str | None = None
-) -> ProbeReport:
+    merges: Mapping[str, Merge], notes: Mapping[str, dict[str, Any]], main: str, data: str | Sequence[str],
+    options: Options, meter: Meter, base: str | None = None,
+) -> ProbeReport:  # fmt: skip
     for merge in merges.values():
         merge.fetch()
     opened = merges[main]
     own, parents = roles(opened, ModelRef.parse(base) if base else None)
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
-    subject = _subject(own, parents, lazy, opened.workers)
+    subject = _subject(own, parents, lazy, opened.workers, meter)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
     if any(spec.dtype in ("BF16", "F16") for spec in opened.merged.tensors.values()):
         place = list(lazy).index(main)
         riders.append(Rider(f"{main}/written", opened.merged, ghost=False, as_written=True, weights_of=place))
-    return _probe(subject, riders, main, opened, data, options)
+    return _probe(subject, riders, {**notes, main: {**notes[main], "main": True}}, opened, data, options, meter)
 
 
 def _subject(
-    base: Checkpoint, parents: Mapping[str, Checkpoint], merges: Mapping[str, Checkpoint], workers: int
+    base: Checkpoint, parents: Mapping[str, Checkpoint], merges: Mapping[str, Checkpoint], workers: int, meter: Meter
 ) -> Subject:
-    with pool(workers) as mapped:
-        weights = task_grams(base, list(parents.values()), list(merges.values()), mapped)
+    with pool(workers) as mapped, meter("weights", len(base.tensors)) as told:
+
+        def telling(function: Callable[[str], Any], names: Iterable[str]) -> Iterator[Any]:
+            for result in mapped(function, names):
+                told(1)
+                yield result
+
+        weights = task_grams(base, list(parents.values()), list(merges.values()), telling)
     return_freed_memory()
     return Subject(base, parents, merges, weights)
 
 
 def _probe(
-    subject: Subject, riders: list[Rider], main: str, opened: Merge, data: str | Sequence[str], options: Options
-) -> ProbeReport:
+    subject: Subject, riders: list[Rider], notes: dict[str, dict[str, Any]], opened: Merge, data: str | Sequence[str],
+    options: Options, meter: Meter,
+) -> ProbeReport:  # fmt: skip
     sets = _token_sets(opened, data, options)
+    main = next((name for name, own in notes.items() if own.get("main")), next(iter(notes)))
     place = list(subject.merges).index(main)
     if options.null and subject.parents:
         riders += _null_riders(subject, main, place)
@@ -177,18 +190,22 @@ def _probe(
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
     running = placed(options, [subject.base, *subject.parents.values(), *(rider.checkpoint for rider in riders)])
     several = ranks.state()
-    observed = observe(subject, riders, ranks.share(sets, several) if several else sets, running)
-    if several:
-        observed = ranks.gather(observed, several)
+    scales = SCALES if options.scaling else ()
+    with meter("probing", (1 + len(scales)) * sum(len(tokens.ids) for tokens in sets)) as told:
+        observed = ranks.observed(subject, riders, sets, running, told, several)
+        nearer: dict[float, Mapping[str, Observations]] = {}
+        for scale in scales:
+            family = scaled(subject, main, scale)
+            own = [Rider(main, family.merges[main], ghost=False)]
+            nearer[scale] = ranks.observed(family, own, sets, running, told, several)
     settings = {
-        "sequences": options.sequences, "length": options.length, "compute": "float32", "statistics": "float64",
+        "sequences": options.sequences, "length": options.length, "special_tokens": options.special_tokens,
+        "chat": options.chat, "compute": "float32", "statistics": "float64",
         "device": running.device, "streamed": running.streamed, "torch": torch.__version__,
         "weight_bytes_in_memory": weight_bytes(running, len(riders) + 1 + len(subject.parents), subject.base),
     }  # fmt: skip
-    report = build_report(subject, riders, observed, settings)
-    report.data["merges"][place]["main"] = True
-    report.data["warnings"] = list(opened.plan.warnings)
-    return report
+    more = {"scaled": nearer, "settings": settings, "warnings": list(opened.plan.warnings)}
+    return rebuild(Statistics.of(subject, riders, observed, notes, **more))
 
 
 def load_empty(checkpoint: Checkpoint) -> Any:
@@ -220,12 +237,12 @@ def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> l
         reason = str(error).partition("\n")[0]
         raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
     tokenizer.model_max_length = 1 << 30  # windows are cut by hand
-    specs = [data] if isinstance(data, str) else list(data)
+    specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
+    twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})
+    if twice:
+        raise DataError(f"several data sets are called {twice[0]}: name them, as in {twice[0]}2=FILE")
+    size = options.sequences, options.length
     if not specs:
         ids = {name: tokenizer(t, add_special_tokens=False)["input_ids"] for name, t in default_texts().items()}
-        return [cut(name, found, tokenizer, options.sequences, options.length) for name, found in ids.items()]
-    return [load_tokens(DataSpec.parse(s), tokenizer, options.sequences, options.length, options.chat) for s in specs]
-
-
-def _short(text: str) -> str:
-    return text.rstrip("/").rpartition("/")[2]
+        return [cut(name, own, tokenizer, *size, special=options.special_tokens) for name, own in ids.items()]
+    return [load_tokens(spec, tokenizer, *size, options.chat, options.special_tokens) for spec in specs]

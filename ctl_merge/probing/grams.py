@@ -6,11 +6,9 @@ sequence and stratum of tokens, summed over tokens in float64: a few KB instead 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,17 +67,7 @@ class Grams:
     sites: dict[str, SiteGrams] = field(default_factory=dict)
     tokens: list[Tensor] = field(default_factory=list)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As named arrays, from which `save` makes a file and every metric can be computed again."""
-        found: dict[str, np.ndarray] = {"tokens": torch.stack(self.tokens).numpy(), "strata": np.array(self.strata)}
-        for site, grams in self.sites.items():
-            found[f"{site}/sources"] = np.array(grams.sources)
-            found[f"{site}/massive"] = np.array(grams.massive)
-            for name in ("gram", "robust", "cosines", "tokens"):
-                found[f"{site}/{name}"] = torch.stack(getattr(grams, name)).numpy()
-        return found
-
-
-def save(path: Path, sets: Mapping[str, Grams]) -> None:
-    """Write the statistics of all data sets as one .npz file, keys `set/site/name`."""
-    np.savez_compressed(path, **{f"{n}/{key}": value for n, g in sets.items() for key, value in g.arrays().items()})  # type: ignore[arg-type]
+    def present(self) -> dict[str, int]:
+        """The strata that have tokens, and how many."""
+        counts = torch.stack(self.tokens).sum(0).int().tolist()
+        return {name: count for name, count in zip(self.strata, counts, strict=True) if count}

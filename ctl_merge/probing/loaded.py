@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.header import TensorSpec
+from ctl_merge.probing.data import STRATA
+from ctl_merge.probing.observer import BASE, Rider, Subject
 from ctl_merge.probing.report import ProbeReport, build_report
-from ctl_merge.probing.run import BASE, Rider, Session, Subject
+from ctl_merge.probing.run import Session
 from ctl_merge.weights import task_grams
 
 ALL_TOKENS = "input"
@@ -63,9 +65,9 @@ class observing:
 
     def run(self, ids: Tensor) -> None:
         """Observe one batch of token ids (B, T), without padding."""
-        strata = torch.zeros(len(ids), 3, ids.shape[1], dtype=torch.bool)
-        strata[:, 0, 0] = True  # the first token apart, the others together: there is no tokenizer to tell delimiters
-        strata[:, 2, 1:] = True
+        strata = torch.zeros(len(ids), len(STRATA), ids.shape[1], dtype=torch.bool)
+        strata[:, STRATA.index("first"), 0] = True  # there is no tokenizer to tell delimiters
+        strata[:, STRATA.index("other"), 1:] = True
         self._session.run(ids, strata)
 
     def report(self) -> ProbeReport:

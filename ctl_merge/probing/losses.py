@@ -28,6 +28,10 @@ class Losses:
     agree: dict[str, list[float]] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
 
+    def names(self, table: str) -> list[str]:
+        """Whose rows a table has: of all models, or of the merges."""
+        return self.models if table == "nll" else self.riders
+
     @property
     def count(self) -> int:
         """Sequences so far."""

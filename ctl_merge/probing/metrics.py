@@ -7,12 +7,15 @@ follow from inner products of such combinations. Zhou et al., ICML 2024 (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from ctl_merge.probing.intervals import Draws
+
 Array = np.ndarray
-DRAWS = 1000
 RESOLUTION = 1e-13  # squared distance of features that float32 cannot tell apart, against their squared norm
 
 
@@ -21,17 +24,17 @@ def unit(index: int, size: int) -> Array:
     return np.eye(size)[index]
 
 
-def interpolation(coefficients: Array, size: int) -> Array:
-    """I as a combination of the sources: (1 - Σc) F_0 + Σ c_i F_i."""
+def interpolation(coefficients: Array, size: int, parents: Sequence[int] | None = None) -> Array:
+    """I as a combination of the sources: (1 - Σc) F_0 + Σ c_i F_i; `parents`: their places, 1..k by default."""
     found = np.zeros(size)
     found[0] = 1 - coefficients.sum()
-    found[1 : 1 + len(coefficients)] = coefficients
+    found[list(parents or range(1, 1 + len(coefficients)))] = coefficients
     return found
 
 
 def inner(gram: Array, a: Array, b: Array) -> Array:
     """<a, b> for combinations of the sources: gram (..., M, M) -> (...)."""
-    return np.einsum("m,...mn,n->...", a, gram, b)
+    return gram.reshape(*gram.shape[:-2], -1) @ np.outer(a, b).ravel()
 
 
 def cosine(gram: Array, a: Array, b: Array) -> Array:
@@ -40,17 +43,17 @@ def cosine(gram: Array, a: Array, b: Array) -> Array:
     return np.divide(inner(gram, a, b), norms, out=np.full_like(norms, np.nan), where=norms > 0)
 
 
-def disagreement(gram: Array, coefficients: Array) -> Array:
+def disagreement(gram: Array, coefficients: Array, parents: Sequence[int] | None = None) -> Array:
     """Σ |α_i| ‖F_i - F̄‖², F̄ = Σ α_i F_i / Σ α_i = I, over base and parents with α_0 = 1 - Σ c.
 
     For a convex combination of two parents it is α(1-α) ‖F_i - F_j‖². Absolute values keep it a size where the
     coefficients extrapolate (task arithmetic has α_0 < 0). 0 where it is below what the features resolve.
     """
     size = gram.shape[-1]
-    centre = interpolation(coefficients, size)
-    shares = centre[: 1 + len(coefficients)]
-    found = sum(abs(a) * inner(gram, unit(i, size) - centre, unit(i, size) - centre) for i, a in enumerate(shares))
-    largest = np.diagonal(gram, axis1=-2, axis2=-1)[..., : len(shares)].max(-1)
+    places = [0, *(parents or range(1, 1 + len(coefficients)))]
+    centre = interpolation(coefficients, size, parents)
+    found = sum(abs(centre[i]) * inner(gram, unit(i, size) - centre, unit(i, size) - centre) for i in places)
+    largest = np.diagonal(gram, axis1=-2, axis2=-1)[..., places].max(-1)
     return np.where(found > RESOLUTION * largest, found, 0.0)
 
 
@@ -61,67 +64,112 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     return np.sqrt(np.divide(numerator, denominator, out=missing, where=denominator > 0))
 
 
-def least_squares(gram: Array, target: Array, count: int) -> tuple[Array, float]:
-    """ĉ = argmin ‖target - F_0 - Σ c_i (F_i - F_0)‖² and its R², from a Gram (M, M); parents are sources 1..count."""
-    size = gram.shape[-1]
-    deltas = [unit(i, size) - unit(0, size) for i in range(1, count + 1)]
-    wanted = target - unit(0, size)
-    normal = np.array([[inner(gram, a, b) for b in deltas] for a in deltas])
-    right = np.array([inner(gram, a, wanted) for a in deltas])
-    total = float(inner(gram, wanted, wanted))
-    coefficients = np.linalg.lstsq(normal, right, rcond=1e-10)[0]
-    left = total - 2 * coefficients @ right + coefficients @ normal @ coefficients
-    return coefficients, float(np.clip(1 - left / total, 0, 1)) if total > 0 else float("nan")
+class Fit:
+    """ĉ = argmin ‖target - F_0 - Σ c_i (F_i - F_0)‖² on a Gram (..., M, M); parents are sources 1..count."""
+
+    def __init__(self, gram: Array, count: int) -> None:
+        self.gram, self.base = gram, unit(0, gram.shape[-1])
+        self.deltas = np.eye(gram.shape[-1])[1 : 1 + count] - self.base
+        self.normal = self.deltas @ gram @ self.deltas.T
+        self.inverse = np.linalg.pinv(self.normal, rcond=1e-10, hermitian=True)
+
+    def coefficients(self, target: Array) -> tuple[Array, Array]:
+        """ĉ (..., count), the smallest where parents are collinear, and R² (...), NaN where the target is the base."""
+        wanted = target - self.base
+        right = self.gram @ wanted @ self.deltas.T
+        found = np.einsum("...ij,...j->...i", self.inverse, right)
+        total = inner(self.gram, wanted, wanted)
+        left = total - 2 * (found * right).sum(-1) + np.einsum("...i,...ij,...j->...", found, self.normal, found)
+        missing = np.full_like(total, np.nan)
+        return found, np.clip(1 - np.divide(left, total, out=missing, where=total > 0), 0, 1)
 
 
 @dataclass(frozen=True)
-class SiteMetrics:
-    """The numbers of one merge at one site, over the sequences of one data set."""
+class Sources:
+    """Where a merge's features are among the sources of a site; None where they were not taken.
 
-    nonlinearity: float  # R: how large dev is against the parents' disagreement
-    nonlinearity_interval: tuple[float, float]
-    nonlinearity_robust: float  # without the massive dimensions
-    cos: float  # E cos(F_m, I) over sequences, flattened over tokens (the paper's)
-    cos_token: float  # the same per token
-    coef: float  # E <F_m, I> / ‖I‖²
-    cos_parents: float  # E cos(F_i, F_j), mean over pairs
-    cos_to_parents: list[float]
-    effective_feature: list[float]  # ĉ in feature space
-    explained_feature: float  # its R²
-    local: float | None  # ‖B_m(I) - I'‖ against the disagreement: what the block creates
-    propagated: float | None  # ‖F_m - B_m(I)‖: what it inherits and amplifies
-    relative_deviation: float  # ‖dev‖ / ‖I‖
+    `null_parent`: the parent's stand-in with random signs, which `null` has in place of the last parent.
+    """
+
+    merged: int
+    ghost: int | None = None
+    written: int | None = None
+    null: int | None = None
+    null_parent: int | None = None
+
+    @classmethod
+    def of(cls, name: str, sources: Sequence[str]) -> Sources:
+        """The places of the merge `name` and of its variants, by their names."""
+        names = ("ghost", "written", "null", "null-parent")
+        found = [sources.index(full) if (full := f"{name}/{n}") in sources else None for n in names]
+        return cls(sources.index(name), *found)
 
 
-def site_metrics(
-    gram: Array, robust: Array, token_cosine: float, coefficients: Array, merged: int, ghost: int | None,
-    generator: np.random.Generator,
-) -> SiteMetrics:  # fmt: skip
-    """All numbers of a merge from the Grams of N sequences: gram, robust (N, M, M); `merged`, `ghost`: sources."""
-    size, count = gram.shape[-1], len(coefficients)
-    centre, own = interpolation(coefficients, size), unit(merged, size)
-    deviation, apart = inner(gram, own - centre, own - centre), disagreement(gram, coefficients)
-    draws = generator.integers(0, len(gram), (DRAWS, len(gram)))
-    resampled = ratio(deviation[draws].sum(1), apart[draws].sum(1))
-    finite = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
-    parents = [unit(i, size) for i in range(1, count + 1)]
-    pairs = [cosine(gram, a, b).mean() for i, a in enumerate(parents) for b in parents[i + 1 :]]
-    feature, explained = least_squares(gram.sum(0), own, count)
+class Site:
+    """The Gram matrices of one site over the N sequences of a data set, and what follows from them.
 
-    def against(part: Array) -> float:
-        return float(ratio(inner(gram, part, part).sum(), apart.sum()))
+    gram (N, M, M); robust (M, M), the sum without the massive dimensions; parents are sources 1..count.
+    """
 
-    robust_deviation = inner(robust, own - centre, own - centre).sum()
-    return SiteMetrics(
-        nonlinearity=float(ratio(deviation.sum(), apart.sum())), nonlinearity_interval=(float(low), float(high)),
-        nonlinearity_robust=float(ratio(robust_deviation, disagreement(robust, coefficients).sum())),
-        cos=float(cosine(gram, own, centre).mean()), cos_token=token_cosine,
-        coef=float((inner(gram, own, centre) / inner(gram, centre, centre)).mean()),
-        cos_parents=float(np.mean(pairs)) if pairs else float("nan"),
-        cos_to_parents=[float(cosine(gram, own, parent).mean()) for parent in parents],
-        effective_feature=feature.tolist(), explained_feature=explained,
-        local=against(unit(ghost, size) - centre) if ghost is not None else None,
-        propagated=against(own - unit(ghost, size)) if ghost is not None else None,
-        relative_deviation=float(np.sqrt(max(deviation.sum(), 0) / inner(gram, centre, centre).sum())),
-    )  # fmt: skip
+    def __init__(self, gram: Array, robust: Array, count: int, draws: Draws) -> None:
+        self.gram, self.robust, self.count, self.draws = gram, robust, count, draws
+        self.size, self.drawn = gram.shape[-1], draws.sums(gram)  # (1 + DRAWS, M, M)
+
+    @cached_property
+    def fit(self) -> Fit:
+        """Least squares on every draw, the same for all merges."""
+        return Fit(self.drawn, self.count)
+
+    def drawn_numbers(self, c: Array, at: Sources) -> dict[str, Array]:
+        """Numbers that have an interval, on every draw: (1 + DRAWS,), ĉ (1 + DRAWS, k).
+
+        nonlinearity: R, how large dev is against the parents' disagreement. cos: E cos(F_m, I) over sequences,
+        flattened over tokens (the paper's). coef: E <F_m, I> / ‖I‖². effective_feature: ĉ in feature space;
+        explained_feature: its R². local: ‖B_m(I) - I‖ against the disagreement, what the block creates; propagated:
+        ‖F_m - B_m(I)‖, what it inherits and amplifies. nonlinearity_written: R of the merge as written; floor: what
+        rounding alone would look like. nonlinearity_null: R of a merge with a random task vector.
+        """
+        centre, own = interpolation(c, self.size), unit(at.merged, self.size)
+        apart = disagreement(self.drawn, c)
+
+        def against(part: Array) -> Array:
+            return ratio(inner(self.drawn, part, part), apart)
+
+        feature, explained = self.fit.coefficients(own)
+        found = {
+            "nonlinearity": against(own - centre),
+            "cos": self.draws.means(cosine(self.gram, own, centre)),
+            "coef": self.draws.means(inner(self.gram, own, centre) / inner(self.gram, centre, centre)),
+            "effective_feature": feature, "explained_feature": explained,
+        }  # fmt: skip
+        if at.ghost is not None:
+            ghost = unit(at.ghost, self.size)
+            found |= {"local": against(ghost - centre), "propagated": against(own - ghost)}
+        if at.written is not None:
+            written = unit(at.written, self.size)
+            found |= {"nonlinearity_written": against(written - centre), "floor": against(written - own)}
+        if at.null is not None and at.null_parent is not None:
+            parents = [*range(1, self.count), at.null_parent]
+            deviation = unit(at.null, self.size) - interpolation(c, self.size, parents)
+            spread = disagreement(self.drawn, c, parents)
+            found["nonlinearity_null"] = ratio(inner(self.drawn, deviation, deviation), spread)
+        return found
+
+    def plain_numbers(self, c: Array, at: Sources) -> dict[str, float | list[float]]:
+        """Numbers without an interval.
+
+        nonlinearity_robust: R without the massive dimensions. cos_parents: E cos(F_i, F_j), mean over pairs.
+        cos_to_parents: E cos(F_m, F_i). relative_deviation: ‖dev‖ / ‖I‖.
+        """
+        centre, own = interpolation(c, self.size), unit(at.merged, self.size)
+        parents = [unit(i, self.size) for i in range(1, self.count + 1)]
+        pairs = [cosine(self.gram, a, b).mean() for i, a in enumerate(parents) for b in parents[i + 1 :]]
+        deviation = own - centre
+        size = inner(self.drawn[0], deviation, deviation) / inner(self.drawn[0], centre, centre)
+        apart = disagreement(self.robust, c)
+        return {
+            "nonlinearity_robust": float(ratio(inner(self.robust, deviation, deviation), apart)),
+            "cos_parents": float(np.mean(pairs)) if pairs else float("nan"),
+            "cos_to_parents": [float(cosine(self.gram, own, parent).mean()) for parent in parents],
+            "relative_deviation": float(np.sqrt(max(size, 0))),
+        }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.header import MERGEABLE
 from ctl_merge.methods.noise import uniform
 
@@ -37,12 +37,16 @@ class Combination(Checkpoint):
         self.coefficients = coefficients
         self.tensors, self.config = base.tensors, base.config
 
+    def block(self, tensor: str) -> int:
+        return max(checkpoint.block(tensor) for checkpoint in (self.base, *self.parents))
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         self.base.read_into(tensor, out, start)
         if self.tensors[tensor].dtype not in MERGEABLE:
             return
-        for begin in range(0, out.numel(), CHUNK):
-            piece = out[begin : begin + CHUNK]
+        step = self.block(tensor)
+        for begin in range(0, out.numel(), step):
+            piece = out[begin : begin + step]
             own, other = piece.clone(), torch.empty_like(piece)
             for parent, coefficient in zip(self.parents, self.coefficients, strict=True):
                 parent.read_into(tensor, other, start + begin)

@@ -21,7 +21,9 @@ class Options:
     `device_map`: cpu, cuda:N, disk (weights are read block by block, so that memory does not grow with depth), or auto
     (the default), which reads so what exceeds half the memory, or `max_memory`, such as `cpu=8GiB`. `patch`: replace
     each block's features in turn by the interpolation and see what the loss gains. `null`: probe a random task vector
-    of the same size as well.
+    of the same size as well. `special_tokens`: put each window between the special tokens that the tokenizer adds to
+    a text. `scaling`: probe the task vectors at a quarter and a half of their size too, to see where the deviation
+    grows with the square.
     """
 
     sequences: int = 64
@@ -33,6 +35,8 @@ class Options:
     chat: bool = False
     patch: bool = False
     null: bool = False
+    special_tokens: bool = False
+    scaling: bool = False
 
 
 def placed(options: Options, checkpoints: Sequence[Checkpoint]) -> Running:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from ctl_merge.errors import DeviceError
 from ctl_merge.probing.data import TokenSet
-from ctl_merge.probing.run import Observations
+from ctl_merge.probing.observer import Observations, Rider, Subject
+from ctl_merge.probing.run import Running, observe
 
 
 def state() -> Any:
@@ -27,6 +28,20 @@ def state() -> Any:
     if found.num_processes != asked:
         raise DeviceError(f"{asked} processes were asked for and {found.num_processes} came up: use torchrun")
     return found
+
+
+def observed(
+    subject: Subject, riders: Sequence[Rider], sets: Sequence[TokenSet], running: Running,
+    told: Callable[[int], object], ranks: Any,
+) -> dict[str, Observations]:  # fmt: skip
+    """What `observe` finds, the sequences shared by all ranks (None: there is one process)."""
+    if ranks is None:
+        return observe(subject, riders, sets, running, told)
+
+    def told_of_all(count: int) -> None:
+        told(count * ranks.num_processes)
+
+    return gather(observe(subject, riders, share(sets, ranks), running, told_of_all), ranks)
 
 
 def share(sets: Sequence[TokenSet], ranks: Any) -> list[TokenSet]:

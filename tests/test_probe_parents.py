@@ -104,14 +104,15 @@ def test_a_list_of_models_needs_to_know_the_base(tmp_path: Path) -> None:
     [
         (None, "there is no recipe and no README.md in it"),
         ("---\nbase_model: [1, {a: b}]\n---\n", "does not say"),
-        ("---\nbase_model: *nothing\n---\n", "the metadata of README.md, line 2: not a YAML recipe"),
+        ("---\nbase_model: *nothing\n---\n", "the metadata of README.md is not YAML: found undefined alias"),
+        ("---\nbase_model: " + "[" * 5000 + "\n---\n", "the metadata of README.md is not YAML"),
         ("no metadata\n---\nbase_model: org/a\n---\n", "does not say"),
-        (MERGEKIT.replace("{recipe}", "merge_method: karcher\nmodels: [{model: org/a}]"), "karcher"),
+        (MERGEKIT.replace("{recipe}", "merge_method: no_such\nmodels: [{model: org/a}]"), "no_such"),
         (MERGEKIT.replace("{recipe}", "merge_method: linear\nmodels: [{model: org/a, parameters: {weight: 1}}]"),
          "README.md names no base_model"),
         ("\x00\xff" * 1000, "does not say"),
     ],
-    ids=["none", "no names", "broken", "no front matter", "unknown method", "no base", "noise"],
+    ids=["none", "no names", "broken", "deep", "no front matter", "unknown method", "no base", "noise"],
 )  # fmt: skip
 def test_a_merge_that_does_not_say_is_told_with_what_was_found(card: str | None, reason: str, tmp_path: Path) -> None:
     if card is not None:

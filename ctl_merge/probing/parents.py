@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctl_merge.document import Document
+import yaml
+
 from ctl_merge.errors import CtlMergeError, ProbeError, RecipeError
 from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
@@ -67,9 +68,9 @@ def _listed(folder: Path, seen: list[str]) -> list[str]:
     if before.strip() or not front.strip():
         return []
     try:
-        data = Document.parse(front, f"the metadata of {CARD}")[0].data
-    except RecipeError as error:
-        seen.append(_first(error))
+        data = yaml.safe_load(front)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        seen.append(f"the metadata of {CARD} is not YAML: {_first(error)}")
         return []
     models = data.get("base_model") if isinstance(data, dict) else None
     models = [models] if isinstance(models, str) else models

@@ -20,7 +20,7 @@ ROWS = [row.split() for row in (
     "probing.wording",
     "probing.verdict probing.svg",
     "probing.depth probing.section probing.terminal",
-    "probing.curves probing.coefficients probing.waterfall probing.patches probing.alphas",
+    "probing.curves probing.coefficients probing.waterfall probing.patches probing.alphas probing.comparisons",
     "probing.figures",
     "probing.page",
     "reference methods.registry methods.agreement probing.losses",

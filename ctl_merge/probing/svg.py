@@ -138,13 +138,13 @@ class Panel:
         if any(path):
             self.canvas.add("path", d="".join(path), fill="none", **({"stroke_width": 2} | look))
 
-    def whisker(self, x: float, found: Any, series: int, cap: float = 3) -> None:
+    def whisker(self, x: float, found: Any, colour: str, cap: float = 3) -> None:
         """A 95 % interval."""
         low, high = number(found, "low"), number(found, "high")
         if low is not None and high is not None:
             across = f"{-cap:.1f} 0h{2 * cap:.1f}"
             d = f"M{x:.1f} {self.y(low):.1f}m{across}m{across[: across.index('h')]}V{self.y(high):.1f}m{across}"
-            self.canvas.add("path", d=d, stroke=series_colour(series), stroke_width=1.5)
+            self.canvas.add("path", d=d, stroke=colour, stroke_width=1.5)
 
 
 def shorten(text: str, length: int) -> str:
@@ -181,8 +181,14 @@ def tick_text(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
+def round_ends(values: Iterable[float | None], least: float = 0.05) -> tuple[float, float]:
+    """Round ends of a scale that holds 0, `least` and all values."""
+    known = [0.0, least, *(v for v in values if v is not None)]
+    low, high = min(known), max(known)
+    step = round_step(high - low)
+    return step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
+
+
 def round_top(values: Iterable[float | None], least: float = 0.05) -> float:
     """A round end of a scale above all values."""
-    most = max([least, *(v for v in values if v is not None)])
-    step = round_step(most)
-    return step * math.ceil(most / step - 1e-9)
+    return round_ends((v for v in values if v is None or v > 0), least)[1]

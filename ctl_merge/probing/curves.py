@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ctl_merge.probing.depth import Depth, along, points, sites, where
+from ctl_merge.probing.depth import Depth, along, panel_height, points, sites, where
 from ctl_merge.probing.record import Data, bounded, number
 from ctl_merge.probing.svg import Canvas, Figure, Panel, round_top, series_colour
 from ctl_merge.probing.wording import interval
@@ -113,7 +113,7 @@ def origin_figure(data: Data) -> Figure | None:
     high = round_top(v for by in sets.values() for key in drawn for v in along(by, depth, key))
     canvas = Canvas()
     for name, by in sets.items():
-        panel = Panel(canvas, 0, high, height=150, title=name)
+        panel = Panel(canvas, 0, high, height=panel_height(len(sets)), title=name)
         _bars(panel, depth, by, keys, name)
         panel.line(points(along(by, depth, "nonlinearity"), depth), stroke="ink", stroke_width=1.5)
         depth.axis(panel.canvas, panel.top)

@@ -95,6 +95,11 @@ def where(label: str) -> str:
     return "norm and head" if label == HEAD else label if label.endswith("input") else f"block {label}"
 
 
+def panel_height(count: int) -> int:
+    """Of panels beneath each other, so that many of them remain one figure."""
+    return 150 if count <= 3 else 100
+
+
 def line_panels(
     panels: Mapping[str, Sequence[Line]], depth: Depth, unit: str = "R", expected: float | None = None
 ) -> Canvas:
@@ -102,7 +107,7 @@ def line_panels(
     low, high = round_ends([v for lines in panels.values() for line in lines for v in line.values], expected or 0.05)
     canvas = Canvas()
     for name, lines in panels.items():
-        panel = Panel(canvas, low, high, height=150, title=name, unit=unit)
+        panel = Panel(canvas, low, high, height=panel_height(len(panels)), title=name, unit=unit)
         if expected is not None:
             panel.line([(depth.left, expected), (RIGHT, expected)], stroke="soft", stroke_dasharray="2 3")
         for line in lines:

@@ -50,15 +50,16 @@ class Canvas:
     def text(self, x: float, y: float, text: str, room: float = 999, **attributes: Any) -> None:
         """Text, shortened in its middle to fit `room` pixels."""
         size = attributes.setdefault("font_size", 12)
-        fitted = shorten(text, int(room / (0.6 * size)))
+        wide = 0.7 if attributes.get("font_weight", 400) >= 600 else 0.6  # of a letter, in wide fonts
+        fitted = shorten(text, int(room / (wide * size)))
         written = " ".join(f'{k.replace("_", "-")}="{attribute(v)}"' for k, v in ({"fill": "ink"} | attributes).items())
         tip = f"<title>{markup(text)}</title>" if fitted != text else ""
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" {written}>{tip}{markup(fitted)}</text>')
 
     def mark(self, x: float, y: float, series: int, tip: str, hollow: bool = False, size: float = 1) -> None:
-        """A point, whose shape says its series as its colour does, with a larger target for the pointer."""
+        """A point with a larger target for the pointer; its colour and shape together say its series."""
         points = {1: "M-4-4h8v8h-8z", 2: "M0-5.5L5 4H-5z", 3: "M0-5.5L5.5 0 0 5.5-5.5 0z", 4: "M-4.5-1.5h9v3h-9z"}
-        shape = points.get(series % _SERIES, "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")
+        shape = points.get((series + series // _SERIES) % _SERIES, "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")
         colour = series_colour(series)
         look = {"fill": "paper" if hollow else colour, "stroke": colour, "stroke_width": 1.5}
         self.add("path", tip, d=shape, transform=f"translate({x:.1f} {y:.1f}) scale({size:.2f})", **look)

@@ -23,7 +23,7 @@ ROWS = [row.split() for row in (
     "methods.__init__ checkpoint chat_template tokenizer_files devices",
     "probing.section probing.terminal probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher "
-    "methods.model_stock rows recipe_tokenizer writer model weights probing.null stored step",
+    "methods.model_stock rows recipe_tokenizer writer model weights probing.null stored step probing.comparisons",
     "probing.figures methods.builtin recipe_schema pickled probing.observer",
     "probing.page recipe schema probing.run probing.blocks probing.costs probing.statistics",
     "source_vocabularies slices check correspondence probing.ranks probing.placement probing.parents "

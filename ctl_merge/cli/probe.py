@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from ctl_merge.cli.arguments import JsonFlag, require_recipe
-from ctl_merge.cli.terminal import configure, print_table
+from ctl_merge.cli.terminal import configure, meter, print_table
 
 
 class ManyModels(TyperCommand):
@@ -56,6 +56,12 @@ def probe(
         bool, typer.Option("--patch", help="Also replace each block's features by the linear ones.")
     ] = False,
     null: Annotated[bool, typer.Option("--null", help="Also probe a random task vector of the same size.")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also scale the task vectors down, to see where linearity must hold.")
+    ] = False,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Put each window between the tokenizer's special tokens.")
+    ] = False,
     device_map: Annotated[
         str | None, typer.Option(help="cpu, cuda:N, auto, or disk: weights are read block by block.", metavar="MAP")
     ] = None,
@@ -74,14 +80,14 @@ def probe(
 
     options = api.Options(
         sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
-        blocks=blocks, chat=chat, patch=patch, null=null,
+        blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
     )  # fmt: skip
     if recipes and not (models or merged):
-        report = api.probe_recipes(recipes, data or [], options, sequences, length, base)
+        report = api.probe_recipes(recipes, data or [], options, sequences, length, base, meter=meter())
     elif merged is not None and not recipes:
-        report = api.probe_merged(merged, models or [], base, data or [], options=options)
+        report = api.probe_merged(merged, models or [], base, data or [], options=options, meter=meter())
     elif models and base and not recipes:
-        report = api.probe_pair(models, base, data or [], options=options)
+        report = api.probe_pair(models, base, data or [], options=options, meter=meter())
     else:
         raise typer.BadParameter("give a RECIPE, or --models A B --base C, or --merged FOLDER")
     if output:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ctl_merge.probing.depth import Depth, along, points, sites, where
+from ctl_merge.probing.depth import Depth, along, panel_height, points, sites, where
 from ctl_merge.probing.record import Data, bounded, number
 from ctl_merge.probing.svg import Canvas, Figure, Panel, round_top, series_colour
-from ctl_merge.probing.wording import interval, shown
+from ctl_merge.probing.wording import interval
 
 
 def nonlinearity_figure(data: Data) -> Figure | None:
@@ -59,7 +59,7 @@ def _beside(row: Data) -> list[str]:
         "nonlinearity_robust": "without massive dimensions", "nonlinearity_written": "as written",
         "nonlinearity_null": "random task vector", "floor": "rounding alone", "cos": "cos",
     }  # fmt: skip
-    return [f"{text}: {shown(value)}" for key, text in names.items() if (value := number(row, key)) is not None]
+    return [f"{text}: {interval(bounded(row, key))}" for key, text in names.items() if number(row, key) is not None]
 
 
 def cosine_figure(data: Data) -> Figure | None:
@@ -109,11 +109,12 @@ def origin_figure(data: Data) -> Figure | None:
     sets = {n: by for n, by in sets.items() if any(number(r, "local") is not None for r in by.values())}
     if not sets:
         return None
-    high = round_top(v for by in sets.values() for key in (*keys, "nonlinearity") for v in along(by, depth, key))
+    drawn = (*keys, *(f"{key}_high" for key in keys), "nonlinearity")
+    high = round_top(v for by in sets.values() for key in drawn for v in along(by, depth, key))
     canvas = Canvas()
     for name, by in sets.items():
-        panel = Panel(canvas, 0, high, height=150, title=name)
-        _bars(panel, depth, [(text, along(by, depth, key)) for key, text in keys.items()], name)
+        panel = Panel(canvas, 0, high, height=panel_height(len(sets)), title=name)
+        _bars(panel, depth, by, keys, name)
         panel.line(points(along(by, depth, "nonlinearity"), depth), stroke="ink", stroke_width=1.5)
         depth.axis(panel.canvas, panel.top)
     canvas.legend([(text, {"stroke": series_colour(i + 3), "stroke_width": 9}) for i, text in enumerate(keys.values())]
@@ -123,36 +124,6 @@ def origin_figure(data: Data) -> Figure | None:
         "What each block adds to the deviation when its input is exactly linear, and what it passes on from the "
         "blocks before it, both on the scale of R. The two are vectors: their squares need not add up to R².",
         canvas.svg("Bar chart of the local and the propagated part of the deviation by block"),
-    )  # fmt: skip
-
-
-def parts_figure(data: Data) -> Figure | None:
-    found = dict.fromkeys(r["part"] for f in data["sets"].values() for r in f["blocks"] if r["index"] is not None)
-    parts = [part for part in found if part != "block"] + ["block"]
-    if len(parts) < 2:
-        return None
-    by_part = {part: sites(data, (part,))[0] for part in parts}
-    _, depth = sites(data)
-    known = [number(r, "nonlinearity") for sets in by_part.values() for by in sets.values() for r in by.values()]
-    if not any(v is not None for v in known) or not depth.labels:
-        return None
-    canvas, high = Canvas(), round_top(known)
-    for name in data["sets"]:
-        panel = Panel(canvas, 0, high, height=150, title=name)
-        for i, part in enumerate(parts):
-            values = along(by_part[part].get(name, {}), depth, "nonlinearity")
-            panel.line(points(values, depth), stroke=series_colour(i + 2))
-            for n, value in enumerate(values):
-                if value is not None:
-                    tip = f"{name}, {where(depth.labels[n])}, {part}\nR = {shown(value)}"
-                    canvas.mark(depth.x(n), panel.y(value), i + 2, tip, size=depth.size)
-        depth.axis(panel.canvas, panel.top)
-    canvas.legend([("after the block" if part == "block" else part, i + 2) for i, part in enumerate(parts)])
-    return Figure(
-        "parts", "R inside the blocks",
-        "R at the outputs of a block's parts, before they are added to the residual stream, beside R after the block. "
-        "A part stands out above its neighbours where it, rather than what it reads, is bent.",
-        canvas.svg("Line chart of R at the parts of each block"),
     )  # fmt: skip
 
 
@@ -170,13 +141,16 @@ def _band(panel: Panel, depth: Depth, by: Mapping[str, Data], i: int) -> None:
         panel.canvas.add("path", d=f"M{'L'.join(edge)}z", fill=series_colour(i), fill_opacity="0.22")
 
 
-def _bars(panel: Panel, depth: Depth, columns: Sequence[tuple[str, Sequence[float | None]]], name: str) -> None:
-    """Bars side by side at each block, one look for each column."""
-    width = min(0.8 * depth.step / len(columns), 22)
-    for k, (label, values) in enumerate(columns):
-        for n, value in enumerate(values):
-            if value is not None:
-                x = depth.x(n) + (k - len(columns) / 2) * width
-                tip = f"{name}, {where(depth.labels[n])}\n{label}: {shown(value)}"
-                y, drawn = panel.y(value), width - 1 if width > 4 else width
-                panel.canvas.add("rect", tip, x=x, y=y, width=drawn, height=panel.y(0) - y, fill=series_colour(k + 3))
+def _bars(panel: Panel, depth: Depth, by: Mapping[str, Data], keys: Mapping[str, str], name: str) -> None:
+    """Bars side by side at each block, one look for each key, with their intervals where there is room."""
+    width = min(0.8 * depth.step / len(keys), 22)
+    for k, (key, label) in enumerate(keys.items()):
+        for n, place_ in enumerate(depth.labels):
+            found = bounded(by.get(place_, {}), key)
+            if found["value"] is None:
+                continue
+            x, y = depth.x(n) + (k - len(keys) / 2) * width, panel.y(found["value"])
+            tip, drawn = f"{name}, {where(place_)}\n{label}: {interval(found)}", width - 1 if width > 4 else width
+            panel.canvas.add("rect", tip, x=x, y=y, width=drawn, height=panel.y(0) - y, fill=series_colour(k + 3))
+            if width > 6:
+                panel.whisker(x + drawn / 2, found, "ink", cap=2)

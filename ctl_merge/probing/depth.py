@@ -6,7 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ctl_merge.probing.record import Data, number, place, rows
-from ctl_merge.probing.svg import LEFT, RIGHT, Canvas, Point
+from ctl_merge.probing.svg import LEFT, RIGHT, Canvas, Panel, Point, round_ends, series_colour
+
+HEAD = "logits"  # what comes after the last block, as probe.json names it
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a panel: at each place its value and tooltip, and whether the mark is hollow."""
+
+    name: str
+    series: int
+    values: Sequence[float | None]
+    tips: Sequence[str]
+    hollow: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -34,11 +47,14 @@ class Depth:
         y = canvas.height + 11
         starts = [i for i, stack in enumerate(self.stacks) if i == 0 or stack != self.stacks[i - 1]]
         stride = next(n for n in (1, 2, 4, 5, 10, 20, 50, 10**6) if n * self.step >= 22)
+        end = self.x(len(self.labels) - 1) - 34 if self.labels[-1] == HEAD else RIGHT
         for i, label in enumerate(self.labels):
             number_ = label.rpartition(" ")[2]
-            if not number_.isdigit() and self.step >= 22:
+            if label == HEAD:
+                canvas.text(min(self.x(i), RIGHT - 8), y, "head", text_anchor="middle", fill="soft")
+            elif not number_.isdigit() and self.step >= 22:
                 canvas.text(self.x(i), y, "in", text_anchor="middle", fill="soft")
-            elif number_.isdigit() and int(number_) % stride == 0:
+            elif number_.isdigit() and int(number_) % stride == 0 and (self.step >= 34 or self.x(i) <= end):
                 canvas.text(self.x(i), y, number_, text_anchor="middle", fill="soft")
         for i in starts[1:] if top < canvas.height - 6 else ():
             x = self.x(i - 0.5)
@@ -76,4 +92,31 @@ def points(values: Sequence[float | None], depth: Depth) -> list[Point | None]:
 
 def where(label: str) -> str:
     """A place as tooltips name it."""
-    return label if label.endswith("input") else f"block {label}"
+    return "norm and head" if label == HEAD else label if label.endswith("input") else f"block {label}"
+
+
+def panel_height(count: int) -> int:
+    """Of panels beneath each other, so that many of them remain one figure."""
+    return 150 if count <= 3 else 100
+
+
+def line_panels(
+    panels: Mapping[str, Sequence[Line]], depth: Depth, unit: str = "R", expected: float | None = None
+) -> Canvas:
+    """A panel for each data set, all on one scale, and a legend of the lines; a rule where a value is `expected`."""
+    low, high = round_ends([v for lines in panels.values() for line in lines for v in line.values], expected or 0.05)
+    canvas = Canvas()
+    for name, lines in panels.items():
+        panel = Panel(canvas, low, high, height=panel_height(len(panels)), title=name, unit=unit)
+        if expected is not None:
+            panel.line([(depth.left, expected), (RIGHT, expected)], stroke="soft", stroke_dasharray="2 3")
+        for line in lines:
+            panel.line(points(line.values, depth), stroke=series_colour(line.series))
+            for n, value in enumerate(line.values):
+                if value is not None:
+                    hollow = bool(line.hollow) and line.hollow[n]
+                    tip = f"{name}, {where(depth.labels[n])}\n{line.tips[n]}"
+                    canvas.mark(depth.x(n), panel.y(value), line.series, tip, hollow=hollow, size=depth.size)
+        depth.axis(canvas, panel.top)
+    canvas.legend(list({line.name: line.series for lines in panels.values() for line in lines}.items()))
+    return canvas

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from ctl_merge.probing.alphas import sweep_figure
 from ctl_merge.probing.coefficients import coefficient_figure
-from ctl_merge.probing.curves import cosine_figure, nonlinearity_figure, origin_figure, parts_figure
-from ctl_merge.probing.patches import patch_figure
+from ctl_merge.probing.comparisons import parts_figure, recipe_figure, scaling_figure, strata_figure
+from ctl_merge.probing.curves import cosine_figure, nonlinearity_figure, origin_figure
+from ctl_merge.probing.patches import blame_figure, patch_figure
 from ctl_merge.probing.raster import png
 from ctl_merge.probing.record import Data, prepared
 from ctl_merge.probing.svg import COLOURS, Figure
 from ctl_merge.probing.waterfall import loss_figure
 
 _DRAWN = (
-    nonlinearity_figure, cosine_figure, origin_figure, parts_figure, coefficient_figure, patch_figure, loss_figure,
-    sweep_figure,
+    nonlinearity_figure, recipe_figure, cosine_figure, origin_figure, parts_figure, strata_figure, coefficient_figure,
+    scaling_figure, blame_figure, patch_figure, loss_figure, sweep_figure,
 )  # fmt: skip
 
 

@@ -67,16 +67,45 @@ def costs_of(data: Data, name: str) -> dict[str, Any] | None:
     merge = main_merge(data)["name"]
     if not losses or merge not in losses.get("merges", {}):
         return None
-    known = {p: loss for p in data["parents"] if (loss := number(losses["nll"].get(p), "value")) is not None}
-    if not known:
+    best, own = (best_parent(data, name) or {}).get("parent"), losses["merges"][merge]
+    loss = number(losses["nll"].get(best), "value")
+    if loss is None:
         return None
-    best, own = min(known, key=lambda parent: known[parent]), losses["merges"][merge]
     return {
-        "parent": best, "loss": known[best], "base": number(losses["nll"].get("base"), "value"),
+        "parent": best, "loss": loss, "base": number(losses["nll"].get("base"), "value"),
         "merged": number(losses["nll"].get(merge), "value"), "ensemble": own["ensemble"],
         "dilution": own["dilution_cost"].get(best), "nonlinearity": own["nonlinearity_cost"],
-        "patch": own.get("patch") or {},
+        "patch": own.get("patch") or {}, "blame": own.get("blame") or {},
     }  # fmt: skip
+
+
+def best_parent(data: Data, name: str) -> dict[str, Any] | None:
+    """The parent of the lowest loss on a data set; by how much the second loses more is its `margin`, if known."""
+    found = data["sets"][name]
+    if found.get("best_parent"):
+        return dict(found["best_parent"])
+    nll = (found.get("losses") or {}).get("nll", {})
+    known = {p: loss for p in data["parents"] if (loss := number(nll.get(p), "value")) is not None}
+    return {"parent": min(known, key=lambda parent: known[parent])} if known else None
+
+
+def recipes(data: Data) -> list[dict[str, Any]]:
+    """The merges that are recipes over the same models, the main one first; empty unless there are two."""
+    found = [merge for merge in data["merges"] if number(merge, "alpha") is None]
+    main = main_merge(data)
+    return sorted(found, key=lambda merge: merge is not main) if len(found) > 1 else []
+
+
+def against_main(data: Data, name: str, merge: str) -> Data | None:
+    """The loss of another recipe minus the main one's, with its interval. It was paired with the first of them."""
+    losses = data["sets"][name].get("losses") or {}
+    first = main_merge(data) is data["merges"][0]
+    return losses.get("merges", {}).get(merge, {}).get("against_first") if first else None
+
+
+def quadratic(row: Data) -> bool | None:
+    """Whether the deviation grows as the square of the task vectors here; None where that is unknown."""
+    return row.get("quadratic")
 
 
 def sweep(data: Data) -> list[dict[str, Any]]:

@@ -50,15 +50,16 @@ class Canvas:
     def text(self, x: float, y: float, text: str, room: float = 999, **attributes: Any) -> None:
         """Text, shortened in its middle to fit `room` pixels."""
         size = attributes.setdefault("font_size", 12)
-        fitted = shorten(text, int(room / (0.6 * size)))
+        wide = 0.7 if attributes.get("font_weight", 400) >= 600 else 0.6  # of a letter, in wide fonts
+        fitted = shorten(text, int(room / (wide * size)))
         written = " ".join(f'{k.replace("_", "-")}="{attribute(v)}"' for k, v in ({"fill": "ink"} | attributes).items())
         tip = f"<title>{markup(text)}</title>" if fitted != text else ""
         self.shapes.append(f'<text x="{x:.1f}" y="{y:.1f}" {written}>{tip}{markup(fitted)}</text>')
 
     def mark(self, x: float, y: float, series: int, tip: str, hollow: bool = False, size: float = 1) -> None:
-        """A point, whose shape says its series as its colour does, with a larger target for the pointer."""
+        """A point with a larger target for the pointer; its colour and shape together say its series."""
         points = {1: "M-4-4h8v8h-8z", 2: "M0-5.5L5 4H-5z", 3: "M0-5.5L5.5 0 0 5.5-5.5 0z", 4: "M-4.5-1.5h9v3h-9z"}
-        shape = points.get(series % _SERIES, "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")
+        shape = points.get((series + series // _SERIES) % _SERIES, "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z")
         colour = series_colour(series)
         look = {"fill": "paper" if hollow else colour, "stroke": colour, "stroke_width": 1.5}
         self.add("path", tip, d=shape, transform=f"translate({x:.1f} {y:.1f}) scale({size:.2f})", **look)
@@ -138,13 +139,13 @@ class Panel:
         if any(path):
             self.canvas.add("path", d="".join(path), fill="none", **({"stroke_width": 2} | look))
 
-    def whisker(self, x: float, found: Any, series: int, cap: float = 3) -> None:
+    def whisker(self, x: float, found: Any, colour: str, cap: float = 3) -> None:
         """A 95 % interval."""
         low, high = number(found, "low"), number(found, "high")
         if low is not None and high is not None:
             across = f"{-cap:.1f} 0h{2 * cap:.1f}"
             d = f"M{x:.1f} {self.y(low):.1f}m{across}m{across[: across.index('h')]}V{self.y(high):.1f}m{across}"
-            self.canvas.add("path", d=d, stroke=series_colour(series), stroke_width=1.5)
+            self.canvas.add("path", d=d, stroke=colour, stroke_width=1.5)
 
 
 def shorten(text: str, length: int) -> str:
@@ -181,8 +182,14 @@ def tick_text(value: float) -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
+def round_ends(values: Iterable[float | None], least: float = 0.05) -> tuple[float, float]:
+    """Round ends of a scale that holds 0, `least` and all values."""
+    known = [0.0, least, *(v for v in values if v is not None)]
+    low, high = min(known), max(known)
+    step = round_step(high - low)
+    return step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
+
+
 def round_top(values: Iterable[float | None], least: float = 0.05) -> float:
     """A round end of a scale above all values."""
-    most = max([least, *(v for v in values if v is not None)])
-    step = round_step(most)
-    return step * math.ceil(most / step - 1e-9)
+    return round_ends((v for v in values if v is None or v > 0), least)[1]

@@ -42,7 +42,7 @@ def _waterfall(
     if high <= low:
         low, high = low - 0.5, high + 0.5
     x: Callable[[float], float] = lambda v: left + (right - left) * (v - low) / (high - low)  # noqa: E731
-    canvas.text(8, canvas.height + 20, title, room=RIGHT - 130, font_weight=600, font_size=13)
+    canvas.text(8, canvas.height + 20, title, room=right - 8, font_weight=600, font_size=13)
     canvas.text(right + 10, canvas.height + 20, "nats per token", fill="soft")
     canvas.height += 32
     ensemble = number(costs["ensemble"], "value")

@@ -189,10 +189,10 @@ def vocabulary(folder: Path) -> dict[str, int]:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
 
 
-def row_of(models: Sequence[Path], name: str, token: str, base: int | None, settings: Mapping[str, Any]) -> np.ndarray:
+def row_of(
+    tables: list[np.ndarray], ids: Sequence[int | None], token: str, base: int | None, settings: Mapping[str, Any]
+) -> np.ndarray:
     """Each model's row for one token by the rule, read off: (models, width) float64."""
-    tables = [state(folder).get(name, state(folder)[EMBEDDING]).double().numpy() for folder in models]
-    ids = [vocabulary(folder).get(token) for folder in models]
     own = [table[i] if i is not None and i < len(table) else None for table, i in zip(tables, ids, strict=True)]
     there = [row for row in own if row is not None]
     if token in settings and "source" in settings[token]:
@@ -208,8 +208,10 @@ def row_of(models: Sequence[Path], name: str, token: str, base: int | None, sett
 def by_rule(output: Path, models: Sequence[Path], name: str, settings: Mapping[str, Any] = {}) -> np.ndarray:
     """The merge base + Σ 0.5 (x - base) of every token's row, (tokens, width): no code of the package."""
     merged = {}
+    states, known = [state(folder) for folder in models], [vocabulary(folder) for folder in models]
+    tables = [tensors.get(name, tensors[EMBEDDING]).double().numpy() for tensors in states]
     for token, i in vocabulary(output).items():
-        rows = row_of(models, name, token, 0, settings)
+        rows = row_of(tables, [ids.get(token) for ids in known], token, 0, settings)
         merged[i] = rows[0] + 0.5 * (rows[1:] - rows[0]).sum(0)
     return np.array([merged[i] for i in sorted(merged)])
 

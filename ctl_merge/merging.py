@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,7 @@ class Merge:
     def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
         first = self.checkpoints[self.recipe.refs[0]]
-        _write_companions(companions(first.folder, self.plan.vocabulary.files), folder)
+        self.write_companions(folder)
         (folder / RECIPE).write_text(self.recipe.text, "utf-8")
         with pool(self.workers) as mapped:
             manifest = build_manifest(
@@ -203,6 +203,19 @@ class Merge:
         config = patch_config(original, self.recipe.dtype, untie, self.plan.vocabulary.fit)
         (folder / "config.json").write_bytes(config)
         return manifest
+
+    def write_companions(self, folder: Path) -> None:
+        """The output's tokenizer, templates, licence, custom code: all beside the weights but config.json."""
+        source = self.checkpoints[self.recipe.refs[0]].folder
+        for relative, content in companions(source, self.plan.vocabulary.files).items():
+            target = folder / relative
+            if target.name in ("config.json", RECIPE):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                shutil.copyfile(content, target)
 
 
 def merge(
@@ -248,15 +261,3 @@ def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable
             yield result
 
     return telling
-
-
-def _write_companions(files: Mapping[str, Path | bytes], target: Path) -> None:
-    """Tokenizer, templates, licence, custom code. config.json comes last, by the caller."""
-    for relative, content in files.items():
-        if relative.rpartition("/")[2] in ("config.json", RECIPE):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            (target / relative).write_bytes(content)
-        else:
-            shutil.copyfile(content, target / relative)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import recipe_text, write_checkpoint
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -25,6 +26,7 @@ from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.merging import Merge, MergeResult
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.roles import roles
+from ctl_merge.schema import recipe_schema
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Merged = Callable[..., MergeResult]
@@ -467,6 +469,17 @@ def test_a_base_that_is_only_looked_at_has_no_say_in_the_vocabulary(pair: tuple[
     assert compare(opened, base=seen).data["tensors"]
 
 
+def test_a_merge_with_another_vocabulary_is_probed_and_is_a_model(pair: tuple[Path, Path]) -> None:
+    """The texts are cut by the output's tokenizer; parents and merge have all of its rows."""
+    recipe = ctl_merge.parse_recipe(
+        recipe_text("task_arithmetic", [(pair[1], {"weight": 0.5})], pair[0], tokenizer_source="union")
+    )
+    report = ctl_merge.probe(recipe, sequences=2, length=16)
+    assert [row["block"] for row in report.rows if row["part"] == "block"]
+    model = ctl_merge.load_model(recipe)
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) > CODER.get_vocab_size()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rows_are_rounded_once(dtype: str, pair: tuple[Path, Path], merged: Merged) -> None:
     output = merged(*pair, tokenizer_source="union", dtype=dtype).folder
@@ -810,6 +823,19 @@ def test_all_wrong_settings_are_told_at_once() -> None:
     )
     with pytest.raises(RecipeError, match=r"4 problem\(s\)"):
         ctl_merge.parse_recipe(LINEAR + text)
+
+
+def test_the_schema_knows_the_settings() -> None:
+    schema = Draft202012Validator(recipe_schema())
+    data = yaml.safe_load(LINEAR)
+    for source in ("org/a", {"kind": "zero"}, {"kind": "model_token", "model": {"path": "org/a"}, "token_id": 3}):
+        tokenizer = {"source": "union", "tokens": {"<x>": {"source": source, "force": True}}, "pad_to_multiple_of": 8}
+        assert schema.is_valid({**data, "tokenizer": tokenizer, "chat_template": "auto"}), source
+    beyond = {"both", "source is no model", "source is an unknown form", "a model that is not merged", "a kind",
+              "a kind's key", "no model", "no token", "two tokens", "a negative id", "a model_token of another model",
+              "an unknown template", "a template that is no jinja"}  # fmt: skip
+    for what in WRONG.keys() - beyond:
+        assert not schema.is_valid({**data, **yaml.safe_load(WRONG[what][0])}), what
 
 
 def test_a_setting_has_defaults_and_an_empty_one_is_the_union() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -213,12 +215,14 @@ def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
 def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
     import transformers
 
-    folder = opened.checkpoints[opened.recipe.refs[0]].folder
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
+    with tempfile.TemporaryDirectory() as folder:
+        opened.write_companions(Path(folder))
+        (Path(folder) / "config.json").write_text(json.dumps(opened.merged.config), "utf-8")  # may name the class
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = str(error).partition("\n")[0].replace(folder, str(opened.recipe.refs[0]))
+            raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
     tokenizer.model_max_length = 1 << 30  # windows are cut by hand
     specs = [data] if isinstance(data, str) else list(data)
     if not specs:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,7 +179,15 @@ class Merge:
     def write_companions(self, folder: Path) -> None:
         """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
         first = self.checkpoints[self.recipe.refs[0]]
-        _write_companions(companions(first.folder, self.plan.vocabulary.files), folder)
+        for relative, content in companions(first.folder, self.plan.vocabulary.files).items():
+            target = folder / relative
+            if target.name in ("config.json", RECIPE):
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                shutil.copyfile(content, target)
         untie = any(target in self.plan.tensors for target in self.plan.tied) and ties_embeddings(first.config)
         original = (first.folder / "config.json").read_bytes()
         config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
@@ -233,15 +241,3 @@ def _telling(mapped: Callable, told: Callable[[int], object] | None) -> Callable
             yield result
 
     return telling
-
-
-def _write_companions(files: Mapping[str, Path | bytes], target: Path) -> None:
-    """Tokenizer, templates, licence, custom code. config.json comes last, by the caller."""
-    for relative, content in files.items():
-        if relative.rpartition("/")[2] in ("config.json", RECIPE):
-            continue
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            (target / relative).write_bytes(content)
-        else:
-            shutil.copyfile(content, target / relative)

@@ -104,19 +104,19 @@ class TokenizerFiles:
             return Vocabulary(dict(enumerate(lines)), added, True, digest)
         return Vocabulary({}, added, False, digest)
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """The added tokens with all of their flags, as tokenizer.json has them: content -> entry."""
-        listed = self.json("tokenizer.json").get("added_tokens")
+    def entries(self, whole: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The added tokens with all of their flags, as tokenizer.json (`whole`) has them: content -> entry."""
+        listed = whole.get("added_tokens")
         if listed is None:
             decoder = self.json("tokenizer_config.json").get("added_tokens_decoder") or {}
             plain = [{"content": token} for token in self.json("added_tokens.json")]
             listed = [*plain, *decoder.values()]
         return {entry["content"]: added_entry(entry) for entry in listed}
 
-    def merges(self) -> list[tuple[str, str]]:
-        """The merges of a BPE in their order; none for other kinds."""
-        listed = self.json("tokenizer.json").get("model", {}).get("merges")
-        if listed is None and "tokenizer.json" not in self.files and "merges.txt" in self.files:
+    def merges(self, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The merges of a BPE in their order, of tokenizer.json (`whole`) if there is one; none for other kinds."""
+        listed = whole.get("model", {}).get("merges")
+        if listed is None and not whole and "merges.txt" in self.files:
             lines = self.text("merges.txt").splitlines()
             listed = [line for line in lines if line and not line.startswith("#version")]
         return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in listed or []]  # type: ignore[misc]

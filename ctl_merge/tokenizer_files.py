@@ -45,11 +45,13 @@ def kind_of(model: Mapping[str, Any]) -> str:
     return "BPE" if "merges" in model else "WordPiece" if "max_input_chars_per_word" in model else "WordLevel"
 
 
-def check_cores(own: TokenizerFiles, theirs: TokenizerFiles) -> str | None:
-    """Refuse to unite cores that spell words differently; a warning where only the splitting of text differs."""
-    if TOKENIZER not in own or TOKENIZER not in theirs:
-        return None  # told by `extended`; of a core in other files only the tokens are known
-    first, other, names = own.json(TOKENIZER), theirs.json(TOKENIZER), (own.name, theirs.name)
+def check_cores(first: Mapping[str, Any], other: Mapping[str, Any], names: tuple[str, str]) -> str | None:
+    """Refuse to unite cores that spell words differently; a warning where only the splitting of text differs.
+
+    Both as tokenizer.json has them, empty where there is none: of such a core only the tokens are known.
+    """
+    if not first or not other:
+        return None
     kinds = kind_of(first.get("model", {})), kind_of(other.get("model", {}))
     advice = "Take the tokenizer of one: `tokenizer_source: base`, or a model's name."
     if kinds[0] != kinds[1]:
@@ -89,12 +91,12 @@ def extended(files: TokenizerFiles, new: NewTokens) -> Changes:
     whole["added_tokens"] = sorted([*whole.get("added_tokens", []), *new.added], key=lambda entry: entry["id"])
     wanted = {**{t: i for i, t in model_vocabulary(whole["model"]).items()}, **new.core}
     wanted |= {entry["content"]: entry["id"] for entry in whole["added_tokens"]}
-    content = written(whole) if not new.core else b""
+    content = _compact(whole) if not new.core else b""
     if new.core or (_problem(content, wanted) and isinstance(whole["model"].get("vocab"), dict)):
         # Readers give ids to added tokens by counting on from the core, unless the core has them too.
         whole["model"]["vocab"] = dict(sorted(wanted.items(), key=lambda pair: pair[1]))
         _append_merges(whole["model"], new.merges)
-        content = written(whole)
+        content = _compact(whole)
     problem = _problem(content, wanted)
     if problem:
         raise MismatchError(f"the tokenizer of {files.name} cannot take the new tokens: {problem}")
@@ -120,6 +122,10 @@ def _append_merges(model: dict[str, Any], merges: Iterable[tuple[str, str]]) -> 
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in own]
     elif as_text:  # text cannot say where a token with a space ends
         model["merges"] = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in own]
+
+
+def _compact(whole: Mapping[str, Any]) -> bytes:
+    return json.dumps(whole, ensure_ascii=False).encode()  # on one line: indented, it takes five times as long
 
 
 def _problem(content: bytes, wanted: Mapping[str, int]) -> str | None:

@@ -19,7 +19,7 @@ from ctl_merge.reference import ModelRef
 from ctl_merge.rows import MEAN, NONE, PADDING, ZERO, RowMap, align
 from ctl_merge.source_vocabularies import SourceVocabularies, Table
 from ctl_merge.tokenizer import TokenizerFiles, added_entry, written
-from ctl_merge.tokenizer_files import NewTokens, check_cores, extended
+from ctl_merge.tokenizer_files import TOKENIZER, NewTokens, check_cores, extended
 
 GENERATION = "generation_config.json"
 
@@ -108,7 +108,8 @@ class _Planner:
             missing = [theirs.tokens[i] for i in sorted(theirs.tokens) if theirs.tokens[i] not in known]
             if not missing:
                 continue
-            entries, before = files.entries(), len(self.new.core)
+            whole, before = files.json(TOKENIZER), len(self.new.core)
+            entries = files.entries(whole)
             for token in dict.fromkeys(missing):
                 self.tokens[place] = token
                 if token in entries:
@@ -118,9 +119,10 @@ class _Planner:
                 place += 1
             known.update(missing)
             if len(self.new.core) > before:
-                warning = check_cores(self.models.files[self.source], files)
+                own = self.models.files[self.source]
+                warning = check_cores(own.json(TOKENIZER), whole, (own.name, files.name))
                 self.warnings += [warning] if warning else []
-                self.new.merges += files.merges()
+                self.new.merges += files.merges(whole)
             self.decisions.append(f"{len(set(missing)):,} tokens that only {ref} has are added to the vocabulary")
 
     def _add_configured(self) -> None:
@@ -135,7 +137,8 @@ class _Planner:
             owners = [ref for ref in self.models.deciding if token in self.models.with_rows(ref).ids]
             if setting.model is None and not setting.zero and not owners:
                 problems.append(f"no model has the token {token!r}: give it a `source`, such as {{kind: zero}}")
-            flags = (self.models.files[ref].entries().get(token) for ref in owners)
+            donors = (self.models.files[ref] for ref in owners)
+            flags = (files.entries(files.json(TOKENIZER)).get(token) for files in donors)
             entry = next((found for found in flags if found), added_entry({"content": token}))
             self.new.added.append({"id": place, **entry})
             self.decisions.append(f"the token {token!r} is added to the vocabulary")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import recipe_text, write_checkpoint
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -25,6 +26,7 @@ from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.merging import Merge, MergeResult
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.roles import roles
+from ctl_merge.schema import recipe_schema
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Merged = Callable[..., MergeResult]
@@ -189,10 +191,10 @@ def vocabulary(folder: Path) -> dict[str, int]:
     return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
 
 
-def row_of(models: Sequence[Path], name: str, token: str, base: int | None, settings: Mapping[str, Any]) -> np.ndarray:
+def row_of(
+    tables: list[np.ndarray], ids: Sequence[int | None], token: str, base: int | None, settings: Mapping[str, Any]
+) -> np.ndarray:
     """Each model's row for one token by the rule, read off: (models, width) float64."""
-    tables = [state(folder).get(name, state(folder)[EMBEDDING]).double().numpy() for folder in models]
-    ids = [vocabulary(folder).get(token) for folder in models]
     own = [table[i] if i is not None and i < len(table) else None for table, i in zip(tables, ids, strict=True)]
     there = [row for row in own if row is not None]
     if token in settings and "source" in settings[token]:
@@ -208,8 +210,10 @@ def row_of(models: Sequence[Path], name: str, token: str, base: int | None, sett
 def by_rule(output: Path, models: Sequence[Path], name: str, settings: Mapping[str, Any] = {}) -> np.ndarray:
     """The merge base + Σ 0.5 (x - base) of every token's row, (tokens, width): no code of the package."""
     merged = {}
+    states, known = [state(folder) for folder in models], [vocabulary(folder) for folder in models]
+    tables = [tensors.get(name, tensors[EMBEDDING]).double().numpy() for tensors in states]
     for token, i in vocabulary(output).items():
-        rows = row_of(models, name, token, 0, settings)
+        rows = row_of(tables, [ids.get(token) for ids in known], token, 0, settings)
         merged[i] = rows[0] + 0.5 * (rows[1:] - rows[0]).sum(0)
     return np.array([merged[i] for i in sorted(merged)])
 
@@ -463,6 +467,17 @@ def test_a_base_that_is_only_looked_at_has_no_say_in_the_vocabulary(pair: tuple[
     expected = [opened.merged.parent(ref).read(EMBEDDING) for ref in recipe.refs]
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
     assert compare(opened, base=seen).data["tensors"]
+
+
+def test_a_merge_with_another_vocabulary_is_probed_and_is_a_model(pair: tuple[Path, Path]) -> None:
+    """The texts are cut by the output's tokenizer; parents and merge have all of its rows."""
+    recipe = ctl_merge.parse_recipe(
+        recipe_text("task_arithmetic", [(pair[1], {"weight": 0.5})], pair[0], tokenizer_source="union")
+    )
+    report = ctl_merge.probe(recipe, sequences=2, length=16)
+    assert [row["block"] for row in report.rows if row["part"] == "block"]
+    model = ctl_merge.load_model(recipe)
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) > CODER.get_vocab_size()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -808,6 +823,19 @@ def test_all_wrong_settings_are_told_at_once() -> None:
     )
     with pytest.raises(RecipeError, match=r"4 problem\(s\)"):
         ctl_merge.parse_recipe(LINEAR + text)
+
+
+def test_the_schema_knows_the_settings() -> None:
+    schema = Draft202012Validator(recipe_schema())
+    data = yaml.safe_load(LINEAR)
+    for source in ("org/a", {"kind": "zero"}, {"kind": "model_token", "model": {"path": "org/a"}, "token_id": 3}):
+        tokenizer = {"source": "union", "tokens": {"<x>": {"source": source, "force": True}}, "pad_to_multiple_of": 8}
+        assert schema.is_valid({**data, "tokenizer": tokenizer, "chat_template": "auto"}), source
+    beyond = {"both", "source is no model", "source is an unknown form", "a model that is not merged", "a kind",
+              "a kind's key", "no model", "no token", "two tokens", "a negative id", "a model_token of another model",
+              "an unknown template", "a template that is no jinja"}  # fmt: skip
+    for what in WRONG.keys() - beyond:
+        assert not schema.is_valid({**data, **yaml.safe_load(WRONG[what][0])}), what
 
 
 def test_a_setting_has_defaults_and_an_empty_one_is_the_union() -> None:

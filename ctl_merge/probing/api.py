@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -230,12 +231,13 @@ def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
 def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
     import transformers
 
-    folder = opened.checkpoints[opened.recipe.refs[0]].folder
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
+    with tempfile.TemporaryDirectory() as folder:
+        opened.write_companions(Path(folder))
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = str(error).partition("\n")[0].replace(folder, str(opened.recipe.refs[0]))
+            raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
     tokenizer.model_max_length = 1 << 30  # windows are cut by hand
     specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
     twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ DEVICE_CHUNK = 32 * CHUNK
 Results = dict[str, Tensor]
 
 
+class Evidence(Protocol):
+    """Statistics of models on texts, by model and tensor: see `ctl_merge.evidence`."""
+
+    def of(self, ref: ModelRef, tensor: str, shape: Sequence[int]) -> Tensor | None: ...
+    def transposed(self, ref: ModelRef, tensor: str) -> bool: ...
+
+
 class MergedCheckpoint(Checkpoint):
     """The merge that a plan describes. Nothing is kept but a few numbers per tensor.
 
@@ -42,6 +49,7 @@ class MergedCheckpoint(Checkpoint):
         self.tensors: Mapping[str, TensorSpec] = plan.specs
         self.config = plan.fit(checkpoints[plan.recipe.refs[0]].config)
         self._checkpoints, self._devices, self._rows = checkpoints, devices or {}, RowReader(checkpoints)
+        self.evidence: Evidence | None = None  # for methods that want a statistic of each model on its own text
         self._accepted = inspect.signature(self.method.function).parameters
         self._columns: dict[int, dict[str, Any]] = {}
         self._of_model: Results = {}
@@ -80,7 +88,11 @@ class MergedCheckpoint(Checkpoint):
         wanted = {name: result for name, result in results.items() if name in self._accepted}
         if self._whole(plan):
             stack = stack.view(-1, *plan.spec.shape)
-        merged = self.method.function(stack, **self._arguments(plan, stack, start), **wanted)
+        arguments = {**self._arguments(plan, stack, start), **wanted}
+        if self.method.statistic:
+            merged = self._on_evidence(plan, stack, start, arguments)
+        else:
+            merged = self.method.function(stack, **arguments)
         return merged.flatten().add_(base) if base is not None else merged.flatten()
 
     def _whole(self, plan: TensorPlan) -> bool:
@@ -127,6 +139,21 @@ class MergedCheckpoint(Checkpoint):
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
+
+    def _on_evidence(self, plan: TensorPlan, stack: Tensor, start: int, arguments: dict[str, Any]) -> Tensor:
+        """The method's result where it wants a statistic of each model: passed under its name, None if one has none."""
+        assert self.evidence is not None and self.method.statistic is not None
+        shape = plan.spec.shape
+        found = [self.evidence.of(part.model, part.tensor, shape) for part in plan.inputs]
+        known = [part for part in found if part is not None]
+        statistic = torch.stack(known).to(stack.device) if len(known) == len(found) else None
+        turned = self.method.statistic == "gram" and self.evidence.transposed(
+            plan.inputs[0].model, plan.inputs[0].tensor
+        )
+        if statistic is not None and self.method.statistic == "fisher":
+            statistic = statistic.flatten(1)[:, start : start + stack[0].numel()].view(stack.shape)
+        merged = self.method.function(stack.mT if turned else stack, **arguments, **{self.method.statistic: statistic})
+        return merged.mT.contiguous() if turned else merged
 
     # ---- statistics beyond a chunk
 

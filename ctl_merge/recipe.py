@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from ctl_merge.document import Document
-from ctl_merge.errors import CheckpointError, RecipeError
+from ctl_merge.errors import CheckpointError, DataError, RecipeError
 from ctl_merge.methods import Method, Parameter, registry
+from ctl_merge.probing.rows import DataSpec
 from ctl_merge.recipe_schema import (
+    DataSchema,
     Dtype,
     ModelSchema,
     ModuleSchema,
@@ -50,6 +52,7 @@ class Source:
     ref: ModelRef
     settings: Mapping[str, Setting] = field(default_factory=dict)
     layers: tuple[int, int] | None = None
+    texts: tuple[DataSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Recipe:
     missing: Literal["error", "base", "skip"]
     allow_nonfinite: bool
     probe: ProbeSchema | None
+    data: DataSchema | None  # where the method measures the models on text
     text: str
     name: str
     warnings: tuple[str, ...] = ()
@@ -204,6 +208,7 @@ class _Checker:
         models = [*([base] if base else []), *(source.ref for part in parts for source in part.models)]
         known = models if parts and (base or not data.get("base_model")) else None
         tokenizer = TokenizerChecker(self._ref, known, self.problems).setting(data)
+        self._check_data(data, method, schema, parts)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
@@ -215,6 +220,7 @@ class _Checker:
             method=method, models=merged, base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
             tokenizer=tokenizer, seed=schema.seed, missing=schema.missing,
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
+            data=(schema.data or DataSchema()) if method.statistic else None,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
             slices=() if whole else tuple(parts), steps=self.steps,
         )  # fmt: skip
@@ -235,6 +241,35 @@ class _Checker:
                 own = self._settings((*path, "parameters"), module.get("parameters"), method, per_model_only=False)
                 whole = None if name == "default" and len(modules) == 1 else str(name)
                 yield from self._slices(path, module, whole, method, base, _over(own, shared))
+
+    def _check_data(
+        self, data: dict, method: Method | None, schema: RecipeSchema | None, parts: Sequence[Slice]
+    ) -> None:
+        """Texts where the method measures on text, and only there."""
+        given = data.get("data") is not None or any(source.texts for part in parts for source in part.models)
+        if method and not method.statistic and given:
+            self.problems.append((("data",), f"{method.name} measures nothing on text: remove `data`"))
+        if not method or not method.statistic or schema is None:
+            return
+        common = self._texts(("data", "texts"), schema.data.texts if schema.data else None)
+        lacking = [str(source.ref) for part in parts for source in part.models if not source.texts and not common]
+        if lacking:
+            self.problems.append(
+                (("models",), f"{method.name} measures each model on text: give {lacking[0]} `data: FILE:column`")
+            )
+
+    def _texts(self, at: Path_, raw: Any) -> tuple[DataSpec, ...]:
+        found = []
+        for text in [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []:
+            try:
+                spec = DataSpec.parse(str(text))
+                beside = self.folder / spec.source if self.folder else None
+                if beside and beside.is_file() and not Path(spec.source).exists():
+                    spec = replace(spec, source=str(beside))
+                found.append(spec)
+            except DataError as error:
+                self.problems.append((at, str(error)))
+        return tuple(found)
 
     def _one_layout(self, path: Path_, holder: dict, keys: tuple[str, ...]) -> None:
         given = [key for key in keys if holder.get(key) is not None]
@@ -391,7 +426,8 @@ class _Checker:
                 span: Any = raw.get("layer_range")
                 whole = isinstance(span, list) and len(span) == 2 and all(isinstance(place, int) for place in span)
                 if ref:
-                    found.append(Source(ref, settings, (span[0], span[1]) if whole else None))
+                    texts = self._texts((*at, index, "data"), raw.get("data"))
+                    found.append(Source(ref, settings, (span[0], span[1]) if whole else None, texts))
         return found
 
     def _settings(self, path: Path_, raw: Any, method: Method | None, *, per_model_only: bool) -> dict[str, Setting]:

@@ -33,6 +33,7 @@ class SourceSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
     parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
+    data: str | list[str] | None = Field(None, description="the model's own text, for methods that measure on text")
 
 
 class SliceSourceSchema(BaseModel):
@@ -62,6 +63,19 @@ class ModuleSchema(BaseModel):
     models: list[SourceSchema] | None = Field(None, min_length=1, description="the models that are merged")
     slices: list[SliceSchema] | None = Field(None, min_length=1, description="runs of layers, stacked")
     parameters: dict[str, Any] | None = Field(None, description="of this module")
+
+
+class DataSchema(BaseModel):
+    """Texts on which a method measures the models."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    texts: str | list[str] = Field(default_factory=list, description="for models without `data` of their own")
+    sequences: int = Field(default=64, ge=1, description="windows of each text")
+    length: int = Field(default=256, ge=2, description="tokens of a window")
+    inputs: Literal["expert", "base"] = Field(
+        default="expert",
+        description="whose activations a layer's inputs are: each model's own, or the base's, on the same text",
+    )
 
 
 class ProbeSchema(BaseModel):
@@ -99,6 +113,7 @@ class RecipeSchema(BaseModel):
     chat_template: str | None = Field(
         None, description=f"`auto` (what most models have), {', '.join(TEMPLATES)}, or a template in jinja"
     )
+    data: DataSchema | None = Field(None, description="texts for methods that measure the models on text")
     probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
     missing: Literal["error", "base", "skip"] = Field(

@@ -20,7 +20,7 @@ ROWS = [row.split() for row in (
     "methods.agreement settings depth probing.rows probing.turns compare_table",
     "probing.data probing.verdict probing.depth probing.waterfall probing.alphas probing.losses methods.sparsify "
     "methods.linear methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi "
-    "methods.__init__ checkpoint chat_template tokenizer_files devices",
+    "methods.__init__ checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean",
     "probing.section probing.terminal probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.ties methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher "
     "methods.model_stock rows recipe_tokenizer writer model weights probing.null stored step probing.comparisons",

@@ -21,6 +21,7 @@ from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 
 Scope = Literal["tensor", "model"]
 Grain = Literal["element", "tensor"]
+Statistic = Literal["gram", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Method:
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None
     paper: str | None
     grain: Grain | Callable[[Parameters], Grain] = "element"
+    statistic: Statistic | None = None  # taken of each model on its own text, and passed under this name
     summary: str = field(default="")
 
     def grain_for(self, parameters: Parameters) -> Grain:
@@ -81,6 +83,7 @@ def merge_method(
     base: Literal["required", "optional", "none"] | None = None,
     models: tuple[int, int | None] = (1, None),
     grain: Grain | Callable[[Parameters], Grain] = "element",
+    statistic: Statistic | None = None,
     measures: Mapping[str, Measure] | None = None,
     check: Callable[[Parameters], str | None] = no_objection,
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
@@ -94,8 +97,11 @@ def merge_method(
     whose base is optional receives the weights themselves where the recipe names none. Keyword-only arguments are
     the parameters; `noise` and the measures' names are filled in by the engine. `grain` says on what it may be called:
     any chunk of a tensor's entries, or only whole tensors; a function of the parameters where it depends on them.
-    `check(parameters)` returns an objection or None; `report(results of the measures by tensor)` what a reader of the
-    manifest should know, or None.
+    `statistic`: what the engine measures of each model on its own text and passes under that name (None for tensors
+    that have none): "gram", the mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight
+    then being (models, out, in); "fisher", the mean squared gradient, as large as the stack. `check(parameters)`
+    returns an objection or None; `report(results of the measures by tensor)` what a reader of the manifest should know,
+    or None.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -103,10 +109,10 @@ def merge_method(
         if key in _REGISTRY:
             raise ValueError(f"merge method {key!r} is registered twice")
         keywords = inspect.signature(function).parameters
-        engine_made = {"noise", *(measures or {})}
+        engine_made = {"noise", "gram", "fisher", *(measures or {})}
         _REGISTRY[key] = Method(
             name=key, function=function, space=space, grain=grain, models=models, paper=paper, check=check,
-            report=report,
+            report=report, statistic=statistic,
             base=base or ("required" if space == "task_vectors" else "none"),
             random="noise" in keywords, measures=measures or {},
             parameters={p.name: p for p in _declared(function) if p.name not in engine_made},

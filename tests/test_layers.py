@@ -17,8 +17,9 @@ ROWS = [row.split() for row in (
     "header hub companions model_config document output methods.parameters methods.noise methods.combine "
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
-    "methods.sparsify methods.linear methods.passthrough methods.slerp methods.table",
-    "methods.task_arithmetic methods.ties methods.dare",
+    "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table",
+    "methods.sparsify methods.task_arithmetic methods.dare",
+    "methods.ties",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",

@@ -20,16 +20,17 @@ from ctl_merge.errors import RecipeError
 from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 
 Scope = Literal["tensor", "model"]
+Grain = Literal["element", "row", "tensor"]
 
 
 @dataclass(frozen=True)
 class Measure:
     """A statistic of more than one chunk: a map over chunks, summed, then concluded.
 
-    `accumulate(tensors, **arguments) -> Tensor` maps a chunk (models, n) to an additive state; states are summed over
-    all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the sum into the
-    value that the method receives under the measure's name. Both receive the method's parameters and the results of
-    the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.
+    `accumulate(tensors, **arguments) -> Tensor` maps a chunk, shaped as the method gets it, to an additive state; states
+    are summed over all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the
+    sum into the value that the method receives under the measure's name. Both receive the method's parameters and the
+    results of the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.
     """
 
     accumulate: Callable[..., Tensor]
@@ -52,7 +53,7 @@ class Method:
     check: Callable[[Parameters], str | None]
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None
     paper: str | None
-    grain: Literal["element", "tensor"] = "element"
+    grain: Grain = "element"
     summary: str = field(default="")
 
     def scopes(self, parameters: Parameters) -> dict[str, Scope]:
@@ -75,7 +76,7 @@ def merge_method(
     space: Literal["weights", "task_vectors"],
     base: Literal["required", "optional", "none"] | None = None,
     models: tuple[int, int | None] = (1, None),
-    grain: Literal["element", "tensor"] = "element",
+    grain: Grain = "element",
     measures: Mapping[str, Measure] | None = None,
     check: Callable[[Parameters], str | None] = no_objection,
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
@@ -87,7 +88,8 @@ def merge_method(
     The first argument is the stack (models, *shape): of task vectors (x_i - base) if `space` says so, the engine then
     adds the base to the result; else of weights, the base first if the method requires one. Keyword-only arguments are
     the parameters; `noise` and the measures' names are filled in by the engine. `grain` says on what it may be called:
-    any chunk of a tensor's entries, or only whole tensors. `check(parameters)` returns an objection or None;
+    any chunk of a tensor's entries; whole rows (models, rows, width), a row being the last axis, all of a vector, or a
+    number; or only whole tensors. `check(parameters)` returns an objection or None;
     `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
     """
 

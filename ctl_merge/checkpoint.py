@@ -61,7 +61,7 @@ class Checkpoint(ABC):
         return out.view(spec.shape)
 
     def block(self, tensor: str) -> int:
-        """How many elements are best read at once; partial reads begin at multiples of it."""
+        """How many elements are best read at once; partial reads are cheapest where they begin at multiples of it."""
         return CHUNK
 
     def __iter__(self) -> Iterator[str]:

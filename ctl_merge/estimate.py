@@ -16,7 +16,8 @@ from ctl_merge.writer import Shard
 INTERPRETER_BYTES = 300_000_000
 # Copies of a chunk that a method holds besides its inputs, as a multiple of their number (TIES is the largest).
 _TEMPORARIES = 5
-_HISTOGRAM_BYTES = 8 * ((1 << 15) + (1 << 16))
+# Counts of upper and lower halves, those of two order statistics at once (methods/order.py).
+_HISTOGRAM_BYTES = 8 * ((1 << 16) + 2 * (1 << 16))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
-from ctl_merge.methods.registry import Measure
+from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 from ctl_merge.rows import Input, RowReader
@@ -58,27 +58,38 @@ class MergedCheckpoint(Checkpoint):
         self._buffers = threading.local()
 
     def block(self, tensor: str) -> int:
-        if self._whole(self.plan.tensors[tensor]):
+        if self._grain(self.plan.tensors[tensor]) == "tensor":
             return max(1, self.tensors[tensor].numel)
-        own = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
-        return max(own, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
+        most = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
+        most = max(most, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
+        if self._grain(self.plan.tensors[tensor]) == "element":
+            return most
+        width = _row_width(self.tensors[tensor])
+        return width * max(1, most // width)
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
         if plan.operation == "copy":
             self._copy(plan, out, start)
             return
-        if self._whole(plan) and out.numel() < plan.spec.numel:
-            out.copy_(self.read(tensor).view(-1)[start : start + out.numel()])
-            return
-        results = self._results(plan)
-        step = self.block(tensor)
+        results, stop = self._results(plan), start + out.numel()
         with self._on(self._device(tensor)):
-            for begin in range(0, out.numel(), step):
-                piece = out[begin : begin + step]
-                merged = self._merge(plan, start + begin, piece.numel(), results)
+            for begin, end in self._pieces(plan, start, stop):
+                merged = self._merge(plan, begin, end - begin, results)
                 self._check_result(plan, merged)
-                piece.copy_(merged.view(-1))  # waits for the device, so that the pinned buffer may be filled again
+                wanted = merged[max(start - begin, 0) : stop - begin]
+                # Waits for the device, so that the pinned buffer may be filled again.
+                out[max(begin - start, 0) :][: wanted.numel()].copy_(wanted)
+
+    def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.
+
+        Rows and tensors come in the same blocks whatever is asked for, so that a sum over a row has the same bits.
+        """
+        step = self.block(plan.name)
+        whole = self._grain(plan) != "element"
+        for begin in range(start - start % step if whole else start, stop, step):
+            yield begin, min(begin + step, plan.spec.numel if whole else stop)
 
     # ---- one chunk
 
@@ -86,8 +97,6 @@ class MergedCheckpoint(Checkpoint):
         """Unrounded values of the entries [start, start + count) of a tensor."""
         stack, base = self._stack(plan, start, count)
         wanted = {name: result for name, result in results.items() if name in self._accepted}
-        if self._whole(plan):
-            stack = stack.view(-1, *plan.spec.shape)
         arguments = {**self._arguments(plan, stack, start), **wanted}
         if self.method.statistic:
             merged = self._on_evidence(plan, stack, start, arguments)
@@ -95,12 +104,12 @@ class MergedCheckpoint(Checkpoint):
             merged = self.method.function(stack, **arguments)
         return merged.flatten().add_(base) if base is not None else merged.flatten()
 
-    def _whole(self, plan: TensorPlan) -> bool:
-        """Whether the tensor is merged all at once, not chunk by chunk."""
-        return plan.operation == "merge" and self.method.grain_for(plan.parameters) == "tensor"
+    def _grain(self, plan: TensorPlan) -> Grain:
+        """On what of the tensor the method is called at once."""
+        return self.method.grain_for(plan.parameters) if plan.operation == "merge" else "element"
 
     def _stack(self, plan: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """The inputs' entries on the tensor's device: (models, count), and the base's (count,).
+        """The inputs' entries on the tensor's device, shaped as the method's grain says, and the base's (count,).
 
         For methods that work on task vectors the base is subtracted. Both are views of this thread's buffer.
         """
@@ -114,8 +123,15 @@ class MergedCheckpoint(Checkpoint):
         if device.type != "cpu":
             buffer = buffer.to(device, non_blocking=True)
         if plan.base is None:
-            return buffer, None
-        return buffer[:-1].sub_(buffer[-1]), buffer[-1]
+            return self._shaped(buffer, plan), None
+        return self._shaped(buffer[:-1].sub_(buffer[-1]), plan), buffer[-1]
+
+    def _shaped(self, stack: Tensor, plan: TensorPlan) -> Tensor:
+        """(models, count) as (models, rows, width) or (models, *shape) where the method wants it so."""
+        grain = self._grain(plan)
+        if grain == "element":
+            return stack
+        return stack.view(len(stack), *((-1, _row_width(plan.spec)) if grain == "row" else plan.spec.shape))
 
     def fill(self, row: Tensor, part: Input, start: int) -> None:
         """Read one model's entries of an output tensor."""
@@ -199,11 +215,11 @@ class MergedCheckpoint(Checkpoint):
         return self._of_tensor[plan.name]
 
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
-        measure, step = self.method.measures[name], self.block(plan.name)
+        measure = self.method.measures[name]
         state: Tensor | None = None
         with self._on(self._device(plan.name)):
-            for start in range(0, plan.spec.numel, step):
-                stack, _ = self._stack(plan, start, min(step, plan.spec.numel - start))
+            for start, end in self._pieces(plan, 0, plan.spec.numel):
+                stack, _ = self._stack(plan, start, end - start)
                 part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
                 state = part if state is None else state.add_(part)
         assert state is not None
@@ -298,6 +314,11 @@ class ParentView(Checkpoint):
         parts = plan.everyone
         part = next((p for p in parts if p.model == self.ref), parts[0])  # a computed buffer: the first model's
         self.merged.fill(out, part, start)
+
+
+def _row_width(spec: TensorSpec) -> int:
+    """How many entries a row has: the last axis; a vector is one row."""
+    return max(1, spec.shape[-1]) if spec.shape else 1
 
 
 def _numeric(value: Any) -> bool:

@@ -219,9 +219,10 @@ def _check_whole_model(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> lis
     merged = [tensor for tensor in tensors.values() if tensor.operation == "merge"]
     scopes = [recipe.method.scopes(tensor.parameters) for tensor in merged]
     if any("model" in scope.values() for scope in scopes) and len({id(t.parameters) for t in merged}) > 1:
+        trim = "trim" in recipe.method.parameters
         raise MismatchError(
-            "a statistic of the whole model (`trim: model`) needs parameters that are the same for every tensor: "
-            "remove gradients and filters, or use `trim: tensor`"
+            f"a statistic of the whole model ({'`trim: model`' if trim else recipe.method.name}) needs parameters that "
+            f"are the same for every tensor: remove gradients and filters{', or use `trim: tensor`' if trim else ''}"
         )
     density = recipe.method.parameters.get("density")
     if density and density.per_model and {d for tensor in merged for d in tensor.parameters["density"]} == {1.0}:

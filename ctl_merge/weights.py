@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, chunks, torch_dtype
 from ctl_merge.header import MERGEABLE
-from ctl_merge.methods.sparsify import choose_bin, count_upper
+from ctl_merge.methods.order import count_upper, locate
+from ctl_merge.methods.sparsify import kept_ranks
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _stacks(
     """Chunks of [θ_1 .. θ_k, θ_0, θ_m] in float64, one buffer: (k + 1 or k + 2, n), overwritten by the next."""
     sources = (*parents, base)
     buffer = torch.empty(len(sources) + (merged is not None), min(CHUNK, numel), dtype=torch.float64)
-    step = max(CHUNK, merged.block(name)) if merged else numel
+    step = merged.block(name) if merged else numel
     for first in range(0, numel, step):
         count = min(step, numel - first)
         if merged and step > CHUNK:
@@ -147,10 +148,11 @@ def _cuts(
         return found
     counts = torch.zeros(len(parents), 1 << 15, dtype=torch.int64)
     for stack in _stacks(name, base, parents, numel):
-        counts += count_upper(torch.nan_to_num(stack[:-1].sub_(stack[-1]), 0.0, 0.0, 0.0))
+        counts += count_upper(torch.nan_to_num(stack[:-1].sub_(stack[-1]), 0.0, 0.0, 0.0).abs_())
     for at, density in enumerate(densities):
         if density < 1.0:
-            bins = choose_bin(counts, numel, density=torch.full((len(parents),), density))[:, 0]
+            ranks = kept_ranks(numel, density=torch.full((len(parents),), density, dtype=torch.float64))
+            bins = locate(counts, ranks)[:, 0, 0]
             found[at] = (bins << 16).to(torch.int32).view(torch.float32).numpy()
     return found
 

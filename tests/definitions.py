@@ -21,13 +21,14 @@ class Row:
 
     `cases`: parameter sets that are compared with the definition. `average`: parameters with which the method is an
     average of three models (of however many it takes), so that copies merge to themselves. `exempt`: laws that do not
-    hold, each with the reason.
+    hold, each with the reason. `whole_model`: its statistics run over all tensors, as they do with `trim: model`.
     """
 
-    definition: Callable[..., Array]
+    definition: Callable[..., Array]  # on one tensor, or on all of them as one vector, see `whole_model`
     cases: tuple[Mapping[str, Any], ...]
     average: Mapping[str, Any]
     exempt: Mapping[str, str] = field(default_factory=dict)
+    whole_model: bool = False
 
 
 def keep_largest(delta: Array, density: float) -> Array:

@@ -79,7 +79,13 @@ def fisher(base: Array | None, models: Array, fishers: Array, *, weight: Sequenc
 
 _W = (0.5137, 0.2911, 0.1873)
 ROWS: Mapping[str, Row] = {
-    "regmean": Row(regmean, cases=({"weight": _W}, {"weight": _W, "alpha": 0.5, "ridge": 0.1}), average={"weight": (0.7, 0.4, 0.3)}),
-    "lot": Row(lot, cases=({"weight": _W}, {"weight": _W, "lambda": 0.7, "ridge": 0.2}), average={"weight": (0.7, 0.4, 0.3), "ridge": 0.0}),
+    "regmean": Row(
+        regmean, cases=({"weight": _W}, {"weight": _W, "alpha": 0.5, "ridge": 0.1}), average={"weight": (0.7, 0.4, 0.3)}
+    ),
+    "lot": Row(
+        lot,
+        cases=({"weight": _W}, {"weight": _W, "lambda": 0.7, "ridge": 0.2}),
+        average={"weight": (0.7, 0.4, 0.3), "ridge": 0.0},
+    ),
     "fisher": Row(fisher, cases=({"weight": _W},), average={"weight": (0.7, 0.4, 0.3)}),
 }  # fmt: skip

@@ -7,6 +7,7 @@ A method that is added to the registry needs one row in `ROWS`; `tests/test_laws
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,23 +268,24 @@ def write_family(
 def expected(
     name: str, family: Mapping[str, Tensors], parameters: Mapping[str, Any], tensor: str, seed: int = 0
 ) -> Array:
-    """The definition's value of one tensor, unrounded; with `trim: model` all tensors are one vector."""
-    method, whole = METHODS[name], parameters.get("trim") == "model"
+    """The definition's value of one tensor, unrounded; where statistics are of the whole model, all are one vector."""
+    method, row = METHODS[name], ROWS[name]
+    whole = row.whole_model or parameters.get("trim") == "model"
     names = sorted(next(iter(family.values()))) if whole else [tensor]
-    arrays = {m: as_float64(t[tensor]) for m, t in family.items()}
-    if whole:
-        arrays = {m: np.concatenate([as_float64(t[n]).ravel() for n in names]) for m, t in family.items()}
-    base = arrays.pop("base", None) if takes_base(method) else None
-    noise = None
+    arrays = {m: [as_float64(t[n]) for n in names] for m, t in family.items()}
+    vectors = {m: np.concatenate([a.ravel() for a in parts]) if whole else parts[0] for m, parts in arrays.items()}
+    base = vectors.pop("base", None) if takes_base(method) else None
+    models, noise = np.stack(list(vectors.values())), None
     if method.random:
-        noise = np.stack(
-            [philox_uniform(seed, model, tensor, array.size).reshape(array.shape) for model, array in arrays.items()]
-        )
+        noise = np.stack([philox_uniform(seed, model, tensor, models[0].size) for model in vectors])
+        noise = noise.reshape(models.shape)
     python_names = {"lambda_" if n == "lambda" else n: value for n, value in parameters.items()}
-    merged = np.ravel(ROWS[name].definition(base, np.stack(list(arrays.values())), noise, **python_names))
-    start = sum(family["base"][n].numel() for n in names[: names.index(tensor)]) if whole else 0
-    shape = next(iter(family.values()))[tensor].shape
-    return merged[start : start + shape.numel()].reshape(shape)
+    merged = np.asarray(row.definition(base, models, noise, **python_names))
+    if not whole:
+        return merged
+    shapes = {n: part.shape for n, part in zip(names, next(iter(arrays.values())), strict=True)}
+    start = sum(math.prod(shapes[n]) for n in names[: names.index(tensor)])
+    return merged[start : start + math.prod(shapes[tensor])].reshape(shapes[tensor])
 
 
 def as_float64(tensor: torch.Tensor) -> Array:

@@ -29,7 +29,8 @@ from references import (
 )
 
 from ctl_merge.checkpoint import CHUNK
-from ctl_merge.methods.sparsify import choose_bin, choose_cut, count_lower, count_upper, kept_count, magnitude_cut, trim
+from ctl_merge.methods.order import count_lower, count_upper, locate, value_at
+from ctl_merge.methods.sparsify import kept_count, kept_ranks, magnitude_cut, trim
 
 W = "model.layers.0.weight"
 SHAPES = {W: (80, 100), "model.layers.1.weight": (33, 7), "model.norm.weight": (64,)}
@@ -324,10 +325,10 @@ def test_the_papers_cut_is_the_kth_value_of_the_concatenated_vector(tmp_path: Pa
 
 def cut_by_counting(chunks: Sequence[torch.Tensor], density: Sequence[float]) -> torch.Tensor:
     """The two counting passes over chunks (models, n), as the engine makes them."""
-    share, numel = torch.tensor(density), sum(chunk.shape[1] for chunk in chunks)
-    found = choose_bin(sum((count_upper(c) for c in chunks), torch.tensor(0)), numel, density=share)
-    counts = sum((count_lower(chunk, bin=found) for chunk in chunks), torch.tensor(0))
-    return choose_cut(counts, numel, bin=found)
+    share, numel = torch.tensor(density, dtype=torch.float64), sum(chunk.shape[1] for chunk in chunks)
+    upper = sum((count_upper(chunk.abs()) for chunk in chunks), torch.tensor(0))
+    found = locate(upper, kept_ranks(numel, density=share))
+    return value_at(sum((count_lower(chunk.abs(), found) for chunk in chunks), torch.tensor(0)), found)
 
 
 # Few different values make ties; all of float32 makes denormals, zeros of both signs and neighbours in the last bit.
@@ -351,7 +352,7 @@ def test_counting_finds_the_cut_exactly(deltas: np.ndarray, data: st.DataObject)
     whole = torch.from_numpy(deltas)
     chunks = [whole[:, a:b] for a, b in zip([0, *ends], [*ends, numel], strict=True) if b > a]
     cut = cut_by_counting(chunks, density)
-    assert torch.equal(cut, magnitude_cut(whole, torch.tensor(density)))
+    assert torch.equal(cut, magnitude_cut(whole, torch.tensor(density, dtype=torch.float64)))
     for row, share, bound in zip(whole.abs(), density, cut.flatten(), strict=True):
         k = max(1, int(share * numel))
         assert kept_count(share, numel) == k <= (row >= bound).sum() and (row > bound).sum() < k

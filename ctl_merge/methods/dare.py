@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
 from ctl_merge.methods.linear import weights_cancel
-from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight, column
-from ctl_merge.methods.registry import Measure, Scope, merge_method
-
-Rescale = Annotated[
-    bool | Literal["l1"],
-    Field(description="true: divide what is kept by the density (the paper); l1: to the L1 norm before (mergekit)"),
-]
+from ctl_merge.methods.parameters import Density, Normalize, PerModel, Scale, Weight, column
+from ctl_merge.methods.registry import merge_method
+from ctl_merge.methods.rescale import Rescale, l1_ratio, restore_l1
 
 
-def _drop(deltas: Tensor, density: Tensor, noise: Tensor) -> Tensor:
+def _drop(deltas: Tensor, *, density: Tensor, noise: Tensor, **_: object) -> Tensor:
     """Entries whose number falls below the density, the others zero."""
     # 1 where noise < density, else 0: the difference of two floats is zero only where they are equal.
     return (column(density, noise) - noise).clamp_(min=0).sign_().to(deltas.dtype).mul_(deltas)
 
 
-def _l1_scope(parameters: Parameters) -> Scope | None:
-    return "tensor" if parameters["rescale"] == "l1" else None
-
-
-def _l1_norms(deltas: Tensor, *, density: Tensor, noise: Tensor, **_: object) -> Tensor:
-    """L1 norm before and after dropping, float64: (models, n) -> (models, 2)."""
-    kept = _drop(deltas, density, noise)
-    return torch.stack([t.flatten(1).abs().sum(1, dtype=torch.float64) for t in (deltas, kept)], dim=1)
-
-
-def _ratio(norms: Tensor, numel: int, **_: object) -> Tensor:
-    """Norm before over norm after; 1 where nothing is left: (models, 1)."""
-    return torch.where(norms[:, 1] > 0, norms[:, 0] / safe_divisor(norms[:, 1]), 1.0).unsqueeze(1)
-
-
-L1_RATIO = {"l1_ratio": Measure(_l1_norms, _ratio, _l1_scope)}
+L1_RATIO = l1_ratio(_drop)
 
 
 def drop_and_rescale(
@@ -52,11 +29,9 @@ def drop_and_rescale(
     deltas, noise (models, *shape), density (models, 1, ...) -> (models, *shape). An entry is kept where its number
     falls below the density.
     """
-    kept = _drop(deltas, density, noise)
+    kept = _drop(deltas, density=density, noise=noise)
     if rescale == "l1":
-        if l1_ratio is None:
-            l1_ratio = _ratio(_l1_norms(deltas, density=density, noise=noise), deltas[0].numel())
-        return kept * column(l1_ratio.view(-1, *[1] * (deltas.ndim - 1)), deltas)
+        return restore_l1(deltas, kept, l1_ratio)
     return kept / column(safe_divisor(density), deltas) if rescale else kept
 
 

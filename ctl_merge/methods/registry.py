@@ -20,7 +20,7 @@ from ctl_merge.errors import RecipeError
 from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 
 Scope = Literal["tensor", "model"]
-Grain = Literal["element", "tensor"]
+Grain = Literal["element", "row", "tensor"]
 Statistic = Literal["gram", "fisher"]
 
 
@@ -28,10 +28,10 @@ Statistic = Literal["gram", "fisher"]
 class Measure:
     """A statistic of more than one chunk: a map over chunks, summed, then concluded.
 
-    `accumulate(tensors, **arguments) -> Tensor` maps a chunk (models, n) to an additive state; states are summed over
-    all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the sum into the
-    value that the method receives under the measure's name. Both receive the method's parameters and the results of
-    the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.
+    `accumulate(tensors, **arguments) -> Tensor` maps a chunk, shaped as the method gets it, to an additive state;
+    states are summed over all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the
+    sum into the value that the method receives under the measure's name. Both receive the method's parameters and the
+    results of the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.
     """
 
     accumulate: Callable[..., Tensor]
@@ -96,12 +96,12 @@ def merge_method(
     adds the base to the result; else of weights, the base first if the method requires one. A method of task vectors
     whose base is optional receives the weights themselves where the recipe names none. Keyword-only arguments are
     the parameters; `noise` and the measures' names are filled in by the engine. `grain` says on what it may be called:
-    any chunk of a tensor's entries, or only whole tensors; a function of the parameters where it depends on them.
-    `statistic`: what the engine measures of each model on its own text and passes under that name (None for tensors
-    that have none): "gram", the mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight
-    then being (models, out, in); "fisher", the mean squared gradient, as large as the stack. `check(parameters)`
-    returns an objection or None; `report(results of the measures by tensor)` what a reader of the manifest should know,
-    or None.
+    any chunk of a tensor's entries; whole rows (models, rows, width), a row being the last axis, all of a vector, or a
+    number; or only whole tensors; a function of the parameters where it depends on them. `statistic`: what the engine
+    measures of each model on its own text and passes under that name (None for tensors that have none): "gram", the
+    mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight then being (models, out, in);
+    "fisher", the mean squared gradient, as large as the stack. `check(parameters)` returns an objection or None;
+    `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

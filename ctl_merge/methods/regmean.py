@@ -12,6 +12,7 @@ from ctl_merge.methods.combine import weighted_sum
 from ctl_merge.methods.parameters import Fraction, PerModel, Scale, Weight
 from ctl_merge.methods.registry import merge_method
 
+_SINGULAR = 1e-10  # eigenvalues below this share of the largest count as zero
 Alpha = Annotated[Fraction, Field(description="factor on the entries of each Gram beside its diagonal")]
 Ridge = Annotated[
     FiniteFloat, Field(ge=0, description="added to the Gram's diagonal, as a share of the diagonal's mean")
@@ -29,9 +30,9 @@ def regmean(
 ) -> Tensor:
     """Of each linear layer, the weights whose outputs are nearest to every model's on what that model reads.
 
-    tensors (models, out, in), gram (models, in, in) -> (out, in): (Σ w W G)(Σ w G)⁻¹ with G = XᵀX / tokens over the inputs X
-    (tokens, in) of the layer in each model on its own text, all but the diagonal of G times `alpha`. Jin et al., ICLR
-    2023. Tensors that are no linear layer's weight (`gram` is None) are averaged by `weight`. Where an input direction
+    tensors (models, out, in), gram (models, in, in) -> (out, in): (Σ w W G)(Σ w G)⁻¹ with G = XᵀX / tokens over the
+    inputs X (tokens, in) of the layer in each model on its own text, all but the diagonal of G times `alpha`. Jin et
+    al., ICLR 2023. Tensors that are no linear layer's weight (`gram` is None) are averaged by `weight`. Where an input direction
     is in no model's text and `ridge` is 0, the solution nearest to the plain average is taken; the official code
     inverts and fails there.
     """
@@ -77,12 +78,12 @@ def _fitted(parts: Tensor, weight: Tensor, gram: Tensor, ridge: float) -> Tensor
 
 
 def _solve(total: Tensor, right: Tensor) -> Tensor:
-    """right total⁻¹ for a Gram (in, in); its pseudo-inverse where it is singular, 1e-10 of the largest eigenvalue being 0."""
+    """right total⁻¹ for a Gram (in, in); where it is singular, by its pseudo-inverse."""
     factor, failed = torch.linalg.cholesky_ex(total)
     diagonal = factor.diagonal()
     if not failed and diagonal.min() > 1e-5 * diagonal.max():
         return torch.cholesky_solve(right.mT, factor).mT
     values, vectors = torch.linalg.eigh(total)
-    kept = values > 1e-10 * values[-1].clamp_min(0)
+    kept = values > _SINGULAR * values[-1].clamp_min(0)
     inverse = torch.where(kept, 1.0, 0.0) / torch.where(kept, values, 1.0)
     return (right @ vectors * inverse) @ vectors.mT

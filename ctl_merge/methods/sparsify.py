@@ -7,17 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from ctl_merge.methods.order import kth_largest, order_statistics
 from ctl_merge.methods.parameters import Parameters
-from ctl_merge.methods.registry import Measure, Scope
-
-# Magnitudes are compared in float32, whatever the arithmetic: the order is then exact and the same everywhere.
-# A float32 that is not negative orders like its bit pattern read as an integer, so the k-th largest magnitude is found
-# exactly by counting the upper 16 bits, then the lower 16 within the one bin that holds it: two passes, no sort.
-_UPPER, _LOWER = 1 << 15, 1 << 16
-
-
-def _bits(deltas: Tensor) -> Tensor:
-    return deltas.flatten(1).abs().float().view(torch.int32)
+from ctl_merge.methods.registry import Scope
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -25,37 +17,13 @@ def kept_count(density: float, numel: int) -> int:
     return max(1, int(density * numel))
 
 
-def count_upper(deltas: Tensor, **_: object) -> Tensor:
-    """How often each upper half of |d| occurs: (models, n) -> (models, 32768)."""
-    return torch.stack([torch.bincount(row, minlength=_UPPER) for row in _bits(deltas) >> 16])
+def magnitudes(deltas: Tensor, **_: object) -> Tensor:
+    return deltas.abs()
 
 
-def choose_bin(counts: Tensor, numel: int, *, density: Tensor, **_: object) -> Tensor:
-    """The bin of the k-th largest magnitude and its rank within it, from above: (models, 2)."""
-    return _locate(counts, torch.tensor([kept_count(d, numel) for d in density.flatten().tolist()]))
-
-
-def count_lower(deltas: Tensor, *, bin: Tensor, **_: object) -> Tensor:
-    """Within the chosen bin, how often each lower half of |d| occurs: (models, n) -> (models, 65536)."""
-    rows = []
-    for row, upper in zip(_bits(deltas), bin[:, 0].tolist(), strict=True):
-        inside = row[(row >> 16) == upper]
-        rows.append(torch.bincount(inside & (_LOWER - 1), minlength=_LOWER))
-    return torch.stack(rows)
-
-
-def choose_cut(counts: Tensor, numel: int, *, bin: Tensor, **_: object) -> Tensor:
-    """The k-th largest magnitude of each model, float32: (models, 1)."""
-    lower = _locate(counts, bin[:, 1])[:, 0]
-    return ((bin[:, 0] << 16) | lower).to(torch.int32).view(torch.float32).unsqueeze(1)
-
-
-def _locate(counts: Tensor, rank: Tensor) -> Tensor:
-    """The bin in which the `rank`-th entry from above lies, and its rank within that bin: (models, 2) int64."""
-    from_above = counts.cpu().flip(1).cumsum(1)
-    position = torch.searchsorted(from_above, rank.cpu().contiguous().unsqueeze(1)).squeeze(1)
-    before = torch.where(position > 0, from_above.gather(1, (position - 1).clamp_min(0).unsqueeze(1)).squeeze(1), 0)
-    return torch.stack([counts.shape[1] - 1 - position, rank.cpu() - before], dim=1)
+def kept_ranks(numel: int, *, density: Tensor, **_: object) -> Tensor:
+    """The rank of the least magnitude that each model keeps: (models, 1)."""
+    return torch.tensor([[kept_count(share, numel)] for share in density.flatten().tolist()])
 
 
 def trim_scope(parameters: Parameters) -> Scope | None:
@@ -63,10 +31,7 @@ def trim_scope(parameters: Parameters) -> Scope | None:
     return None if all(density == 1.0 for density in parameters["density"]) else parameters["trim"]
 
 
-MAGNITUDE_CUT = {
-    "bin": Measure(count_upper, choose_bin, trim_scope),
-    "cut": Measure(count_lower, choose_cut, trim_scope),
-}
+MAGNITUDE_CUT = order_statistics("cut", magnitudes, kept_ranks, trim_scope)
 
 
 def magnitude_cut(deltas: Tensor, density: Tensor) -> Tensor:
@@ -75,10 +40,7 @@ def magnitude_cut(deltas: Tensor, density: Tensor) -> Tensor:
     deltas (models, *shape), density (models, 1, ...) -> (models, 1). Entries with |d| >= cut are kept: at least k of
     them, all where magnitudes are equal, so that nothing depends on the order of a sort.
     """
-    magnitudes = deltas.flatten(1).abs().float()
-    numel = magnitudes.shape[1]
-    ranks = [numel - kept_count(d, numel) + 1 for d in density.flatten().tolist()]
-    return torch.stack([row.kthvalue(rank).values for row, rank in zip(magnitudes, ranks, strict=True)]).unsqueeze(1)
+    return kth_largest(deltas.abs(), kept_ranks(deltas[0].numel(), density=density))
 
 
 def trim(deltas: Tensor, density: Tensor, cut: Tensor | None) -> Tensor:
@@ -88,13 +50,13 @@ def trim(deltas: Tensor, density: Tensor, cut: Tensor | None) -> Tensor:
         return deltas
     cuts = (magnitude_cut(deltas, density) if cut is None else cut).flatten().tolist()
     kept = [
-        _above(d, 0.0 if p == 1.0 else math.inf if p == 0.0 else c)
+        above(d, 0.0 if p == 1.0 else math.inf if p == 0.0 else c)
         for d, p, c in zip(deltas, densities, cuts, strict=True)
     ]
     return torch.stack(kept)
 
 
-def _above(delta: Tensor, cut: float) -> Tensor:
+def above(delta: Tensor, cut: float) -> Tensor:
     """Entries with |d| >= cut, the others zero."""
     if cut == 0.0:
         return delta

@@ -1,0 +1,107 @@
+"""Order statistics of tensors and models, by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ctl_merge.methods.parameters import Parameters
+from ctl_merge.methods.registry import Measure, Scope
+
+# Values are compared in float32, whatever the arithmetic: the order is then exact and the same everywhere.
+# A float32 that is not negative orders like its bit pattern read as an integer, so the k-th largest value is found
+# exactly by counting the upper 16 bits, then the lower 16 within the one bin that holds it: two passes, no sort.
+_UPPER, _LOWER = 1 << 15, 1 << 16
+
+
+def order_statistics(
+    name: str,
+    values: Callable[..., Tensor],
+    ranks: Callable[..., Tensor],
+    scope: Callable[[Parameters], Scope | None],
+    signed: bool = False,
+) -> dict[str, Measure]:
+    """Two measures, the second of which gives the method under `name` the k-th largest values, float32: (rows, k).
+
+    `values(tensors, **arguments)` maps a chunk to what is ordered, (rows, ...), not negative unless `signed`;
+    `ranks(numel, **arguments)` says which are wanted of each row: (rows, k) int64, 1 the largest, at most numel. Rank 0
+    gives infinity.
+    """
+    chosen = f"{name}_bin"
+
+    def upper(tensors: Tensor, **arguments: object) -> Tensor:
+        return count_upper(values(tensors, **arguments), signed)
+
+    def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
+        return locate(counts, ranks(numel, **arguments))
+
+    def lower(tensors: Tensor, **arguments: object) -> Tensor:
+        bins = arguments[chosen]
+        assert isinstance(bins, Tensor)
+        return count_lower(values(tensors, **arguments), bins, signed)
+
+    def conclude(counts: Tensor, numel: int, **arguments: object) -> Tensor:
+        bins = arguments[chosen]
+        assert isinstance(bins, Tensor)
+        return value_at(counts, bins, signed)
+
+    return {chosen: Measure(upper, choose, scope), name: Measure(lower, conclude, scope)}
+
+
+def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:
+    """The plain definition: values (rows, ...), ranks (rows, k) -> (rows, k) float32."""
+    flat = values.flatten(1).float()
+    found = [
+        [torch.inf if rank == 0 else float(row.kthvalue(row.numel() - rank + 1).values) for rank in wanted]
+        for row, wanted in zip(flat, ranks.tolist(), strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def count_upper(values: Tensor, signed: bool = False) -> Tensor:
+    """How often each upper half of the bit patterns occurs: (rows, ...) -> (rows, 32768), (rows, 65536) if signed."""
+    halves = (_keys(values, signed) >> 16) + signed * _UPPER
+    return torch.stack([torch.bincount(row, minlength=_UPPER << signed) for row in halves])
+
+
+def count_lower(values: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
+    """Within each chosen bin, how often each lower half occurs: (rows, ...), bins (rows, k, 2) -> (rows, k, 65536)."""
+    found = []
+    for row, chosen in zip(_keys(values, signed), bins[..., 0].tolist(), strict=True):
+        halves = row >> 16
+        inside = [row[halves == upper - signed * _UPPER] & (_LOWER - 1) for upper in chosen]
+        found.append(torch.stack([torch.bincount(lower, minlength=_LOWER) for lower in inside]))
+    return torch.stack(found)
+
+
+def locate(counts: Tensor, ranks: Tensor) -> Tensor:
+    """The bin in which the rank-th value from above lies, and its rank within the bin.
+
+    counts (rows, bins), ranks (rows, k) -> (rows, k, 2) int64.
+    """
+    from_above, ranks = counts.cpu().flip(1).cumsum(1), ranks.cpu().contiguous()
+    position = torch.searchsorted(from_above, ranks)
+    before = torch.where(position > 0, from_above.gather(1, (position - 1).clamp_min(0)), 0)
+    return torch.stack([counts.shape[1] - 1 - position, ranks - before], dim=2)
+
+
+def value_at(counts: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
+    """The values in question, from the counts of lower halves (rows, k, 65536): (rows, k) float32."""
+    ranks = bins[..., 1]
+    lower = locate(counts.flatten(0, 1), ranks.reshape(-1, 1))[:, 0, 0].view(ranks.shape)
+    keys = (((bins[..., 0] - signed * _UPPER) << 16) | lower).to(torch.int32)
+    values = (_flip_negative(keys) if signed else keys).view(torch.float32)
+    return torch.where(ranks == 0, torch.inf, values)
+
+
+def _keys(values: Tensor, signed: bool) -> Tensor:
+    """Integers that order like the values: (rows, ...) -> (rows, n) int32."""
+    flat = values.flatten(1).float()
+    return _flip_negative((flat + 0.0).view(torch.int32)) if signed else flat.view(torch.int32)  # + 0.0: no -0.0
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    """Bit patterns of negative numbers order the wrong way round; flipped twice they are themselves again."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

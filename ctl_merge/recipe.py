@@ -171,12 +171,20 @@ class _Steps:
         self.open.pop()
 
 
+def _is_step(value: Any, name: str) -> bool:
+    """Whether a model is written as a step: by its name, or by the folder in which mergekit would have left it."""
+    if not isinstance(value, str):
+        return False
+    return value == name or (value.startswith(("./", "../")) and Path(value).name == name and not Path(value).exists())
+
+
 def _mentions(data: Any, name: str) -> bool:
     """Whether a document names a step as a model."""
     if isinstance(data, dict):
         keys = ("model", "base_model", "path")
         return any(
-            (key in keys and value == name) or (key != "name" and _mentions(value, name)) for key, value in data.items()
+            (key in keys and _is_step(value, name)) or (key != "name" and _mentions(value, name))
+            for key, value in data.items()
         )
     return isinstance(data, list) and any(_mentions(item, name) for item in data)
 
@@ -350,7 +358,8 @@ class _Checker:
         """Documents of mergekit's other tools, which share none of a recipe's keys."""
         if "genome" in data:
             raise RecipeError(
-                f"{self.document.name}: a mergekit-evolve genome is not a recipe; merge with fixed parameters"
+                f"{self.document.name}: a mergekit-evolve genome is not a recipe: it describes a search. Write the "
+                "parameters that it found; `ctl-merge probe` tells which blocks and parents to change next"
             )
         if "experts" in data and "merge_method" not in data:
             raise RecipeError(f"{self.document.name}: mergekit-moe configs are not supported yet")
@@ -407,8 +416,9 @@ class _Checker:
             raw = f"{raw.get('path')}@{raw['revision']}" if raw.get("revision") else raw.get("path")
         if not isinstance(raw, str):
             return None  # the schema has said so
-        if raw in self.steps:
-            return ModelRef(raw, step=raw)
+        step = next((name for name in self.steps if _is_step(raw, name)), None)
+        if step is not None:
+            return ModelRef(step, step=step)
         try:
             return ModelRef.parse(raw, self.folder)
         except CheckpointError as error:

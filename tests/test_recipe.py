@@ -298,7 +298,7 @@ def test_a_later_key_without_value_says_nothing(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("genome: {}\n", "a mergekit-evolve genome is not a recipe"),
+        ("genome: {}\n", "a mergekit-evolve genome is not a recipe: it describes a search"),
         ("base_model: x\nexperts: []\n", "mergekit-moe configs are not supported yet"),
     ],
 )

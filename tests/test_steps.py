@@ -106,6 +106,14 @@ def test_steps_of_steps_in_any_order_and_whole_tensors_in_between(family: Family
         torch.testing.assert_close(merged.read(name), end.read(name).float(), rtol=0, atol=0)
 
 
+def test_a_step_may_be_named_by_the_folder_that_mergekit_leaves_it_in(family: Family, tmp_path: Path) -> None:
+    plain, by_folder = (
+        ctl_merge.open_merge(parse(text, tmp_path))
+        for text in (TWO, TWO.replace("model: first", "model: ./intermediates/first"))
+    )
+    assert all(torch.equal(plain.read(name), by_folder.read(name)) for name in plain.tensors)
+
+
 def test_partial_reads_of_a_step_are_the_whole_ones(family: Family, tmp_path: Path) -> None:
     text = TWO.replace("linear", "slerp").replace("dtype", "base_model: a\n    dtype")
     text = text.replace("parameters: {weight: 3}}]", "}]\n    parameters: {t: 0.5}").replace(

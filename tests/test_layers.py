@@ -18,15 +18,15 @@ ROWS = [row.split() for row in (
     "probing.intervals probing.schema findings probing.__init__ cli.arguments",
     "header hub tokenizer document output probing.metrics probing.wording probing.svg reference methods.registry "
     "methods.agreement settings depth probing.rows probing.turns compare_table",
-    "probing.data probing.verdict probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
+    "probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
     "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
     "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale",
-    "methods.sparsify probing.section probing.terminal probing.curves probing.coefficients probing.patches "
-    "methods.task_arithmetic methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher "
-    "methods.model_stock rows recipe_tokenizer writer model probing.null stored step probing.comparisons",
-    "methods.ties weights probing.figures recipe_schema pickled",
-    "methods.builtin probing.observer probing.page recipe schema",
+    "methods.rescale probing.advice",
+    "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
+    "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
+    "recipe_tokenizer writer model probing.null stored step probing.comparisons",
+    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables",
+    "probing.section methods.builtin probing.observer probing.page recipe schema",
     "probing.run probing.blocks probing.costs probing.statistics source_vocabularies slices check correspondence "
     "probing.parents",
     "probing.ranks probing.placement probing.scaling probing.archive vocabulary",

@@ -88,8 +88,9 @@ def _probe_attached(opened: Any) -> Callable[[Path], str]:
 
         report = api.probe_opened(opened)
         report.save(folder / "probe")
+        section = markdown(report.data, folder / "probe")
         more = "The whole report, with figures and statistics, is in the folder [probe](probe)."
-        return f"\n## Probe: Cross-Task Linearity by block\n\n{markdown(report.data)}\n{more}\n"
+        return f"\n## Probe: Cross-Task Linearity by block\n\n{section}\n{more}\n"
 
     return attach
 

@@ -95,8 +95,11 @@ def probe(
     if as_json:
         print(report.to_json(), end="")
     else:
+        from ctl_merge.probing.raster import missing
         from ctl_merge.probing.terminal import render
 
         print_table(render(report.data))
         if output:
             print(f"→ {output / 'report.html'}")
+            if reason := missing():
+                print(f"· {reason}")

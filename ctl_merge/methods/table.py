@@ -49,15 +49,20 @@ def _yaml(value: Any) -> str:
 
 
 def render(rows: list[dict[str, Any]]) -> Any:
-    """For the terminal."""
+    """For the terminal: a method's name beside what it does, how many models it takes, and its parameters."""
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(caption="* one value per model; (default)", caption_justify="left", show_lines=True)
-    for column in ("method", "what it does", "models", "parameters", "arXiv"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("method", "arXiv"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
     for row in rows:
-        table.add_row(row["name"], row["summary"], row["models"], signature(row), row["paper"] or "")
-    return table
+        paper = f", arXiv {row['paper']}" if row["paper"] else ""
+        table.add_row(Text(row["name"], "bold"), Text(row["summary"]))
+        table.add_row("", Text(f"models: {row['models']}{paper}", "dim"))
+        table.add_row("", Text(f"{signature(row) or 'no parameters'}\n"))
+    return Group(table, Text(f"{len(rows)} methods. * one value per model; (default)"))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
-from typing import Any
 
 from ctl_merge.probing.figures import figures
-from ctl_merge.probing.record import Data, below_floor, bounded, costs_of, main_merge, number, place, prepared, rows
+from ctl_merge.probing.record import Data, best_parent, costs_of, heading, named, number, prepared, recipes, rows
 from ctl_merge.probing.svg import COLOURS, Figure
+from ctl_merge.probing.tables import set_tables, tables
 from ctl_merge.probing.verdict import verdict
 from ctl_merge.probing.wording import degree, interval, share, shown
 
@@ -68,10 +68,8 @@ _TERMS = {
 def render_page(data: Data) -> str:
     """report.html: the verdict, figures, and the exact numbers; needs no network and no script."""
     data = prepared(data)
-    name = main_merge(data)["name"]
-    title = f"Probe of {name}"
+    title = heading(data)
     warnings = "".join(f"<p>{escape(str(line))}</p>" for line in data.get("warnings") or ())
-    tables = "".join(_tables(data, text) for text in data["sets"])
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -91,7 +89,7 @@ def render_page(data: Data) -> str:
 <h2>Figures</h2>
 <div class="figures">{"".join(map(_figure, figures(data)))}</div>
 <h2>Exact numbers</h2>
-{tables}{_lineage(data)}{_strata(data)}
+{"".join(set_tables(data, text) for text in data["sets"])}{tables(data)}
 <h2>Terms</h2>
 <dl>{"".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _TERMS.items())}</dl>
 <p class="soft">Cross-Task Linearity: Zhou et al., ICML 2024, arXiv 2402.03660. Made with ctl-merge
@@ -112,7 +110,9 @@ def _described(data: Data) -> str:
     size = "; ".join(f"{n}: {f['sequences']:,} sequences, {f['tokens']:,} tokens" for n, f in data["sets"].items())
     base = str(data.get("base", ""))
     base = base.rstrip("/").rpartition("/")[2] if base.startswith(("/", ".", "~")) or "\\" in base else base
-    return f"{' + '.join(data['parents'])}, finetuned from {base}. {size}."
+    beside = [named(merge) for merge in recipes(data)[1:]]
+    others = f" Beside it: {', '.join(beside)}." if beside else ""
+    return f"{' + '.join(data['parents'])}, finetuned from {base}. {size}.{others}"
 
 
 def _settings(data: Data) -> str:
@@ -134,87 +134,23 @@ def _tile(data: Data, name: str) -> str:
     lines = [f"after the last block; {share(value)} explained: {degree(value or 0)}"]
     if costs:
         lines.append(f"non-linearity {interval(costs['nonlinearity'], signed=True)} nats per token")
+    lines += _belonging(data, name)
     paragraphs = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return f'<div class="tile"><h3>{escape(name)}</h3><strong>R {shown(value)}</strong>{paragraphs}</div>'
+
+
+def _belonging(data: Data, name: str) -> list[str]:
+    """The parent that is best on a data set, and whether another may be."""
+    best = best_parent(data, name)
+    if best is None or len(data["parents"]) < 2:
+        return []
+    margin = best.get("margin")
+    if number(margin, "value") is None:
+        return [f"best parent: {best['parent']}"]
+    doubt = "" if (number(margin, "low") or 0) > 0 else ", not beyond doubt"
+    return [f"best parent: {best['parent']}, by {interval(margin)} before {best.get('second')}{doubt}"]
 
 
 def _figure(figure: Figure) -> str:
     title, caption = escape(figure.title), escape(figure.caption)
     return f'<figure id="{figure.name}"><h3>{title}</h3>{figure.svg}<figcaption>{caption}</figcaption></figure>'
-
-
-def _tables(data: Data, name: str) -> str:
-    blocks = rows(data, name, parts={row["part"] for row in data["sets"][name]["blocks"]})
-    optional = [(key, text) for key, text in (
-        ("nonlinearity_null", "null"), ("nonlinearity_written", "written"), ("floor", "floor"),
-    ) if any(number(row, key) is not None for row in blocks)]  # fmt: skip
-    head = ["block", "part", "R [95 %]", "R robust", "cos", "cos token", "coef", "cos parents", "local", "propagated"]
-    head += [f"ĉ {parent} (weights)" for parent in data["parents"]]
-    head += ["R² of ĉ", "R² weights", *(text for _, text in optional)]
-    body = [_cells(data, row, [key for key, _ in optional]) for row in blocks]
-    return _table(f"Blocks on {name}", head, body) + _loss_table(data, name) + _patch_table(data, name)
-
-
-def _cells(data: Data, row: Data, optional: Sequence[str]) -> list[str]:
-    cells = ["" if row["index"] is None else place(row), row["part"], interval(bounded(row, "nonlinearity"))]
-    cells += [shown(number(row, key), digits=4) for key in ("nonlinearity_robust",)]
-    cells += [shown(number(row, key), digits=5) for key in ("cos", "cos_token", "coef", "cos_parents")]
-    cells += [shown(number(row, key)) for key in ("local", "propagated")]
-    for parent in data["parents"]:
-        feature, weight = (number(row, f"effective_{space}", parent) for space in ("feature", "weight"))
-        cells.append(f"{shown(feature)} ({shown(weight)})")
-    cells += [shown(number(row, key)) for key in ("explained_feature", "explained_weight")]
-    cells += [shown(number(row, key), digits=4) for key in optional]
-    if "floor" in optional and below_floor(row):
-        cells[-1] += " (R below 3×)"
-    return cells
-
-
-def _loss_table(data: Data, name: str) -> str:
-    losses = data["sets"][name].get("losses")
-    if not losses:
-        return ""
-    body = [[model, interval(found), "", "", "", ""] for model, found in losses["nll"].items()]
-    for merge, found in losses.get("merges", {}).items():
-        row = next((row for row in body if row[0] == merge), None)
-        more = [interval(found.get(key)) for key in ("ensemble", "nonlinearity_cost", "kl", "agreement")]
-        if row is not None:
-            row[2:] = more
-    head = ["model", "loss, nats per token", "ensemble", "non-linearity cost", "KL to ensemble", "top-1 agreement"]
-    dilution = [
-        [merge, parent, interval(cost, signed=True)]
-        for merge, found in losses.get("merges", {}).items() for parent, cost in found["dilution_cost"].items()
-    ]  # fmt: skip
-    return _table(f"Losses on {name}", head, body, (["merge", "against parent", "dilution cost"], dilution))
-
-
-def _patch_table(data: Data, name: str) -> str:
-    patch = (costs_of(data, name) or {}).get("patch", {})
-    body = [[site, interval(gain, signed=True)] for site, gain in patch.items()]
-    return _table(f"Causal patch on {name}", ["after", "loss recovered, nats per token"], body) if body else ""
-
-
-def _lineage(data: Data) -> str:
-    keys = ("relative_norm", "cosine_to_base")
-    body = [[r["parent"], *(shown(number(r, key), digits=4) for key in keys)] for r in data.get("lineage") or ()]
-    return _table("Lineage", ["parent", "‖τ‖ / ‖base‖", "cos to base"], body) if body else ""
-
-
-def _strata(data: Data) -> str:
-    names = list(dict.fromkeys(s for found in data["sets"].values() for s in found.get("strata") or ()))
-    body = [
-        [name, place(row), *(shown(number(row, "by_stratum", s)) for s in names)]
-        for name in data["sets"] for row in rows(data, name)
-    ]  # fmt: skip
-    return _table("R by kind of token", ["data", "block", *names], body) if names else ""
-
-
-def _table(title: str, head: Sequence[str], body: Sequence[Sequence[str]], *more: tuple[Any, Any]) -> str:
-    """Tables that unfold under one title; they scroll by themselves where the screen is narrow."""
-    parts = []
-    for columns, lines in ((head, body), *more):
-        top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in columns)
-        rest = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-        table = f"<table><thead><tr>{top}</tr></thead><tbody>{rest}</tbody></table>"
-        parts.append(f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title)}">{table}</div>')
-    return f"<details><summary>{escape(title)}</summary>{''.join(parts)}</details>"

@@ -50,10 +50,30 @@ def main_merge(data: Data) -> dict[str, Any]:
     return next((merge for merge in data["merges"] if merge.get("main")), data["merges"][0])
 
 
+def heading(data: Data) -> str:
+    """What was probed: the recipe and its method, where the report names them."""
+    return f"Probe of {named(main_merge(data))}"
+
+
+def named(merge: Data) -> str:
+    """A merge by its recipe's name and its method, as far as the report has them: `ties.yaml (ties)`."""
+    name, method = merge.get("recipe") or merge["name"], merge.get("method")
+    return f"{name} ({method})" if method and method != name else str(name)
+
+
 def rows(data: Data, name: str, merge: str | None = None, parts: Iterable[str] = ("block",)) -> list[dict[str, Any]]:
     """The rows of a data set by depth: of one merge (None: the main one), at blocks or other parts."""
     merge, wanted = main_merge(data)["name"] if merge is None else merge, set(parts)
     return [row for row in data["sets"][name]["blocks"] if row["merge"] == merge and row["part"] in wanted]
+
+
+def focus(data: Data) -> list[str]:
+    """The data sets that are spoken of: all, or of more than two the least and the most linear at the end."""
+    last = {
+        n: r for n in data["sets"] if rows(data, n) and (r := number(rows(data, n)[-1], "nonlinearity")) is not None
+    }
+    names = sorted(last, key=lambda name: last[name], reverse=True)
+    return [name for name in data["sets"] if name in (names if len(names) < 3 else (names[0], names[-1]))]
 
 
 def place(row: Data) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctl_merge.probing.record import Data, below_floor, bounded, costs_of, number, place, prepared, rows
+from ctl_merge.probing.record import Data, below_floor, best_parent, bounded, costs_of, number, place, prepared, rows
 from ctl_merge.probing.verdict import verdict
 from ctl_merge.probing.wording import interval, shown
 
@@ -37,7 +37,9 @@ def _blocks(data: Data, name: str) -> Any:
     rounded = any(number(row, "floor") is not None for row in blocks)
     null = any(number(row, "nonlinearity_null") is not None for row in blocks)
     found = data["sets"][name]
-    table = _table(f"{name}: {found['sequences']:,} sequences, {found['tokens']:,} tokens")
+    best = best_parent(data, name) if len(data["parents"]) > 1 else None
+    belongs = f", best parent {_short(best['parent'], _NAME)}" if best else ""
+    table = _table(f"{name}: {found['sequences']:,} sequences, {found['tokens']:,} tokens{belongs}")
     for column in ("block", "R [95 %]", "cos", "coef", "local", "prop."):
         table.add_column(column, justify="left" if column == "block" else "right", no_wrap=True)
     for parent in parents:

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ctl_merge.probing.advice import advice
 from ctl_merge.probing.record import (
     FLOOR,
     Data,
     below_floor,
     bounded,
     costs_of,
-    main_merge,
+    focus,
     number,
     place,
     prepared,
+    quadratic,
     rows,
-    sweep,
 )
 from ctl_merge.probing.wording import degree, interval, listed, share, shown, spans
 
@@ -32,17 +33,8 @@ _NEAR = 0.9  # blocks whose value is at least this share of the largest are name
 def verdict(data: Data) -> list[str]:
     """Three to six short statements: cautions, linearity, the blocks to blame, the parents followed, cost, advice."""
     data = prepared(data)
-    found = [cautions(data), _linearity(data), _blame(data), _following(data), _cost(data), _advice(data)]
+    found = [cautions(data), _linearity(data), _blame(data), _following(data), _cost(data), advice(data)]
     return [line for line in found if line]
-
-
-def _focus(data: Data) -> list[str]:
-    """The data sets that are spoken of: all, or of more than two the least and the most linear at the end."""
-    last = {
-        n: r for n in data["sets"] if rows(data, n) and (r := number(rows(data, n)[-1], "nonlinearity")) is not None
-    }
-    names = sorted(last, key=lambda name: last[name], reverse=True)
-    return [name for name in data["sets"] if name in (names if len(names) < 3 else (names[0], names[-1]))]
 
 
 def _has_r(data: Data, name: str) -> list[dict[str, Any]]:
@@ -59,7 +51,7 @@ def cautions(data: Data) -> str:
                 f"the weights of {row['parent']} have a cosine of {shown(cosine)} with the base (finetunes are above "
                 f"{LINEAGE}): it may not descend from this base, and then the rest means little"
             )
-    for name in _focus(data):
+    for name in focus(data):
         blocks = _has_r(data, name)
         labels = [place(row) for row in blocks]
         low = [label for row, label in zip(blocks, labels, strict=True) if below_floor(row)]
@@ -76,7 +68,7 @@ def cautions(data: Data) -> str:
 
 
 def _linearity(data: Data) -> str:
-    names = _focus(data)
+    names = focus(data)
     if not names:
         return "Linearity: the parents do not disagree on these texts, or were not compared, so R is not defined."
     ends = {name: (_has_r(data, name)[0], _has_r(data, name)[-1]) for name in names}
@@ -96,11 +88,24 @@ def _linearity(data: Data) -> str:
     ]
     if nulls:
         text += f" A random task vector of the same size gives R {listed(nulls)} there."
+    text += _scaling(data, names)
     every = [row for name in names for row in _has_r(data, name)]
     floors = [floor for row in every if (floor := number(row, "floor")) is not None]
     if floors and not any(map(below_floor, every)):
         text += f" Rounding alone gives R of at most {shown(max(floors))}: it does not matter."
     return text
+
+
+def _scaling(data: Data, names: Sequence[str]) -> str:
+    """Where the deviation was seen to shrink with the square of the task vectors."""
+    parts = []
+    for name in names:
+        known = [row for row in rows(data, name) if quadratic(row) is not None]
+        good = [place(row) for row in known if quadratic(row)]
+        if known:
+            where = "all" if len(good) == len(known) else spans(good, [place(row) for row in known]) if good else "none"
+            parts.append(f"{where} on {name}")
+    return f" When task vectors are scaled down, it shrinks with their square at {listed(parts)}." if parts else ""
 
 
 def _r(row: Data) -> str:
@@ -109,7 +114,7 @@ def _r(row: Data) -> str:
 
 def _blame(data: Data) -> str:
     created, mended = [], []
-    for name in _focus(data):
+    for name in focus(data):
         blocks = [row for row in rows(data, name) if number(row, "local") is not None]
         labels = [place(row) for row in blocks]
         if blocks:
@@ -117,9 +122,23 @@ def _blame(data: Data) -> str:
             near = [place(r) for r in blocks if r is not top and r["local"] >= _NEAR * top["local"] > 0]
             close = f"; {spans(near, labels)} within 10 %" if near else ""
             created.append(f"block {place(top)} on {name} (local part {shown(top['local'])}{close})")
-        mended += _mended(data, name)
+        mended += _charged(data, name) or _mended(data, name)
     text = [f"most deviation is created by {listed(created)}."] if created else []
     return f"Origin: {' '.join([*text, *mended])}" if text or mended else ""
+
+
+def _charged(data: Data, name: str) -> list[str]:
+    """The blocks whose own share of the non-linearity cost is above 0 beyond doubt, the largest two."""
+    blame = (costs_of(data, name) or {}).get("blame", {})
+    if not blame:
+        return []
+    sure = {site: found for site, found in blame.items() if (number(found, "low") or 0) > 0}
+    labels = {row["block"]: f"block {place(row)}" for row in rows(data, name)} | {"logits": "the final norm and head"}
+    top = sorted(sure, key=lambda site: -sure[site]["value"])[:2]
+    shares = [f"{labels.get(site, site)} {interval(sure[site])}" for site in top]
+    if not shares:
+        return [f"On {name} no block's share of the non-linearity cost is above 0 beyond doubt."]
+    return [f"Of the non-linearity cost on {name}, most comes from {listed(shares)} (nats per token)."]
 
 
 def _mended(data: Data, name: str) -> list[str]:
@@ -146,7 +165,7 @@ def leaning(data: Data, row: Data) -> str | None:
 
 def _following(data: Data) -> str:
     parts = []
-    for name in _focus(data) if len(data["parents"]) > 1 else []:
+    for name in focus(data) if len(data["parents"]) > 1 else []:
         blocks = rows(data, name)
         labels, leads = [place(row) for row in blocks], [leaning(data, row) for row in blocks]
         texts = []
@@ -177,7 +196,7 @@ def _mean(values: Iterable[Any]) -> float | None:
 
 def _cost(data: Data) -> str:
     texts: list[str] = []
-    for name in _focus(data) or list(data["sets"])[:2]:
+    for name in focus(data) or list(data["sets"])[:2]:
         costs = costs_of(data, name)
         if costs is None or costs["merged"] is None:
             continue
@@ -203,42 +222,3 @@ def _costing(found: Any) -> str:
         value = abs(value)
     doubt = ", an interval that includes 0" if low is not None and high is not None and low <= 0 <= high else ""
     return f"{verb} {interval({'value': value, 'low': low, 'high': high})}{doubt}"
-
-
-def _advice(data: Data) -> str:
-    names = _focus(data)
-    costs = {name: found for name in names if (found := costs_of(data, name))}
-    paying = [name for name, found in costs.items() if (number(found["nonlinearity"], "low") or 0) > 0]
-    bent = [name for name in names if (number(rows(data, name)[-1], "nonlinearity") or 0) >= 0.3]
-    tips = []
-    blamed = list(dict.fromkeys(place(row) for name in paying or bent for row in _top_local(data, name)))
-    if paying or (bent and not costs):
-        where = f", or smaller ones only in block{'s' if len(blamed) > 1 else ''} {listed(blamed)}" if blamed else ""
-        tips.append(f"smaller coefficients{where}: the deviation shrinks with their square where linearity holds")
-    elif costs:
-        tips.append("leave linearity alone: its cost is not above 0 beyond doubt")
-    diluted = [
-        n for n, f in costs.items() if (number(f["dilution"], "low") or 0) > 0 and (f["merged"] or 0) > f["loss"]
-    ]
-    for parent in dict.fromkeys(costs[n]["parent"] for n in diluted):
-        own = " or ".join(n for n in diluted if costs[n]["parent"] == parent)
-        tips.append(f"more weight on {parent} if {own} matters most")
-    if any(below_floor(row) for name in names for row in rows(data, name)):
-        tips.append("writing the merge in float32, since rounding is as large as what is measured")
-    tips += [
-        f"α = {alpha:g}, the best of the sweep on {n}" for n in costs if (alpha := _best_alpha(data, n)) is not None
-    ]
-    return f"To try: {'; '.join(tips)}." if tips else ""
-
-
-def _best_alpha(data: Data, name: str) -> float | None:
-    """The α of lowest loss, where it is not the main merge's."""
-    nll = data["sets"][name]["losses"]["nll"]
-    known = [(loss, m) for m in sweep(data) if (loss := number(nll.get(m["name"]), "value")) is not None]
-    best = min(known, key=lambda pair: pair[0])[1] if known else None
-    return best["alpha"] if best and best["name"] != main_merge(data)["name"] else None
-
-
-def _top_local(data: Data, name: str) -> list[dict[str, Any]]:
-    known = [row for row in rows(data, name) if (number(row, "local") or 0) > 0]
-    return [max(known, key=lambda row: row["local"])] if known else []

@@ -21,11 +21,12 @@ def shown(value: float | None, signed: bool = False, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def interval(found: Any, signed: bool = False) -> str:
+def interval(found: Any, signed: bool = False, digits: int = 3) -> str:
     """`0.323 [0.218, 0.432]`."""
     low, high = number(found, "low"), number(found, "high")
-    bounds = f" [{shown(low)}, {shown(high)}]" if low is not None and high is not None else ""
-    return shown(number(found, "value"), signed) + bounds
+    ends = ", ".join(shown(end, digits=digits) for end in (low, high))
+    bounds = f" [{ends}]" if low is not None and high is not None else ""
+    return shown(number(found, "value"), signed, digits) + bounds
 
 
 def share(nonlinearity: float | None) -> str:

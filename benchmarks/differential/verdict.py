@@ -1,0 +1,203 @@
+"""One configuration through both tools and the definition, and what is to be said of it.
+
+Three things are judged. Ours is the definition, rounded once. Ours is never further from it than mergekit is.
+mergekit, told to compute in float32, agrees with it to float32 rounding, but for entries that a reason covers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from differential.cases import Case
+from differential.methods import METHODS
+from differential.reasons import explained
+from differential.reference import Array, Wanted, as_float64, defined, dtype_of, wanted
+from differential.tools import Mergekit, Ours, Outcome
+
+BITS = {"float32": (23, -126), "bfloat16": (7, -126), "float16": (10, -14)}
+# An exact result rounded to 16 bits by way of float32 may be 2⁻¹³ of a unit further away than the nearest number.
+HALF = 0.501
+MEAN_SLACK = 1e-4  # units in the last place that ours may be further away in the mean: what that double rounding costs
+EXACT, SINGLE = 2.0**-45, 2.0**-21
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance to the definition over all entries of a case, in units in the last place of the output's dtype.
+
+    The unit is that of the largest of result and inputs. `relative`: ‖found - wanted‖ / ‖wanted‖; `exact`: the share
+    of entries that are the definition rounded once. Where the definition lies halfway between two numbers, up to its
+    own float64 rounding, both are.
+    """
+
+    largest: float
+    mean: float
+    relative: float
+    exact: float
+
+
+@dataclass
+class Result:
+    """What came of a case. `failures`: what nothing explains; `reasons`: entries by the reason why they differ."""
+
+    case: Case
+    dtype: str
+    entries: int = 0
+    ours: Errors | None = None
+    theirs: Errors | None = None
+    single: Errors | None = None  # mergekit with `dtype: float32`
+    apart: int = 0  # entries that a reason covers: they differ by rule, or by a vote; left out of the errors
+    reasons: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def unit(values: Array, dtype: str) -> Array:
+    """The unit in the last place at each value."""
+    bits, least = BITS[dtype]
+    return np.ldexp(1.0, np.maximum(np.frexp(values)[1] - 1, least) - bits)
+
+
+def round_once(values: Array, dtype: str) -> Array:
+    """The nearest numbers of the dtype, halfway cases to even."""
+    step = unit(values, dtype)
+    return np.rint(values / step) * step
+
+
+def judge(case: Case, ours: Ours, mergekit: Mergekit | None) -> Result:
+    """Run a case through the tools. Without mergekit ours is compared with the definition alone."""
+    result = Result(case, dtype_of(case))
+    text = case.text()
+    own = ours.run(text)
+    if mergekit is None:
+        _refusals(result, own, None)
+    else:
+        seed = case.number if METHODS[case.method].random else None
+        theirs = mergekit.run(text, seed)
+        single = mergekit.run(case.text(dtype="float32", out_dtype=result.dtype), seed)
+        _refusals(result, own, theirs)
+    if result.failures:
+        return result
+    tensors = list(wanted(case))
+    _same_tensors(result, own, tensors, "ctl-merge")
+    if mergekit is not None:
+        _same_tensors(result, theirs, tensors, "mergekit")
+    if result.failures:
+        return result
+    result.entries = sum(tensor.models[0].size for tensor in tensors)
+    if defined(case.method):
+        apart = [_covered(case.method, tensor, SINGLE) for tensor in tensors]
+        result.apart = sum(int(where.sum()) for where in apart)
+        result.ours = _errors(result.dtype, own, tensors, apart)
+        _check_ours(result, own, tensors)
+    if mergekit is not None and not METHODS[case.method].random:
+        _check_theirs(result, own, single, tensors)
+        if result.ours is not None:
+            result.theirs, result.single = (_errors(result.dtype, found, tensors, apart) for found in (theirs, single))
+            _check_nearer(result, result.ours, result.theirs)
+    return result
+
+
+def _covered(method: str, tensor: Wanted, rounding: float, ours: bool = False) -> NDArray[np.bool_]:
+    masks = list(explained(method, tensor, rounding, ours).values())
+    return np.any(masks, axis=0) if masks else np.zeros(tensor.models.shape[1:], dtype=bool)
+
+
+def _refusals(result: Result, own: Outcome, theirs: Outcome | None) -> None:
+    if own.error and theirs and theirs.error:
+        result.failures.append(f"both refuse: {_first(own.error)} / {_first(theirs.error)}")
+    elif own.error:
+        result.failures.append(f"ctl-merge refuses: {_first(own.error)}")
+    elif theirs and theirs.error:
+        result.failures.append(f"mergekit refuses: {_first(theirs.error)}")
+
+
+def _first(message: str) -> str:
+    return " ".join(message.split())[:200]
+
+
+def _same_tensors(result: Result, found: Outcome, tensors: Sequence[Wanted], name: str) -> None:
+    expected = {tensor.job.name: tensor.models.shape[1:] for tensor in tensors}
+    shapes = {tensor: tuple(value.shape) for tensor, value in found.tensors.items()}
+    differing = sorted(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
+    if differing:
+        result.failures.append(f"{name} writes other tensors: {', '.join(differing[:3])}")
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found.tensors.values()}
+    if kinds != {result.dtype}:
+        result.failures.append(f"{name} writes {', '.join(sorted(kinds))}, not {result.dtype}")
+
+
+def _errors(
+    dtype: str, found: Outcome, tensors: Sequence[Wanted], apart: Sequence[NDArray[np.bool_]]
+) -> Errors:  # fmt: skip
+    distances, squares, norms, exact = [np.zeros(1)], 0.0, 0.0, 0
+    for tensor, left_out in zip(tensors, apart, strict=True):
+        assert tensor.value is not None
+        value, got = tensor.value[~left_out], as_float64(found.tensors[tensor.job.name])[~left_out]
+        distances.append(np.abs(got - value) / unit(_largest(tensor), dtype)[~left_out])
+        squares += float(((got - value) ** 2).sum())
+        norms += float((value**2).sum())
+        blur = EXACT * _scale(tensor, tensor.value)[~left_out]
+        exact += int(((got == round_once(value - blur, dtype)) | (got == round_once(value + blur, dtype))).sum())
+    every = np.concatenate(distances)
+    count = every.size - 1
+    relative = (squares / norms) ** 0.5 if norms else squares
+    return Errors(float(every.max()), float(every.sum() / max(count, 1)), relative, exact / max(count, 1))
+
+
+def _largest(tensor: Wanted) -> Array:
+    largest = np.abs(tensor.operands).max(0)
+    return largest if tensor.value is None else np.maximum(largest, np.abs(tensor.value))
+
+
+def _check_ours(result: Result, own: Outcome, tensors: Sequence[Wanted]) -> None:
+    """Every entry is the definition rounded, but where even float64 cannot tell what the definition gives."""
+    for tensor in tensors:
+        value, left_out = tensor.value, _covered(result.case.method, tensor, EXACT, ours=True)
+        assert value is not None
+        distance = np.abs(as_float64(own.tensors[tensor.job.name]) - value)
+        wrong = (distance > HALF * unit(value, result.dtype) + EXACT * _scale(tensor, value)) & ~left_out
+        if wrong.any():
+            worst = float((distance / unit(_largest(tensor), result.dtype))[wrong].max())
+            result.failures.append(
+                f"ctl-merge is not the definition: {tensor.job.name}, {wrong.sum()} of {wrong.size} entries, "
+                f"{worst:.3g} units"
+            )
+
+
+def _check_nearer(result: Result, ours: Errors, theirs: Errors) -> None:
+    if ours.mean > theirs.mean + MEAN_SLACK:
+        result.failures.append(f"ours is further: mean {ours.mean:.4g}, mergekit {theirs.mean:.4g}")
+    if ours.largest > max(theirs.largest, HALF):
+        result.failures.append(f"ours is further: largest {ours.largest:.4g}, mergekit {theirs.largest:.4g}")
+
+
+def _check_theirs(result: Result, own: Outcome, single: Outcome, tensors: Sequence[Wanted]) -> None:
+    """mergekit's float32 agrees up to rounding, but for entries that a reason covers."""
+    slack = METHODS[result.case.method].slack * 2.0**-24
+    for tensor in tensors:
+        mine = as_float64(own.tensors[tensor.job.name])
+        value = mine if tensor.value is None else tensor.value
+        distance = np.abs(as_float64(single.tensors[tensor.job.name]) - value)
+        rounds = 1.0 if tensor.value is None else HALF  # without a definition both are rounded
+        wrong = distance > rounds * unit(value, result.dtype) + slack * _scale(tensor, value)
+        for text, where in explained(result.case.method, tensor, SINGLE).items():
+            result.reasons[text] += int((wrong & where).sum())
+            wrong &= ~where
+        if wrong.any():
+            worst = float((distance / _scale(tensor, value))[wrong].max())
+            result.failures.append(
+                f"mergekit in float32 is not the definition: {tensor.job.name}, {wrong.sum()} of {wrong.size} entries, "
+                f"{worst * 2**24:.3g} units of float32"
+            )
+
+
+def _scale(tensor: Wanted, value: Array) -> Array:
+    """The size of the numbers that go into each entry, enlarged where the method enlarges its task vectors."""
+    inputs, change = np.abs(tensor.deltas).max(initial=0.0), value if tensor.base is None else value - tensor.base
+    gain = max(1.0, float(np.abs(change).max(initial=0.0) / inputs)) if inputs > 0 else 1.0
+    return gain * np.maximum(np.abs(tensor.operands).max(0), np.abs(value))

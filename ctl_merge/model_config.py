@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+ABSENT = object()  # as a change: the config goes without the key
 
 
 def patch_config(
@@ -29,10 +30,15 @@ def patch_config(
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A copy of the config with the values at those paths replaced."""
+    """A copy of the config with the values at those paths replaced, and without those that are to be ABSENT."""
     found = dict(config)
     for path, value in changes.items():
-        found[path[0]] = with_changes(found.get(path[0]) or {}, {path[1:]: value}) if path[1:] else value
+        if path[1:]:
+            value = with_changes(found.get(path[0]) or {}, {path[1:]: value})
+        if value is ABSENT:
+            found.pop(path[0], None)
+        else:
+            found[path[0]] = value
     return found
 
 

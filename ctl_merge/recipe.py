@@ -17,6 +17,9 @@ from pydantic import ValidationError
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, RecipeError
 from ctl_merge.methods import Method, Parameter, registry
+from ctl_merge.mixture import METHOD as MIXTURE
+from ctl_merge.mixture import Mixture
+from ctl_merge.moe_schema import MixtureChecker
 from ctl_merge.recipe_schema import (
     Dtype,
     ModelSchema,
@@ -98,6 +101,7 @@ class Recipe:
     warnings: tuple[str, ...] = ()
     slices: tuple[Slice, ...] = ()
     steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
+    mixture: Mixture | None = None  # the models side by side, instead of merged
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:
@@ -173,7 +177,7 @@ class _Steps:
 def _mentions(data: Any, name: str) -> bool:
     """Whether a document names a step as a model."""
     if isinstance(data, dict):
-        keys = ("model", "base_model", "path")
+        keys = ("model", "base_model", "path", "source_model")
         return any(
             (key in keys and value == name) or (key != "name" and _mentions(value, name)) for key, value in data.items()
         )
@@ -199,6 +203,8 @@ class _Checker:
         if not isinstance(data, dict):
             raise RecipeError(f"{self.document.name}: a recipe is a mapping with `merge_method` and `models`")
         self._refuse_foreign(data)
+        if "experts" in data:
+            return self._mixture(data)
         schema = self._schema(data)
         method = self._method(data)
         shared = self._settings(("parameters",), data.get("parameters"), method, per_model_only=False)
@@ -317,8 +323,26 @@ class _Checker:
             raise RecipeError(
                 f"{self.document.name}: a mergekit-evolve genome is not a recipe; merge with fixed parameters"
             )
-        if "experts" in data and "merge_method" not in data:
-            raise RecipeError(f"{self.document.name}: mergekit-moe configs are not supported yet")
+        if "experts" in data and "merge_method" in data:
+            raise RecipeError(
+                f"{self.document.name}, line {self.document.line(('merge_method',))}: `experts` make a mixture of "
+                "experts, which has no `merge_method`: remove the line"
+            )
+
+    def _mixture(self, data: dict) -> Recipe:
+        """A recipe of experts side by side."""
+        found = MixtureChecker(self._ref, self.problems, self.warnings).check(data)
+        if found is None:
+            self._raise()
+        assert found is not None
+        schema, base, mixture = found
+        refs = dict.fromkeys(expert.ref for expert in mixture.everyone)
+        return Recipe(
+            method=MIXTURE, models=tuple(map(Source, refs)), base=base, settings={}, dtype=schema.dtype,
+            keep_base_vocabulary=False, seed=schema.seed, missing="error", allow_nonfinite=schema.nonfinite == "allow",
+            probe=None, text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
+            steps=self.steps, mixture=mixture,
+        )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:
         self.problems += [((key,), message) for key, message in LATER.items() if data.get(key) is not None]

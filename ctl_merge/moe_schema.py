@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
 
-from ctl_merge.mixture import GATE_MODES, Expert, GateMode, Mixture
+from ctl_merge.mixture import GATE_MODES, RANDOM, Expert, GateMode, Mixture
 from ctl_merge.moe_families import named, names, unknown
 from ctl_merge.recipe_schema import Dtype
 from ctl_merge.reference import ModelRef
@@ -26,7 +26,8 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
-Number = Annotated[FiniteFloat, BeforeValidator(_number, json_schema_input_type=float | str)]
+Number = Annotated[FiniteFloat, BeforeValidator(_number)]
+Size = Annotated[FiniteFloat, Field(ge=0), BeforeValidator(_number)]
 Prompts = list[Annotated[str, Field(min_length=1)]]
 
 
@@ -37,9 +38,7 @@ class ExpertSchema(BaseModel):
     source_model: Any = Field(description="folder, org/name or org/name@revision", json_schema_extra=_MODEL)
     positive_prompts: Prompts | None = Field(None, description="texts that this expert is for")
     negative_prompts: Prompts | None = Field(None, description="texts that it is not for")
-    noise_scale: Annotated[Number, Field(ge=0)] | None = Field(
-        None, description="standard deviation of noise on its weights"
-    )
+    noise_scale: Size | None = Field(None, description="standard deviation of noise on its weights")
     residual_scale: Number | None = Field(None, description="factor of what it adds to the residual stream")
 
 
@@ -74,15 +73,16 @@ class MixtureChecker:
         """The keys, the base and the mixture; None where something is wrong, which `problems` then tells."""
         schema = self._schema(data)
         base = self._ref(("base_model",), data.get("base_model")) if "base_model" in data else None
-        experts = self._experts("experts", data)
-        shared = self._experts("shared_experts", data)
+        experts = tuple(self._experts("experts", data))
+        shared = tuple(self._experts("shared_experts", data))
         if schema is None:
             return None
-        mixture = Mixture(
-            tuple(experts), tuple(shared), schema.gate_mode, schema.experts_per_token, schema.architecture
-        )
-        self._check_whole(mixture)
-        return (schema, base, mixture) if base is not None and not self.problems else None
+        self._check_whole(schema)
+        if base is None or self.problems:
+            return None
+        mixture = Mixture(experts, shared, schema.gate_mode, schema.experts_per_token, schema.architecture)
+        self._warn(mixture)
+        return schema, base, mixture
 
     def _schema(self, data: Mapping[str, Any]) -> MixtureSchema | None:
         try:
@@ -116,45 +116,42 @@ class MixtureChecker:
                     own.noise_scale or 0.0, 1.0 if own.residual_scale is None else own.residual_scale,
                 )  # fmt: skip
 
-    def _check_whole(self, mixture: Mixture) -> None:
+    def _check_whole(self, schema: MixtureSchema) -> None:
         """What no key alone can tell."""
-        count = len(mixture.experts)
-        if self.problems:
-            return
-        if mixture.experts_per_token > count:
-            self.problems.append(
-                (("experts_per_token",), f"{mixture.experts_per_token} experts per token, of {count}: list as many")
-            )
-        if mixture.architecture is not None and not named(mixture.architecture):
-            self.problems.append((("architecture",), unknown(mixture.architecture)))
-        if len(mixture.shared) > 1:
+        count, each = len(schema.experts), schema.experts_per_token
+        if each > count:
+            self.problems.append((("experts_per_token",), f"{each} experts per token, of {count}: list as many"))
+        if schema.architecture is not None and not named(schema.architecture):
+            self.problems.append((("architecture",), unknown(schema.architecture)))
+        if len(schema.shared_experts or ()) > 1:
             self.problems.append((("shared_experts", 1), "no architecture has more than one shared expert: keep one"))
-        if mixture.from_prompts:
-            self._check_prompts(mixture)
-        elif any(expert.positive or expert.negative for expert in mixture.everyone):
+        if schema.gate_mode not in RANDOM:
+            self._check_prompts(schema)
+
+    def _check_prompts(self, schema: MixtureSchema) -> None:
+        for key, experts in (("experts", schema.experts), ("shared_experts", schema.shared_experts or [])):
+            for index, expert in enumerate(experts):
+                if not expert.positive_prompts:
+                    self.problems.append(
+                        ((key, index), f"`gate_mode: {schema.gate_mode}` makes gates of prompts, and "
+                         f"{expert.source_model} has none: give it `positive_prompts`, texts as this expert is to "
+                         "answer, or set `gate_mode: random` for a model that you train")
+                    )  # fmt: skip
+        prompts = {(tuple(e.positive_prompts or ()), tuple(e.negative_prompts or ())) for e in schema.experts}
+        if len(schema.experts) > 1 and len(prompts) == 1 and schema.experts[0].positive_prompts:
+            self.problems.append(
+                (("experts", 1), "all experts have the same prompts, so that the router could not tell them apart: "
+                 "give each the texts that it is for")
+            )  # fmt: skip
+
+    def _warn(self, mixture: Mixture) -> None:
+        if not mixture.from_prompts and any(expert.positive or expert.negative for expert in mixture.everyone):
             self.warnings.append(f"`gate_mode: {mixture.gate_mode}` draws the gates: prompts have no effect")
         if len({expert.ref for expert in mixture.experts}) == 1 and not any(e.noise_scale for e in mixture.experts):
             self.warnings.append(
                 "all experts are one model: until it is trained, the output computes what that model's feed-forward "
                 "layers do, at a higher price"
             )
-
-    def _check_prompts(self, mixture: Mixture) -> None:
-        listed = {"experts": mixture.experts, "shared_experts": mixture.shared}
-        for key, experts in listed.items():
-            for index, expert in enumerate(experts):
-                if not expert.positive:
-                    self.problems.append(
-                        ((key, index), f"`gate_mode: {mixture.gate_mode}` makes gates of prompts, and {expert.ref} has "
-                         "none: give it `positive_prompts`, texts as this expert is to answer, or set "
-                         "`gate_mode: random` for a model that you train")
-                    )  # fmt: skip
-        prompts = [(expert.positive, expert.negative) for expert in mixture.experts]
-        if len(prompts) > 1 and len(set(prompts)) == 1 and prompts[0][0]:
-            self.problems.append(
-                (("experts", 1), "all experts have the same prompts, so that the router could not tell them apart: "
-                 "give each the texts that it is for")
-            )  # fmt: skip
 
 
 def _said(path: Path_, kind: str, message: str, value: Any) -> str:

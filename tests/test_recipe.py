@@ -301,7 +301,10 @@ def test_a_later_key_without_value_says_nothing(key: str) -> None:
     ("text", "expected"),
     [
         ("genome: {}\n", "a mergekit-evolve genome is not a recipe"),
-        ("merge_method: moe\nexperts: []\n", "line 1: `experts` make a mixture of experts, which has no `merge_method`"),
+        (
+            "merge_method: moe\nexperts: []\n",
+            "line 1: `experts` make a mixture of experts, which has no",
+        ),
     ],
 )
 def test_the_documents_of_mergekits_other_tools_are_refused_by_name(text: str, expected: str) -> None:

@@ -72,13 +72,14 @@ class FileCheckpoint(Checkpoint):
     """A checkpoint in files.
 
     `folder` holds config and tokenizer, and after `fetch` the weights. `snapshot` is the Hub's pinned state, None for a
-    local folder. `file_sizes`: bytes of each weight file.
+    local folder. `file_sizes`: bytes of each weight file. `held_bytes`: memory that reading takes besides chunks.
     """
 
     ref: ModelRef
     folder: Path
     snapshot: HubSnapshot | None
     file_sizes: Mapping[str, int]
+    held_bytes: int = 0
 
     @abstractmethod
     def fetch(self) -> None:

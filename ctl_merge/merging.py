@@ -27,6 +27,7 @@ from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
+from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.recipe import Recipe, load_recipe
@@ -74,8 +75,15 @@ class Merge:
         self.checkpoints = {ref: self._open(ref) for ref in self.recipe.refs}
         self._fetched = False
         self.workers = num_workers or len(os.sched_getaffinity(0))
-        self._use(self._with_steps(make_plan(self.recipe, self.checkpoints)))
+        self._use(self._with_steps(self._planned()))
         self._limit_memory(parse_max_memory(max_memory).get("cpu"))
+
+    def _planned(self) -> Plan:
+        if self.recipe.mixture is None:
+            return make_plan(self.recipe, self.checkpoints)
+        plan, made = plan_mixture(self.recipe, self.checkpoints)
+        self.checkpoints[made.ref] = made
+        return plan
 
     def _use(self, plan: Plan) -> None:
         self.plan = plan
@@ -107,11 +115,15 @@ class Merge:
         steps = [c.opened for c in self.checkpoints.values() if isinstance(c, StepCheckpoint)]
         return [self.merged, *(merged for step in steps for merged in step.merges)]
 
+    def _memory_bound(self) -> int:
+        held = sum(checkpoint.held_bytes for checkpoint in self.checkpoints.values())
+        return memory_bound(self.merges, self.workers) + held
+
     def _limit_memory(self, limit: int | None) -> None:
         """Fewer workers where the CPU's share of `max_memory` is small."""
-        while limit is not None and memory_bound(self.merges, self.workers) > limit:
+        while limit is not None and self._memory_bound() > limit:
             if self.workers == 1:
-                needed = format_size(memory_bound(self.merges, 1))
+                needed = format_size(self._memory_bound())
                 raise DeviceError(
                     f"--max-memory: the merge takes {needed} of cpu memory with one worker, more than allowed"
                 )
@@ -119,7 +131,7 @@ class Merge:
 
     def summary(self) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone."""
-        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, memory_bound(self.merges, self.workers))
+        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
 
     def write(

@@ -9,6 +9,7 @@ from typing import Any
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _TOKEN_IDS = re.compile(r"\w+_token_(id|ids|index)|(begin_)?suppress_tokens|bad_words_ids|forced_decoder_ids")
+ABSENT = object()  # as a change: the config goes without the key
 
 
 def patch_config(
@@ -31,10 +32,15 @@ def patch_config(
 
 
 def with_changes(config: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A copy of the config with the values at those paths replaced."""
+    """A copy of the config with the values at those paths replaced, and without those that are to be ABSENT."""
     found = dict(config)
     for path, value in changes.items():
-        found[path[0]] = with_changes(found.get(path[0]) or {}, {path[1:]: value}) if path[1:] else value
+        if path[1:]:
+            value = with_changes(found.get(path[0]) or {}, {path[1:]: value})
+        if value is ABSENT:
+            found.pop(path[0], None)
+        else:
+            found[path[0]] = value
     return found
 
 

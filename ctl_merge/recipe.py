@@ -17,6 +17,9 @@ from pydantic import ValidationError
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, DataError, RecipeError
 from ctl_merge.methods import Method, Parameter, registry
+from ctl_merge.mixture import METHOD as MIXTURE
+from ctl_merge.mixture import Mixture
+from ctl_merge.moe_schema import MixtureChecker
 from ctl_merge.probing.rows import DataSpec
 from ctl_merge.recipe_schema import (
     DataSchema,
@@ -99,6 +102,7 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
     onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
+    mixture: Mixture | None = None  # the models side by side, instead of merged
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:
@@ -181,7 +185,7 @@ def _is_step(value: Any, name: str) -> bool:
 def _mentions(data: Any, name: str) -> bool:
     """Whether a document names a step as a model."""
     if isinstance(data, dict):
-        keys = ("model", "base_model", "path")
+        keys = ("model", "base_model", "path", "source_model")
         return any(
             (key in keys and _is_step(value, name)) or (key != "name" and _mentions(value, name))
             for key, value in data.items()
@@ -208,6 +212,8 @@ class _Checker:
         if not isinstance(data, dict):
             raise RecipeError(f"{self.document.name}: a recipe is a mapping with `merge_method` and `models`")
         self._refuse_foreign(data)
+        if "experts" in data:
+            return self._mixture(data)
         schema = self._schema(data)
         method = self._method(data)
         shared = self._settings(("parameters",), data.get("parameters"), method, per_model_only=False)
@@ -361,8 +367,27 @@ class _Checker:
                 f"{self.document.name}: a mergekit-evolve genome is not a recipe: it describes a search. Write the "
                 "parameters that it found; `ctl-merge probe` tells which blocks and parents to change next"
             )
-        if "experts" in data and "merge_method" not in data:
-            raise RecipeError(f"{self.document.name}: mergekit-moe configs are not supported yet")
+        if "experts" in data and "merge_method" in data:
+            raise RecipeError(
+                f"{self.document.name}, line {self.document.line(('merge_method',))}: `experts` make a mixture of "
+                "experts, which has no `merge_method`: remove the line"
+            )
+
+    def _mixture(self, data: dict) -> Recipe:
+        """A recipe of experts side by side."""
+        found = MixtureChecker(self._ref, self.problems, self.warnings).check(data)
+        if found is None:
+            self._raise()
+        assert found is not None
+        schema, base, mixture = found
+        refs = dict.fromkeys(expert.ref for expert in mixture.everyone)
+        return Recipe(
+            method=MIXTURE, models=tuple(map(Source, refs)), base=base, settings={}, dtype=schema.dtype,
+            tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
+            allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
+            text=self.document.text, name=self.document.name,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
+        )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:
         try:

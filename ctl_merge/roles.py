@@ -42,7 +42,12 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
 
 
 def _check_aligned(recipe: Recipe) -> None:
-    """Refuse a merge whose blocks have no counterpart in its parents: a stack, or parts of different models."""
+    """Refuse a merge whose blocks have no counterpart in its parents: a stack, parts of different models, experts."""
+    if recipe.mixture is not None:
+        raise RecipeError(
+            f"{recipe.name}: a mixture of experts has no counterpart in its parents, tensor by tensor, to be compared "
+            "or probed with"
+        )
     place = 0
     for part in recipe.slices:
         sources = [*part.models, *([part.base] if part.base else [])]

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter
 
 from ctl_merge.methods import Method, Parameter, registry
 from ctl_merge.methods.parameters import EXPONENT
+from ctl_merge.moe_schema import MixtureSchema
 from ctl_merge.recipe_schema import RecipeSchema
 
 
@@ -17,12 +18,24 @@ def recipe_schema() -> dict[str, Any]:
     schema = RecipeSchema.model_json_schema()
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "ctl-merge recipe"}
     schema["properties"]["merge_method"]["enum"] = sorted(methods)
-    schema["oneOf"] = [{"required": [layout]} for layout in ("models", "slices", "modules")]
     schema["allOf"] = [
         {"if": {"properties": {"merge_method": {"const": method.name}}}, "then": _with_parameters(method)}
         for method in methods.values()
     ]
-    return schema
+    return _or_mixture(schema)
+
+
+def _or_mixture(merge: dict[str, Any]) -> dict[str, Any]:
+    """The schema of merges, or of mixtures of experts for documents that have `experts` and no method."""
+    mixture = MixtureSchema.model_json_schema()
+    definitions = {**merge["$defs"], **mixture.pop("$defs"), "MixtureSchema": mixture}
+    layouts = [{"required": [layout]} for layout in ("models", "slices", "modules")]
+    merged = {"required": merge.pop("required"), "oneOf": layouts, "propertyNames": {"enum": [*merge["properties"]]}}
+    return {
+        **merge, "$defs": definitions, "properties": {**mixture["properties"], **merge["properties"]},
+        "if": {"required": ["experts"], "not": {"required": ["merge_method"]}},
+        "then": {"$ref": "#/$defs/MixtureSchema"}, "else": merged,
+    }  # fmt: skip
 
 
 def _with_parameters(method: Method) -> dict[str, Any]:

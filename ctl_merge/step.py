@@ -31,6 +31,7 @@ class StepCheckpoint(FileCheckpoint):
         self.tensors: Mapping[str, TensorSpec] = opened.plan.specs
         self.config = opened.merged.config
         self._tied = dict(opened.plan.tied)
+        self.held_bytes = sum(checkpoint.held_bytes for checkpoint in opened.checkpoints.values())
 
     @cached_property
     def folder(self) -> Path:  # type: ignore[override]

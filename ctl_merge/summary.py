@@ -8,6 +8,7 @@ from typing import Any
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.estimate import Estimate
 from ctl_merge.header import total_bytes
+from ctl_merge.made import MadeRef
 from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size
@@ -46,12 +47,21 @@ def as_json(
 def _model(ref: ModelRef, checkpoint: FileCheckpoint, plan: Plan) -> dict[str, Any]:
     return {
         "model": ref.text,
-        "role": "base" if ref == plan.recipe.base else "step" if ref.step else "model",
+        "role": _role(ref, plan),
         "commit": checkpoint.snapshot.commit if checkpoint.snapshot else None,
         "tensors": len(checkpoint.tensors),
         "bytes": total_bytes(checkpoint.tensors.values()),
         "dtypes": sorted({spec.dtype for spec in checkpoint.tensors.values()}),
     }
+
+
+def _role(ref: ModelRef, plan: Plan) -> str:
+    if plan.recipe.mixture is not None and ref != plan.recipe.base:
+        return "made" if isinstance(ref, MadeRef) else "expert"
+    return "base" if ref == plan.recipe.base else "step" if ref.step else "model"
+
+
+_WITHOUT_FILES = {"step": "merged here", "made": "computed here"}
 
 
 def render(data: dict[str, Any]) -> Any:
@@ -64,7 +74,7 @@ def render(data: dict[str, Any]) -> Any:
     for column in ("model", "role", "commit", "tensors", "size", "dtype"):
         models.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
     for model in data["models"]:
-        commit = (model["commit"] or ("merged here" if model["role"] == "step" else "local folder"))[:12]
+        commit = (model["commit"] or "")[:12] or _WITHOUT_FILES.get(model["role"], "local folder")
         size = format_size(model["bytes"])
         name = Text(model["model"])  # no markup: folders may have brackets in their names
         models.add_row(name, model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))

@@ -21,18 +21,19 @@ ROWS = [row.split() for row in (
     "probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
     "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
     "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale probing.advice",
+    "methods.rescale probing.advice mixture",
     "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
-    "recipe_tokenizer writer model probing.null stored step probing.comparisons",
-    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables",
-    "probing.section methods.builtin probing.observer probing.page recipe schema",
-    "probing.run probing.blocks probing.costs probing.statistics source_vocabularies slices check correspondence "
-    "probing.parents",
-    "probing.ranks probing.placement probing.scaling probing.archive vocabulary",
-    "probing.report plan",
-    "probing.loaded merged tying card",
-    "estimate manifest",
+    "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families",
+    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates",
+    "probing.section methods.builtin probing.observer probing.page moe_schema",
+    "recipe schema probing.run probing.blocks probing.costs probing.statistics",
+    "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "
+    "probing.scaling probing.archive",
+    "vocabulary probing.report moe_words",
+    "plan probing.loaded",
+    "merged tying card loadable",
+    "estimate manifest moe",
     "summary",
     "merging",
     "roles cli.terminal",

@@ -299,7 +299,7 @@ def test_a_later_key_without_value_says_nothing(key: str) -> None:
     ("text", "expected"),
     [
         ("genome: {}\n", "a mergekit-evolve genome is not a recipe: it describes a search"),
-        ("base_model: x\nexperts: []\n", "mergekit-moe configs are not supported yet"),
+        ("merge_method: moe\nexperts: []\n", "line 1: `experts` make a mixture of experts, which has no"),
     ],
 )
 def test_the_documents_of_mergekits_other_tools_are_refused_by_name(text: str, expected: str) -> None:

@@ -32,9 +32,9 @@ def regmean(
 
     tensors (models, out, in), gram (models, in, in) -> (out, in): (Σ w W G)(Σ w G)⁻¹ with G = XᵀX / tokens over the
     inputs X (tokens, in) of the layer in each model on its own text, all but the diagonal of G times `alpha`. Jin et
-    al., ICLR 2023. Tensors that are no linear layer's weight (`gram` is None) are averaged by `weight`. Where an input direction
-    is in no model's text and `ridge` is 0, the solution nearest to the plain average is taken; the official code
-    inverts and fails there.
+    al., ICLR 2023. Tensors that are no linear layer's weight (`gram` is None) are averaged by `weight`. Where an input
+    direction is in no model's text and `ridge` is 0, the solution nearest to the plain average is taken; the official
+    code inverts and fails there.
     """
     average = weighted_sum(tensors, weight / weight.sum())
     if gram is None:

@@ -1,0 +1,49 @@
+"""Whether a class of transformers will load an output whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctl_merge.correspondence import few
+from ctl_merge.errors import CheckpointError, MismatchError
+from ctl_merge.header import TensorSpec
+from ctl_merge.model import ModuleWeights, empty_model
+from ctl_merge.plan import TensorPlan
+from ctl_merge.reference import ModelRef
+
+
+@dataclass
+class _Table:
+    """As much of a checkpoint as its names take."""
+
+    name: str
+    tensors: Mapping[str, TensorSpec]
+    config: Mapping[str, Any]
+
+
+def check_loads(tensors: Mapping[str, TensorPlan], config: Mapping[str, Any], kind: str, base: ModelRef) -> set[str]:
+    """Refuse tensors that the config's class would not load, or lacks, or has in another shape.
+
+    `kind`: what messages call the class; `base`: the model that the tensors outside of experts are from. Returns the
+    stored buffers that the class computes itself. Raises MismatchError.
+    """
+    specs = {name: tensor.spec for name, tensor in tensors.items()}
+    model = empty_model(config, kind)
+    try:
+        weights = ModuleWeights(model, _Table(kind, specs, config))  # type: ignore[arg-type]
+    except CheckpointError as error:
+        raise MismatchError(f"{base} does not have all that a {kind} needs: {error}") from None
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unknown = {name for name in weights if name not in state}
+    odd = [name for name in unknown if name not in tensors or tensors[name].operation == "merge"]
+    if odd:
+        raise MismatchError(f"a {kind} has no place for {len(odd)} tensors of {base}: {few(odd)}")
+    wrong = next((n for n in weights if n in specs and n in state and specs[n].shape != state[n]), None)
+    if wrong:
+        raise MismatchError(
+            f"{wrong} has shape {list(specs[wrong].shape)} and by the config {list(state[wrong])}: is the config of "
+            f"{base} that of its weights?"
+        )
+    return unknown

@@ -73,6 +73,10 @@ def _networks(recipe: Recipe, checkpoints: Checkpoints) -> Correspondence:
         raise MismatchError(
             f"{recipe.base} {what}: experts are made of `layers.N.mlp.gate_proj`, `up_proj` and `down_proj` alone"
         )
+    matrices = [name.rpartition(".mlp.")[0] for name in found.inputs if name.endswith("_proj.weight")]
+    short = next((layer for layer in matrices if matrices.count(layer) != 3), None)
+    if short:
+        raise MismatchError(f"{recipe.base}: {short}.mlp lacks one of gate_proj, up_proj and down_proj, or its weight")
     return found
 
 

@@ -161,7 +161,7 @@ def tied_parameters(model: Any) -> dict[str, str]:
 
 
 def _targets(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, str, Any]]:
-    """For each file tensor: name, first parameter that it goes into, pattern, converter (None if it is renamed only)."""
+    """For each file tensor: name, first parameter that it goes into, pattern, converter (None if only renamed)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -193,7 +193,7 @@ def layer_classes(model: Any) -> set[str]:
     for module in model.modules():
         recorded = (getattr(module, "_can_record_outputs", None) or {}).get("hidden_states", [])
         for each in recorded if isinstance(recorded, list | tuple) else [recorded]:
-            kind = getattr(each, "target_class", each)  # a class, or what records its outputs
+            kind: Any = getattr(each, "target_class", each)  # a class, or what records its outputs
             found.add(kind if isinstance(kind, str) else kind.__name__)
     return found
 
@@ -232,7 +232,7 @@ def _native(config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None:
         raise CheckpointError(f"{name}: config.json has no `architectures`, which name the model's class")
-    kind, typed = getattr(transformers, str(architecture), None), config.get("model_type")
+    kind, typed = getattr(transformers, str(architecture), None), str(config.get("model_type"))
     if kind is not None and typed in transformers.CONFIG_MAPPING:
         return kind, transformers.CONFIG_MAPPING[typed].from_dict(with_floats(config))
     lacking = repr(architecture) if kind is None else f"model_type {typed!r}"

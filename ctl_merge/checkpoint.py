@@ -46,6 +46,14 @@ class Checkpoint(ABC):
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
 
+    @property
+    def code(self) -> Path | None:
+        """The folder of the config, pinned if it came from the Hub: where code that a model brings along lies.
+
+        None where there is none. Nothing in it is run unless somebody says so.
+        """
+        return None
+
     @abstractmethod
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         """Fill the contiguous 1-D `out` with the tensor's elements from `start` on, converted to its dtype.
@@ -80,6 +88,10 @@ class FileCheckpoint(Checkpoint):
     snapshot: HubSnapshot | None
     file_sizes: Mapping[str, int]
     held_bytes: int = 0
+
+    @property
+    def code(self) -> Path | None:
+        return self.folder
 
     @abstractmethod
     def fetch(self) -> None:

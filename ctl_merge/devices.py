@@ -25,10 +25,10 @@ def assign_devices(
     if device_map is None or device_map == "cpu":
         return dict.fromkeys(specs, "cpu")
     if device_map == "auto":
-        return _spread(specs, _accelerators(parse_max_memory(max_memory)))
+        return _spread(specs, list(accelerators(parse_max_memory(max_memory))))
     if device_map.lstrip().startswith("{"):
-        table = _parse_table(device_map)
-        return {name: _by_prefix(name, table) for name in specs}
+        table = {prefix: checked_device(device) for prefix, device in parse_table(device_map).items()}
+        return {name: by_prefix(name, table) for name in specs}
     return dict.fromkeys(specs, checked_device(device_map))
 
 
@@ -47,18 +47,18 @@ def parse_max_memory(text: str | None) -> dict[int | str, int]:
     return found
 
 
-def _accelerators(limits: dict[int | str, int]) -> list[str]:
-    """The accelerators that are there and that the limits do not rule out."""
+def accelerators(limits: Mapping[int | str, int]) -> dict[str, int]:
+    """The accelerators that are there and that the limits do not rule out, each with the bytes that may be used."""
     if not torch.accelerator.is_available():
-        return []
+        return {}
     from accelerate.utils import get_max_memory
 
     kind = torch.accelerator.current_accelerator()
-    if kind and kind.type == "mps":  # it has no float64
-        return []
-    allowed = get_max_memory(limits or None)
+    if kind is None or kind.type == "mps":  # it has no float64
+        return {}
+    allowed = get_max_memory(dict(limits) or None)
     numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
-    return [checked_device(number) for number in numbers] if kind else []
+    return {checked_device(number): allowed[number] for number in numbers}
 
 
 def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, str]:
@@ -73,15 +73,16 @@ def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, st
     return found
 
 
-def _parse_table(text: str) -> dict[str, str]:
+def parse_table(text: str) -> dict[str, Any]:
+    """The device of each prefix, as JSON says; `checked_device` tells whether it is there. Raises DeviceError."""
     try:
-        table: dict[str, Any] = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise DeviceError(f"--device-map is not valid JSON: {error}") from None
-    return {prefix: checked_device(device) for prefix, device in table.items()}
 
 
-def _by_prefix(name: str, table: Mapping[str, str]) -> str:
+def by_prefix(name: str, table: Mapping[str, str]) -> str:
+    """The device of the longest prefix. Raises DeviceError where there is none."""
     matching = [p for p in table if p == "" or name == p or name.startswith(f"{p}.")]
     if not matching:
         raise DeviceError(f'--device-map says nothing of {name}: add a prefix that covers it, or "" for the rest')

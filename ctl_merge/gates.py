@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.dispatch import Placement
 from ctl_merge.errors import CheckpointError, DataError
 from ctl_merge.mixture import Expert, GateMode
-from ctl_merge.model import find_blocks, load_weights
+from ctl_merge.model import load_weights
+from ctl_merge.stacks import find_blocks
 
 logger = logging.getLogger("ctl_merge")
 
@@ -113,7 +115,7 @@ class PromptGates:
     def _states(self, tokens: dict[str, list[int]]) -> dict[str, Tensor]:
         """Each prompt's state at the input of each layer: (layers, width) float64."""
         embedded = self._embedded(tokens)
-        model = load_weights(self.base, streamed=True)
+        model = load_weights(self.base, Placement("cpu", {"": "disk"}))
         blocks = [block for stack in find_blocks(model).values() for block in stack.values()]
         found: dict[str, Tensor] = {}
         for batch in _batches(tokens):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ctl_merge.architecture import empty_model, origins
+from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import few
 from ctl_merge.errors import CheckpointError, MismatchError
 from ctl_merge.header import TensorSpec
-from ctl_merge.model import ModuleWeights, empty_model
-from ctl_merge.plan import TensorPlan
+from ctl_merge.model import ModuleWeights
+from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 
 
@@ -21,6 +23,31 @@ class _Table:
     name: str
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
+
+
+def check_stack(plan: Plan, first: FileCheckpoint) -> Plan:
+    """Refuse a stack of layers of which the model's class would leave tensors out; the plan with what else is seen."""
+    config = plan.fit(first.config)
+    try:
+        model = empty_model(config, str(first.ref))
+    except CheckpointError as error:
+        return _warned(plan, f"whether the stack of layers loads could not be seen: {error}")
+    state, found = model.state_dict(), origins(model, plan.tensors)
+    used = {name for parameter, origin in found.items() if parameter in state for name, _ in origin.sources}
+    odd = [name for name, tensor in plan.tensors.items() if name not in used and tensor.operation == "merge"]
+    if odd:
+        raise MismatchError(
+            f"at its new depth a {config['architectures'][0]} has no place for {few(odd)}: layers that differ from the "
+            "others cannot stand anywhere in the stack"
+        )
+    lacking = [name for name, _ in model.named_parameters() if name not in found]
+    return (
+        _warned(plan, f"the stack lacks {few(lacking)}: transformers will make them up at random") if lacking else plan
+    )
+
+
+def _warned(plan: Plan, warning: str) -> Plan:
+    return replace(plan, warnings=(*plan.warnings, warning))
 
 
 def check_loads(tensors: Mapping[str, TensorPlan], config: Mapping[str, Any], kind: str, base: ModelRef) -> set[str]:

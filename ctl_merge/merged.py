@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -56,6 +57,10 @@ class MergedCheckpoint(Checkpoint):
         self._of_tensor: dict[str, Results] = {}
         self._lock = threading.RLock()
         self._buffers = threading.local()
+
+    @property
+    def code(self) -> Path | None:
+        return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
 
     def block(self, tensor: str) -> int:
         if self._grain(self.plan.tensors[tensor]) == "tensor":
@@ -308,6 +313,10 @@ class ParentView(Checkpoint):
     def __init__(self, merged: MergedCheckpoint, ref: ModelRef) -> None:
         self.name, self.merged, self.ref = ref.text, merged, ref
         self.tensors, self.config = merged.tensors, merged.config
+
+    @property
+    def code(self) -> Path | None:
+        return self.merged.code
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.merged.plan.tensors[tensor]

@@ -24,6 +24,7 @@ from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
+from ctl_merge.loadable import check_stack
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -80,7 +81,9 @@ class Merge:
 
     def _planned(self) -> Plan:
         if self.recipe.mixture is None:
-            return make_plan(self.recipe, self.checkpoints)
+            plan = make_plan(self.recipe, self.checkpoints)
+            stacked = sum(part.layers is not None for part in self.recipe.slices) > 1 or plan.changes
+            return check_stack(plan, self.checkpoints[self.recipe.refs[0]]) if stacked else plan
         plan, made = plan_mixture(self.recipe, self.checkpoints)
         self.checkpoints[made.ref] = made
         return plan

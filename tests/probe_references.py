@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ctl_merge
+from ctl_merge.dispatch import Placement
 from ctl_merge.merging import Merge
 from ctl_merge.probing.data import STRATA, TokenSet
 from ctl_merge.probing.report import build_report
@@ -353,7 +354,8 @@ def run_probe(
     opened = merge if isinstance(merge, Merge) else open_merge(family, merge)
     subject = subject_of({"merged": opened}, family)
     everyone = [Rider("merged", opened.merged), *riders]
-    observed = observe(subject, everyone, [tokens], Running(streamed=streamed, batch=batch, blocks=blocks))
+    placement = Placement("cpu", {"": "disk" if streamed else "cpu"})
+    observed = observe(subject, everyone, [tokens], Running(placement, batch, blocks))
     data = json.loads(build_report(subject, everyone, observed, {}).to_json())
     return Probed(subject, observed[tokens.name], data["sets"][tokens.name], data)
 

@@ -14,14 +14,14 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
     "__init__ errors sizes companions model_config compatibility methods.parameters methods.noise methods.combine "
-    "probing.grams probing.lockstep probing.texts probing.record probing.raster methods.matrices architecture "
-    "probing.intervals probing.schema findings probing.__init__ cli.arguments",
-    "header hub tokenizer document output probing.metrics probing.wording probing.svg reference methods.registry "
-    "methods.agreement settings depth probing.rows probing.turns compare_table",
-    "probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
+    "probing.grams probing.lockstep probing.texts probing.record probing.raster methods.matrices "
+    "probing.intervals probing.schema findings probing.__init__ cli.arguments dispatch",
+    "architecture header hub tokenizer document output probing.metrics probing.wording probing.svg reference "
+    "methods.registry methods.agreement settings probing.rows probing.turns compare_table",
+    "depth probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
     "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
     "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale probing.advice mixture",
+    "methods.rescale probing.advice mixture stacks",
     "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
     "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families",

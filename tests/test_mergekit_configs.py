@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from checkpoints import write_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ctl_merge import merging, stored
 from ctl_merge.checkpoint import FileCheckpoint
@@ -21,10 +20,13 @@ CONFIGS = Path(__file__).parent.parent.parent / "shared" / "mergekit_configs"
 
 # Why a person would refuse these too. All others plan.
 REFUSED = {
+    "000_moe": "'path/to/self_attn_donor' is neither a folder",  # an example with names to fill in
+    "001_moe": "'path/to/self_attn_donor' is neither a folder",
     "017_slerp": "t' is shared by all models",  # `t` under each model, which mergekit does not read, and three models
     **dict.fromkeys(("032_slerp", "035_slerp", "040_slerp", "044_slerp"), "slerp needs a `base_model`"),
     "038_dare_ties": "no parameter 'dare'",
     "043_slerp": "'./merged_step1' is neither a folder that exists",
+    "047_moe": "`experts` make a mixture of experts, which has no `merge_method`",
     "051_sce": "'./Base_6_v2' is neither a folder|unknown key 'dype'",
     "053_della_linear": "'./intermediates/First' is neither a folder",
     "061_model_stock": "model_stock has no parameter 'weight'",
@@ -42,15 +44,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 80 layers, one matrix each, with a tokenizer."""
-    names = [f"model.layers.{i}.{part}.weight" for i in range(80) for part in ("self_attn.q_proj", "mlp.up_proj")]
-    shapes = dict.fromkeys([*names, "model.embed_tokens.weight", "lm_head.weight"], (4, 4)) | {
-        "model.norm.weight": (4,)
-    }
-    config = {"num_hidden_layers": 80, "vocab_size": 4, "architectures": ["LlamaForCausalLM"]}
-    folder = write_checkpoint(
-        tmp_path_factory.mktemp("stand-in"), {n: torch.ones(s) for n, s in shapes.items()}, config
-    )
+    """A Llama of 80 layers of width 4, with a tokenizer."""
+    config = LlamaConfig(
+        num_hidden_layers=80, vocab_size=4, hidden_size=4, intermediate_size=4, num_attention_heads=1,
+        max_position_embeddings=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("stand-in")
+    LlamaForCausalLM(config).save_pretrained(folder)
     vocabulary = {"model": {"type": "BPE", "vocab": {t: i for i, t in enumerate("abcd")}, "merges": []}}
     (folder / "tokenizer.json").write_text(json.dumps({**vocabulary, "added_tokens": []}))
     return folder

@@ -284,6 +284,22 @@ def test_modules_that_leave_something_out_or_do_not_exist_are_refused(models: Ca
         Merge(parse(f"{text}  text_decoder: {{models: [{{model: a}}]}}\n  audio: {{models: [{{model: a}}]}}\n", folder))
 
 
+def test_a_stack_that_its_class_does_not_load_is_refused(models: Callable[[str], Path]) -> None:
+    """T5's first layer alone has the position biases of all."""
+    text = """
+        merge_method: passthrough
+        modules:
+          encoder: {models: [{model: a}]}
+          decoder:
+            slices: [{sources: [{model: a, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [0, 1]}]}]
+          default: {models: [{model: a}]}
+        """
+    with pytest.raises(
+        MismatchError, match=r"at its new depth a T5ForConditionalGeneration has no place for decoder.block.1"
+    ):
+        Merge(parse(text, models("t5")))
+
+
 def test_several_stacks_need_modules(models: Callable[[str], Path]) -> None:
     with pytest.raises(MismatchError, match=r"several stacks of layers \(decoder.block, encoder.block\)"):
         Merge(parse("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]", models("t5")))

@@ -63,12 +63,20 @@ def probe(
         bool, typer.Option("--special-tokens", help="Put each window between the tokenizer's special tokens.")
     ] = False,
     device_map: Annotated[
-        str | None, typer.Option(help="cpu, cuda:N, auto, or disk: weights are read block by block.", metavar="MAP")
+        str | None,
+        typer.Option(
+            help='auto, cpu, cuda:N, disk (weights are read block by block), or JSON {"module": device}.', metavar="MAP"
+        ),
     ] = None,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for weights, such as cpu=8GiB; the rest is read as needed.", metavar="LIMITS"),
+        typer.Option(
+            help="Memory for weights, such as 0=20GiB,cpu=8GiB; the rest is read as needed.", metavar="LIMITS"
+        ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
+    ] = False,
     blocks: Annotated[str | None, typer.Option(help="Path of the model's list of blocks, if not found.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -81,6 +89,7 @@ def probe(
     options = api.Options(
         sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
         blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if recipes and not (models or merged):
         report = api.probe_recipes(recipes, data or [], options, sequences, length, base, meter=meter())

@@ -13,13 +13,13 @@ import torch
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError, DataError, HubError, ProbeError, RecipeError
 from ctl_merge.merging import Merge, Meter, no_meter
-from ctl_merge.model import find_blocks, load_weights, return_freed_memory
+from ctl_merge.model import load_weights, open_model, return_freed_memory
 from ctl_merge.probing import ranks
 from ctl_merge.probing.data import TokenSet, cut, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.parents import parents_of
-from ctl_merge.probing.placement import Options, place, placed, weight_bytes
+from ctl_merge.probing.placement import Options, memory, place, placed
 from ctl_merge.probing.report import ProbeReport, rebuild
 from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.scaling import SCALES, scaled
@@ -28,6 +28,7 @@ from ctl_merge.probing.texts import default_texts
 from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.roles import roles, short_names
+from ctl_merge.stacks import find_blocks, text_sites
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
 from ctl_merge.writer import pool
@@ -122,15 +123,20 @@ def probe_merged(
     return _probe(subject, riders, {MERGED: {}}, opened, data, options or Options(**how), meter)
 
 
-def load_model(recipe: Recipe | str | Path, device_map: str | None = None) -> Any:
+def load_model(
+    recipe: Recipe | str | Path, device_map: str | None = None, *, max_memory: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:  # fmt: skip
     """The merge as a transformers model in eval mode, float32, without writing it.
 
-    `device_map`: cpu (default), cuda:N, or disk: weights are merged block by block whenever they are used.
+    `device_map`: cpu (default), cuda:N, auto, JSON {"module": device}, or disk: weights are merged block by block
+    whenever they are used. `max_memory`, such as `0=20GiB,cpu=8GiB`: what weights may take there; the rest is on disk.
+    `trust_remote_code`: whether code that the model brings along may be run.
     """
     opened = Merge(recipe)
     opened.fetch()
-    device, streamed = place(device_map or "cpu")
-    return load_weights(opened.merged, device, streamed)
+    placement = place(opened.merged, device_map or "cpu", max_memory, trust_remote_code=trust_remote_code)
+    return load_weights(opened.merged, placement, trust_remote_code=trust_remote_code)
 
 
 def _pair_recipe(models: Sequence[str], base: str, alpha: float) -> Recipe:
@@ -186,10 +192,11 @@ def _probe(
     if options.null and subject.parents:
         riders += _null_riders(subject, main, place)
     if options.patch:
-        sites = [site for stack in find_blocks(load_empty(subject.base), options.blocks).values() for site in stack]
+        empty, _ = open_model(subject.base, trust_remote_code=options.trust_remote_code)
+        sites = text_sites(empty, find_blocks(empty, options.blocks))
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
-    running = placed(options, [subject.base, *subject.parents.values(), *(rider.checkpoint for rider in riders)])
+    running = placed(options, subject, riders)
     several = ranks.state()
     scales = SCALES if options.scaling else ()
     with meter("probing", (1 + len(scales)) * sum(len(tokens.ids) for tokens in sets)) as told:
@@ -202,18 +209,10 @@ def _probe(
     settings = {
         "sequences": options.sequences, "length": options.length, "special_tokens": options.special_tokens,
         "chat": options.chat, "compute": "float32", "statistics": "float64",
-        "device": running.device, "streamed": running.streamed, "torch": torch.__version__,
-        "weight_bytes_in_memory": weight_bytes(running, len(riders) + 1 + len(subject.parents), subject.base),
+        "torch": torch.__version__, **memory(running, subject, riders, observed),
     }  # fmt: skip
     more = {"scaled": nearer, "settings": settings, "warnings": list(opened.plan.warnings)}
     return rebuild(Statistics.of(subject, riders, observed, notes, **more))
-
-
-def load_empty(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's model without weights: to look at its modules."""
-    from ctl_merge.model import empty_model
-
-    return empty_model(checkpoint.config, checkpoint.name)
 
 
 def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
@@ -231,12 +230,15 @@ def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
 def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
     import transformers
 
+    failures = (Exception,) if options.trust_remote_code else (OSError, ValueError, ImportError, KeyError)
     with tempfile.TemporaryDirectory() as folder:
         opened.write_companions(Path(folder))
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        except failures as error:
             reason = str(error).partition("\n")[0].replace(folder, str(opened.recipe.refs[0]))
+            if "trust_remote_code" in str(error) and not options.trust_remote_code:
+                reason = "it is code that comes with the model: if you trust it let it run, with --trust-remote-code"
             raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
     tokenizer.model_max_length = 1 << 30  # windows are cut by hand
     specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]

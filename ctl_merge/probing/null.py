@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ class SignFlipped(Checkpoint):
     def __init__(self, base: Checkpoint, parent: Checkpoint, seed: int = 0) -> None:
         self.name, self.base, self.parent, self.seed = f"{parent.name} with random signs", base, parent, seed
         self.tensors, self.config = base.tensors, base.config
+
+    @property
+    def code(self) -> Path | None:
+        return self.base.code
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         self.base.read_into(tensor, out, start)
@@ -36,6 +41,10 @@ class Combination(Checkpoint):
         self.name, self.base, self.parents = f"a combination on {base.name}", base, parents
         self.coefficients = coefficients
         self.tensors, self.config = base.tensors, base.config
+
+    @property
+    def code(self) -> Path | None:
+        return self.base.code
 
     def block(self, tensor: str) -> int:
         return max(checkpoint.block(tensor) for checkpoint in (self.base, *self.parents))

@@ -71,6 +71,7 @@ class Observations:
     """What one run over one data set leaves.
 
     coefficients, explained: by site, one for each rider. skipped: rows of the data set that hold a null.
+    feature_bytes, logit_bytes: the most that all models together held at a meeting, and at the end.
     """
 
     grams: Grams
@@ -78,6 +79,8 @@ class Observations:
     coefficients: dict[str, list[np.ndarray]] = field(default_factory=dict)
     explained: dict[str, list[float]] = field(default_factory=dict)
     skipped: int = 0
+    feature_bytes: int = 0
+    logit_bytes: int = 0
 
 
 def _block_of(site: str) -> str:

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.errors import ProbeError
-from ctl_merge.model import find_blocks, load_weights, return_freed_memory, tensors_below
+from ctl_merge.dispatch import Placement, twin
+from ctl_merge.errors import DeviceError, ProbeError
+from ctl_merge.model import load_weights, return_freed_memory
 from ctl_merge.probing.data import STRATA, TokenSet
 from ctl_merge.probing.lockstep import Lockstep, Visit
 from ctl_merge.probing.observer import BASE, Observations, Observer, Rider, Subject
+from ctl_merge.stacks import every_block, find_blocks, tensors_below
 
 
 @dataclass(frozen=True)
 class Running:
-    """How models are run: `streamed` reads weights block by block, so that memory does not grow with depth."""
+    """How models are run: all of them with the same placement."""
 
-    device: str = "cpu"
-    streamed: bool = False
+    placement: Placement = field(default_factory=Placement)
     batch: int = 8
     blocks: str | None = None  # path of the list of blocks, where it cannot be found
-    resident_bytes: int = 0  # how much of each streamed model may stay in memory
+    trust_remote_code: bool = False
 
 
 def observe(
@@ -42,9 +42,9 @@ def observe(
     with Session(subject, riders, models, running.blocks) as session:
         for tokens in sets:
             if tokens.first is not None:
-                session.calibrate(tokens.first.to(running.device))
+                session.calibrate(tokens.first.to(running.placement.device))
             for ids, strata in _batches(tokens, running.batch):
-                session.run(ids.to(running.device), strata)
+                session.run(ids.to(running.placement.device), strata)
                 told(len(ids))
             found[tokens.name] = replace(session.end(), skipped=tokens.skipped)
     return found
@@ -62,12 +62,12 @@ class Session:
         sites = {}
         self.caching = [config for model in models.values() for config in _forbid_cache(model)]
         for name, model in models.items():
-            stacks = find_blocks(model, blocks)
-            sites[name] = {site: block for stack in stacks.values() for site, block in stack.items()}
+            sites[name] = every_block(find_blocks(model, blocks))
         self.models, self.parents = models, 1 + len(subject.parents)
-        self.observer = Observer(subject, riders, tensors_below(models[BASE], subject.base, sites[BASE]))
+        self.observer = Observer(subject, riders, tensors_below(models[BASE], subject.base.tensors, sites[BASE]))
         self.streamed = any(parameter.is_meta for parameter in models[BASE].parameters())
         self.lockstep = Lockstep(sites, self.observer.on_inputs, self._on_outputs)
+        self.feature_bytes = self.logit_bytes = 0
 
     def __enter__(self) -> Session:
         return self
@@ -79,6 +79,8 @@ class Session:
 
     def _on_outputs(self, site: str, visits: Mapping[str, Visit]) -> dict[str, Tensor]:
         found = self.observer.on_outputs(site, visits)
+        brought = sum(t.nbytes for v in visits.values() for t in (*v.outputs.values(), *v.ghost.values()))
+        self.feature_bytes = max(self.feature_bytes, brought)
         if self.streamed:
             return_freed_memory()
         return found
@@ -88,7 +90,14 @@ class Session:
         observer = self.observer
         observer.strata = strata
         calls = {name: _forward(model, ids) for name, model in self.models.items()}
-        logits = self.lockstep.run({name: call for name, (call, _) in calls.items()})
+        try:
+            logits = self.lockstep.run({name: call for name, (call, _) in calls.items()})
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+            raise DeviceError(
+                f"{reason}: lower --batch or --length, or let less stay on the device with --max-memory"
+            ) from None
+        self.logit_bytes = max(self.logit_bytes, sum(tensor.nbytes for tensor in logits.values()))
         labels = calls[BASE][1]
         if labels is not None:
             observer.losses.add(logits, labels, observer.whole, self.parents)
@@ -104,22 +113,25 @@ class Session:
     def end(self) -> Observations:
         """What was observed since the start or the last end."""
         found = self.observer.end()
+        found.feature_bytes, found.logit_bytes = self.feature_bytes, self.logit_bytes
         self.observer.begin()
         return found
 
 
+def shares_weights(rider: Rider) -> bool:
+    """Whether the rider runs with another one's weights: a patched merge with those of the merge that it is."""
+    return rider.patch is not None
+
+
 def _rider_model(rider: Rider, models: Mapping[str, Any], running: Running) -> Any:
-    """The rider's model; a patched merge shares the weights of the merge that it is a variant of."""
     original = models.get(rider.name.partition("/")[0])
-    if rider.patch and original is not None and not running.streamed:
-        return copy.deepcopy(original, {id(p): p for p in original.parameters()})
+    if shares_weights(rider) and original is not None:
+        return twin(original)
     return _load(rider.checkpoint, running, rider.as_written)
 
 
 def _load(checkpoint: Checkpoint, running: Running, as_written: bool = False) -> Any:
-    return load_weights(
-        checkpoint, running.device, running.streamed, as_written, running.blocks, running.resident_bytes
-    )
+    return load_weights(checkpoint, running.placement, as_written, running.blocks, running.trust_remote_code)
 
 
 def _forbid_cache(model: Any) -> list[Any]:

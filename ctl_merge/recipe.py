@@ -30,8 +30,7 @@ LATER = {
     "chat_template": "`chat_template` is not supported yet: the output keeps the base's chat template",
 }
 LATER_METHODS = frozenset(
-    "nuslerp multislerp karcher della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock "
-    "nearswap arcee_fusion".split()
+    "nuslerp multislerp karcher model_stock breadcrumbs breadcrumbs_ties sce ram ramplus_tl nearswap arcee_fusion".split()
 )
 # mergekit reads it for the dtype of its masks only; the merged weights do not depend on it.
 _WITHOUT_EFFECT = {"int8_mask": "`int8_mask` concerns mergekit's memory use only and has no effect here"}

@@ -1,3 +1,11 @@
 """Imports the built-in merge methods, which fills the registry."""
 
-from ctl_merge.methods import dare, linear, passthrough, slerp, task_arithmetic, ties  # noqa: F401
+from ctl_merge.methods import (  # noqa: F401
+    dare,
+    della,
+    linear,
+    passthrough,
+    slerp,
+    task_arithmetic,
+    ties,
+)

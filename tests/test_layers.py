@@ -20,7 +20,7 @@ ROWS = [row.split() for row in (
     "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table "
     "methods.consensus",
     "methods.sparsify methods.task_arithmetic methods.dare methods.della",
-    "methods.ties",
+    "methods.ties methods.breadcrumbs",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",

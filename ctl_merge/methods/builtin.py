@@ -6,6 +6,7 @@ from ctl_merge.methods import (  # noqa: F401
     della,
     linear,
     passthrough,
+    ram,
     sce,
     slerp,
     task_arithmetic,

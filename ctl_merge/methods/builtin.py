@@ -5,6 +5,7 @@ from ctl_merge.methods import (  # noqa: F401
     dare,
     della,
     linear,
+    nearswap,
     passthrough,
     ram,
     sce,

@@ -29,7 +29,7 @@ LATER = {
     "tokenizer": "tokenizer surgery is not supported yet; `tokenizer_source: base` keeps the base's vocabulary",
     "chat_template": "`chat_template` is not supported yet: the output keeps the base's chat template",
 }
-LATER_METHODS = frozenset("nuslerp multislerp karcher model_stock arcee_fusion".split())
+LATER_METHODS = frozenset("nuslerp multislerp karcher model_stock".split())
 # mergekit reads it for the dtype of its masks only; the merged weights do not depend on it.
 _WITHOUT_EFFECT = {"int8_mask": "`int8_mask` concerns mergekit's memory use only and has no effect here"}
 

@@ -19,7 +19,7 @@ ROWS = [row.split() for row in (
     "reference methods.registry methods.agreement probing.losses",
     "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table methods.ram "
     "methods.nearswap",
-    "methods.sparsify methods.task_arithmetic methods.dare methods.della methods.sce",
+    "methods.sparsify methods.task_arithmetic methods.dare methods.della methods.sce methods.arcee_fusion",
     "methods.ties methods.breadcrumbs",
     "methods.builtin",
     "methods.__init__",

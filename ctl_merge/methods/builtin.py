@@ -1,6 +1,7 @@
 """Imports the built-in merge methods, which fills the registry."""
 
 from ctl_merge.methods import (  # noqa: F401
+    arcee_fusion,
     breadcrumbs,
     dare,
     della,

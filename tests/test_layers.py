@@ -20,7 +20,7 @@ ROWS = [row.split() for row in (
     "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table methods.ram "
     "methods.nearswap",
     "methods.sparsify methods.task_arithmetic methods.dare methods.della methods.sce methods.arcee_fusion",
-    "methods.ties methods.breadcrumbs",
+    "methods.ties methods.breadcrumbs methods.localize_and_stitch",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",

@@ -6,6 +6,7 @@ from ctl_merge.methods import (  # noqa: F401
     dare,
     della,
     linear,
+    localize_and_stitch,
     nearswap,
     passthrough,
     ram,

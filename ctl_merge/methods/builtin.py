@@ -7,6 +7,7 @@ from ctl_merge.methods import (  # noqa: F401
     della,
     linear,
     localize_and_stitch,
+    metagpt,
     nearswap,
     passthrough,
     ram,

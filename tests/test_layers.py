@@ -18,7 +18,7 @@ ROWS = [row.split() for row in (
     "probing.metrics probing.grams probing.lockstep probing.data probing.texts",
     "reference methods.registry methods.agreement probing.losses",
     "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table methods.ram "
-    "methods.metagpt methods.nearswap",
+    "methods.metagpt methods.nearswap methods.consensus",
     "methods.sparsify methods.task_arithmetic methods.dare methods.della methods.sce methods.arcee_fusion",
     "methods.ties methods.breadcrumbs methods.localize_and_stitch",
     "methods.builtin",

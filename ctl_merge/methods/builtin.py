@@ -3,6 +3,7 @@
 from ctl_merge.methods import (  # noqa: F401
     arcee_fusion,
     breadcrumbs,
+    consensus,
     dare,
     della,
     linear,

@@ -20,7 +20,7 @@ ROWS = [row.split() for row in (
     "methods.order methods.rescale methods.linear methods.passthrough methods.slerp methods.table methods.ram "
     "methods.metagpt methods.nearswap methods.consensus",
     "methods.sparsify methods.task_arithmetic methods.dare methods.della methods.sce methods.arcee_fusion",
-    "methods.ties methods.breadcrumbs methods.localize_and_stitch",
+    "methods.ties methods.breadcrumbs methods.localize_and_stitch methods.pcb",
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint tokenizer architecture",

@@ -11,6 +11,7 @@ from ctl_merge.methods import (  # noqa: F401
     metagpt,
     nearswap,
     passthrough,
+    pcb,
     ram,
     sce,
     slerp,

@@ -27,7 +27,7 @@ Grain = Literal["element", "row", "tensor"]
 class Measure:
     """A statistic of more than one chunk: a map over chunks, summed, then concluded.
 
-    `accumulate(tensors, **arguments) -> Tensor` maps a chunk, shaped as the method gets it, to an additive state; states
+    `accumulate(tensors, **arguments) -> Tensor` maps a chunk, shaped as for the method, to an additive state; states
     are summed over all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor` turns the
     sum into the value that the method receives under the measure's name. Both receive the method's parameters and the
     results of the measures before it, as keywords. `scope(parameters)` says over what the sum runs; None: not needed.

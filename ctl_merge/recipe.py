@@ -38,9 +38,6 @@ from ctl_merge.settings import Setting, parse_setting
 
 Path_ = tuple[str | int, ...]
 
-LATER_METHODS = frozenset(
-    "della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl nearswap arcee_fusion".split()
-)
 # mergekit reads it for the dtype of its masks only; the merged weights do not depend on it.
 _WITHOUT_EFFECT = {"int8_mask": "`int8_mask` concerns mergekit's memory use only and has no effect here"}
 
@@ -428,10 +425,8 @@ class _Checker:
         name, methods = data.get("merge_method"), registry()
         if isinstance(name, str) and name not in methods:
             known = ", ".join(sorted(methods))
-            what = f"the merge method {name!r} is not supported yet"
-            if name not in LATER_METHODS:
-                what = f"no merge method {name!r}{nearest(name, methods)}"
-            self.problems.append((("merge_method",), f"{what}; there are: {known}"))
+            what = f"no merge method {name!r}{nearest(name, methods)}; there are: {known}"
+            self.problems.append((("merge_method",), what))
         return methods.get(name) if isinstance(name, str) else None
 
     def _ref(self, path: Path_, raw: Any) -> ModelRef | None:

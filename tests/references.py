@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import definitions_elementwise
 import numpy as np
 import torch
 from checkpoints import recipe_text, write_checkpoint
@@ -133,6 +134,7 @@ _MASKED = {"weight": _SIGNED, "density": (0.5, 0.7, 1.0)}
 _ELECTION = "the election adds only the copy whose ballot is positive: a model and its negation do not cancel"
 
 ROWS: Mapping[str, Row] = {
+    **definitions_elementwise.ROWS,
     "linear": Row(
         linear,
         cases=({"weight": _W}, {"weight": (0.9137, -0.4211, 0.7373), "normalize": False}),

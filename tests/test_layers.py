@@ -21,11 +21,13 @@ ROWS = [row.split() for row in (
     "depth probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
     "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
     "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale probing.advice mixture stacks",
+    "methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap methods.consensus",
     "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
-    "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families",
-    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates",
+    "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families methods.della "
+    "methods.sce methods.arcee_fusion",
+    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
+    "methods.breadcrumbs methods.localize_and_stitch methods.pcb",
     "probing.section methods.builtin probing.observer probing.page moe_schema",
     "recipe schema probing.run probing.blocks probing.costs probing.statistics",
     "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from ctl_merge.errors import RecipeError
 from ctl_merge.methods import registry
-from ctl_merge.recipe import LATER_METHODS, Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.reference import ModelRef
 from ctl_merge.schema import recipe_schema
@@ -278,16 +278,6 @@ def test_a_wrong_recipe_is_refused_with_its_line(what: str) -> None:
     text, expected = WRONG[what]
     found = problems(text)
     assert len(found) == 1 and found[0].startswith(expected), found
-
-
-@pytest.mark.parametrize("name", sorted(LATER_METHODS))
-def test_mergekits_methods_that_we_lack_are_refused_by_name(name: str) -> None:
-    found = problems(LINEAR.replace("linear", name))
-    assert found == [f"1: the merge method {name!r} is not supported yet; there are: {', '.join(sorted(registry()))}"]
-
-
-def test_no_method_is_both_there_and_announced() -> None:
-    assert not LATER_METHODS & set(registry())
 
 
 @pytest.mark.parametrize("key", ["slices", "modules", "tokenizer", "chat_template"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,33 +27,36 @@ def order_statistics(
     """Two measures, the second of which gives the method under `name` the k-th largest values, float32: (rows, k).
 
     `values(tensors, **arguments)` maps a chunk to what is ordered, (rows, ...), not negative unless `signed`;
-    `ranks(numel, **arguments)` says which are wanted of each row: (rows, k) int64, 1 the largest, at most numel. Rank 0
-    gives infinity.
+    `ranks(numel, **arguments)` says which are wanted of each row: (rows, k) int64, or (1, k) for all rows alike; 1 is
+    the largest, and rank 0 gives infinity.
     """
-    chosen = f"{name}_bin"
 
-    def upper(tensors: Tensor, **arguments: object) -> Tensor:
+    def count(tensors: Tensor, **arguments: object) -> Tensor:
         return count_upper(values(tensors, **arguments), signed)
 
     def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
         return locate(counts, ranks(numel, **arguments))
 
-    def lower(tensors: Tensor, **arguments: object) -> Tensor:
-        bins = arguments[chosen]
-        assert isinstance(bins, Tensor)
-        return count_lower(values(tensors, **arguments), bins, signed)
+    return {f"{name}_bin": Measure(count, choose, scope), name: refinement(name, values, scope, signed)}
 
-    def conclude(counts: Tensor, numel: int, **arguments: object) -> Tensor:
-        bins = arguments[chosen]
-        assert isinstance(bins, Tensor)
-        return value_at(counts, bins, signed)
 
-    return {chosen: Measure(upper, choose, scope), name: Measure(lower, conclude, scope)}
+def refinement(
+    name: str, values: Callable[..., Tensor], scope: Callable[[Parameters], Scope | None], signed: bool = False
+) -> Measure:
+    """The second of the two measures: it needs what `locate` gave the first, under the name `{name}_bin`."""
+
+    def count(tensors: Tensor, **arguments: Any) -> Tensor:
+        return count_lower(values(tensors, **arguments), arguments[f"{name}_bin"], signed)
+
+    def conclude(counts: Tensor, numel: int, **arguments: Any) -> Tensor:
+        return value_at(counts, arguments[f"{name}_bin"], signed)
+
+    return Measure(count, conclude, scope)
 
 
 def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:
-    """The plain definition: values (rows, ...), ranks (rows, k) -> (rows, k) float32."""
-    flat = values.flatten(1).float()
+    """The plain definition: values (rows, ...), ranks (rows, k) or (1, k) -> (rows, k) float32."""
+    flat, ranks = values.flatten(1).float(), ranks.expand(len(values), -1)
     found = [
         [torch.inf if rank == 0 else float(row.kthvalue(row.numel() - rank + 1).values) for rank in wanted]
         for row, wanted in zip(flat, ranks.tolist(), strict=True)
@@ -79,9 +83,10 @@ def count_lower(values: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
 def locate(counts: Tensor, ranks: Tensor) -> Tensor:
     """The bin in which the rank-th value from above lies, and its rank within the bin.
 
-    counts (rows, bins), ranks (rows, k) -> (rows, k, 2) int64.
+    counts (rows, bins), ranks (rows, k) or (1, k) -> (rows, k, 2) int64.
     """
-    from_above, ranks = counts.cpu().flip(1).cumsum(1), ranks.cpu().contiguous()
+    from_above = counts.cpu().flip(1).cumsum(1)
+    ranks = ranks.cpu().expand(len(counts), -1).contiguous()
     position = torch.searchsorted(from_above, ranks)
     before = torch.where(position > 0, from_above.gather(1, (position - 1).clamp_min(0)), 0)
     return torch.stack([counts.shape[1] - 1 - position, ranks - before], dim=2)

@@ -1,0 +1,47 @@
+"""MetaGPT: task arithmetic with coefficients from norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.parameters import Parameters
+from ctl_merge.methods.registry import Measure, Scope, merge_method
+
+
+def _energy(deltas: Tensor, **_: object) -> Tensor:
+    return deltas.flatten(1).square().sum(1, dtype=torch.float64)
+
+
+def _shares(energy: Tensor, numel: int, **_: object) -> Tensor:
+    return energy / safe_divisor(energy.sum())
+
+
+def _whole_model(parameters: Parameters) -> Scope | None:
+    return "model"
+
+
+def _say_coefficients(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    found = next((result["coefficient"] for result in results.values() if result), None)
+    return None if found is None else "coefficients: " + ", ".join(f"{float(share):.4g}" for share in found)
+
+
+@merge_method(
+    space="task_vectors",
+    measures={"coefficient": Measure(_energy, _shares, _whole_model)},
+    report=_say_coefficients,
+    paper="2406.11385",
+)
+def metagpt(deltas: Tensor, *, coefficient: Tensor | None = None) -> Tensor:
+    """Base plus Σ λ d with λ_i = ‖d_i‖² / Σ ‖d_j‖², the norms of whole task vectors.
+
+    deltas (models, *shape) -> (*shape). `coefficient` (models,): λ, measured over the model; computed from `deltas` if
+    missing. They minimise the bound on the models' mean loss difference of arXiv 2406.11385, to first order and for
+    orthogonal task vectors.
+    """
+    if coefficient is None:
+        coefficient = _shares(_energy(deltas), deltas[0].numel())
+    return weighted_sum(deltas, coefficient)

@@ -1,0 +1,111 @@
+"""SCE: select by variance, weight by energy, erase minorities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctl_merge.methods.agreement import merge_agreeing
+from ctl_merge.methods.order import count_upper, kth_largest, locate, refinement
+from ctl_merge.methods.parameters import Fraction, Parameters
+from ctl_merge.methods.registry import Measure, Scope, merge_method
+
+TopShare = Annotated[
+    Fraction, Field(description="share of the entries in which the models differ that is kept, by their variance")
+]
+
+
+def deviation(deltas: Tensor, **_: object) -> Tensor:
+    """Standard deviation over the models, entry by entry: (models, *shape) -> (1, *shape).
+
+    From the differences of pairs, so that equal models have exactly 0; and not its square, which float32 could not
+    hold for small weights.
+    """
+    total = torch.zeros_like(deltas[0])
+    for one, other in combinations(deltas, 2):
+        total += (one - other).square_()
+    return total.sqrt_().div_(len(deltas)).unsqueeze(0)
+
+
+def _count(deltas: Tensor, **_: object) -> Tensor:
+    """The first count of the order statistic, and how many entries differ at all: (1, 32768 + 1)."""
+    spread = deviation(deltas)
+    return torch.cat([count_upper(spread), spread.float().count_nonzero().view(1, 1)], dim=1)
+
+
+def _choose(counts: Tensor, numel: int, *, select_topk: float, **_: object) -> Tensor:
+    return locate(counts[:, :-1], torch.tensor([[int(select_topk * int(counts[0, -1]))]]))
+
+
+def _selection_scope(parameters: Parameters) -> Scope | None:
+    return None if parameters["select_topk"] == 1.0 else "tensor"
+
+
+def _per_tensor(parameters: Parameters) -> Scope | None:
+    return "tensor"
+
+
+CUT = {
+    "cut_bin": Measure(_count, _choose, _selection_scope),
+    "cut": refinement("cut", deviation, _selection_scope),
+}
+
+
+def select(deltas: Tensor, cut: Tensor | None) -> Tensor:
+    """Task vectors with the entries in which the models deviate less than the cut set to zero; no cut keeps all."""
+    if cut is None:
+        return deltas
+    return deltas * (deviation(deltas).float() >= float(cut)).to(deltas.dtype)
+
+
+def _energy(deltas: Tensor, *, cut: Tensor | None = None, **_: object) -> Tensor:
+    """Σ d² over the selected entries: (models, n) -> (models,)."""
+    return select(deltas, cut).flatten(1).square().sum(1, dtype=torch.float64)
+
+
+def _shares(energy: Tensor, numel: int, **_: object) -> Tensor:
+    """Each model's share of the energy; equal ones where there is none: (models,)."""
+    total = energy.sum()
+    return energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
+
+
+def _say_shares(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    found = [result["share"] for result in results.values() if result]
+    if not found:
+        return None
+    low, high = (bound.tolist() for bound in torch.aminmax(torch.stack(found), dim=0))
+    spans = ", ".join(f"{least:.3g} to {most:.3g}" for least, most in zip(low, high, strict=True))
+    return f"weights of the models, from tensor to tensor: {spans}"
+
+
+@merge_method(
+    space="task_vectors",
+    measures={**CUT, "share": Measure(_energy, _shares, _per_tensor)},
+    report=_say_shares,
+    paper="2408.07990",
+)
+def sce(
+    deltas: Tensor, *, select_topk: TopShare = 1.0, cut: Tensor | None = None, share: Tensor | None = None
+) -> Tensor:
+    """Keep the entries in which the models vary most, elect a sign per entry, average by energy what agrees.
+
+    deltas (models, *shape) -> (*shape). Of the entries in which the models differ the share `select_topk` of largest
+    variance is kept, and all that equal the last of them; the weight of a model is its share of Σ d² over what is kept
+    of the tensor; the sign is that of Σ d, zero counts as + (arXiv 2408.07990). mergekit takes equal weights where the
+    mean of d² over a tensor, summed over models, is below 1e-6, which holds for most finetunes; here only where no
+    entry differs from the base.
+
+    `cut` (1, 1), `share` (models,): measured over the tensor; computed from `deltas` if missing.
+    """
+    if cut is None and select_topk < 1:
+        spread = deviation(deltas)
+        cut = kth_largest(spread, torch.tensor([[int(select_topk * int(spread.float().count_nonzero()))]]))
+    if share is None:
+        share = _shares(_energy(deltas, cut=cut), deltas[0].numel())
+    weight = share.view(-1, *[1] * (deltas.ndim - 1))
+    return merge_agreeing(select(deltas, cut), weight, elect="unweighted", divide="weights")

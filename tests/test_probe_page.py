@@ -180,6 +180,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "huge": make_data(nonlinearity=4e6, nonlinearity_high=5e6, cos=-0.5),
     "written": make_data(nonlinearity_written=0.3, floor=0.02, nonlinearity_null=0.9),
     "full": make_full(),
+    "full, long names": make_full(parents=["euler", *(f"organisation/model-of-some-length-{i}" for i in range(3))]),
     "no rows": make_data() | {"sets": {"maths": {"sequences": 1, "tokens": 2, "blocks": [], "losses": None}}},
     "hostile": make_data([HOSTILE, "a\x1b[31m|b\x00\n[bold]"], sets=(HOSTILE, '"&\ud800')),
     "bare": {k: v for k, v in make_data(losses=False).items() if k not in ("lineage", "settings", "ctl_merge", "base")},

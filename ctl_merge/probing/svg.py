@@ -12,7 +12,6 @@ from html import escape
 from typing import Any
 
 from ctl_merge.probing.record import number
-from ctl_merge.probing.wording import shorten
 
 WIDTH, LEFT, RIGHT = 480, 62, 468
 # Colours that remain apart in the common kinds of colour blindness: (light, dark), 3:1 against their background.
@@ -147,6 +146,14 @@ class Panel:
             across = f"{-cap:.1f} 0h{2 * cap:.1f}"
             d = f"M{x:.1f} {self.y(low):.1f}m{across}m{across[: across.index('h')]}V{self.y(high):.1f}m{across}"
             self.canvas.add("path", d=d, stroke=colour, stroke_width=1.5)
+
+
+def shorten(text: str, length: int) -> str:
+    """At most `length` characters, an ellipsis in the middle."""
+    if len(text) <= length:
+        return text
+    half = max(length - 1, 2)
+    return f"{text[: half - half // 2]}…{text[len(text) - half // 2 :]}"
 
 
 def attribute(value: Any) -> str:

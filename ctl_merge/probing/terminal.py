@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ctl_merge.probing.record import Data, below_floor, best_parent, bounded, costs_of, number, place, prepared, rows
+from ctl_merge.probing.svg import shorten
 from ctl_merge.probing.verdict import verdict
-from ctl_merge.probing.wording import interval, shorten, shown
+from ctl_merge.probing.wording import interval, shown
 
 PARENTS = 3  # columns of coefficients that fit; probe.json has them all
 _NAME = 18

@@ -63,14 +63,6 @@ def listed(texts: Sequence[str]) -> str:
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
 
 
-def shorten(text: str, length: int) -> str:
-    """At most `length` characters, an ellipsis in the middle."""
-    if len(text) <= length:
-        return text
-    half = max(length - 1, 2)
-    return f"{text[: half - half // 2]}…{text[len(text) - half // 2 :]}"
-
-
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(text, quote=False))

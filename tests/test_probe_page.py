@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import re
 import shutil
+import struct
 import subprocess
+import sys
+import types
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
-from ctl_merge.probing.figures import figures, write_figures
+from ctl_merge.probing import raster
+from ctl_merge.probing.figures import figures, standing_alone, write_figures
 from ctl_merge.probing.page import render_page
 from ctl_merge.probing.section import markdown
 from ctl_merge.probing.svg import COLOURS
@@ -49,6 +55,47 @@ def make_row(
     }  # fmt: skip
 
 
+def make_full_row(row: dict[str, Any], place: int) -> dict[str, Any]:
+    """A row with all that a probe may measure, no two numbers alike."""
+    own = 0.001 * place
+    known = {
+        "local": 0.31, "propagated": 0.41, "nonlinearity_null": 0.91, "floor": 0.051, "nonlinearity_written": 0.21,
+        "slope_deviation": 1.95, "slope_cos": 3.95, "slope_nonlinearity": 0.95, "nonlinearity_against_first": -0.12,
+    }  # fmt: skip
+    found = {key: value + own for key, value in known.items()}
+    ends = {f"{k}_{end}": v + d for k, v in found.items() for end, d in (("low", -0.0004), ("high", 0.0004))}
+    coefficients = {f"effective_feature{e}": dict.fromkeys(row["effective_weight"], 0.42 + d + own)
+                    for e, d in (("", 0), ("_low", -0.0004), ("_high", 0.0004))}  # fmt: skip
+    strata = {"by_stratum": {"prompt": 0.61 + own, "response": 0.71 + own}, "quadratic": place % 2 == 0}
+    return row | found | ends | coefficients | strata
+
+
+def make_full(**options: Any) -> dict[str, Any]:
+    """A report with all optional parts, of two recipes."""
+    data = make_data(**options)
+    data["merges"] = [
+        data["merges"][0] | {"name": name, "method": method, "recipe": f"{name}.yaml", "main": name == "first"}
+        for name, method in (("first", "ties"), ("second", "linear"))
+    ]
+    for found in data["sets"].values():
+        rows = [row | {"merge": m["name"]} for row in found["blocks"] for m in data["merges"]]
+        found["blocks"] = [make_full_row(row, i) for i, row in enumerate(rows)]
+        for row in found["blocks"]:
+            if row["merge"] == "first":
+                row["nonlinearity_against_first"] = row["nonlinearity_against_first_low"] = None
+        found["strata"] = {"prompt": 500, "response": 524}
+        found["best_parent"] = {"parent": "euler", "second": "ada", "margin": interval(0.5)}
+        own = found["losses"]["merges"].pop("merged")
+        blame = {site: interval(0.02 + 0.1 * i) for i, site in enumerate(own["patch"])} | {"logits": interval(0.72)}
+        found["losses"]["merges"] = {
+            "first": own | {"blame": blame}, "second": own | {"against_first": interval(-0.3)}
+        }  # fmt: skip
+        nll = found["losses"]["nll"]
+        nll |= {"first": nll["merged"], "second": interval(2.2)}
+        del nll["merged"]
+    return data
+
+
 def make_data(
     parents: list[str] | None = None, sets: tuple[str, ...] = ("maths", "code"), blocks: int = 3,
     stacks: tuple[str, ...] = ("model.layers",), alphas: tuple[float, ...] = (), losses: bool = True, **changes: Any,
@@ -77,7 +124,7 @@ def make_data(
     return {
         "format": 1, "ctl_merge": "0.1.0", "base": "/home/me/models/base-model", "parents": parents, "merges": merges,
         "settings": {"sequences": 8}, "lineage": lineage,
-        "sets": {name: found if losses else found | {"losses": None} for name in sets},
+        "sets": {name: copy.deepcopy(found if losses else found | {"losses": None}) for name in sets},
     }  # fmt: skip
 
 
@@ -132,6 +179,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
     "huge": make_data(nonlinearity=4e6, nonlinearity_high=5e6, cos=-0.5),
     "written": make_data(nonlinearity_written=0.3, floor=0.02, nonlinearity_null=0.9),
+    "full": make_full(),
+    "full, long names": make_full(parents=["euler", *(f"organisation/model-of-some-length-{i}" for i in range(3))]),
     "no rows": make_data() | {"sets": {"maths": {"sequences": 1, "tokens": 2, "blocks": [], "losses": None}}},
     "hostile": make_data([HOSTILE, "a\x1b[31m|b\x00\n[bold]"], sets=(HOSTILE, '"&\ud800')),
     "bare": {k: v for k, v in make_data(losses=False).items() if k not in ("lineage", "settings", "ctl_merge", "base")},
@@ -174,7 +223,7 @@ def test_the_page_needs_nothing_else() -> None:
     page = render_page(make_data())
     parser = Balanced()
     parser.feed(page)
-    assert parser.addresses == ["data:,"]
+    assert parser.addresses == ["data:,", "#numbers"]
     assert "@import" not in page and "url(" not in page
     assert "prefers-color-scheme:dark" in page and 'name="viewport"' in page
     assert "/home/me" not in page and "base-model" in page
@@ -212,6 +261,24 @@ def test_figures_appear_where_there_is_data(variant: str, missing: set[str] | No
     names = ["nonlinearity", "cosine", "origin", "parts", "coefficients", "patch", "losses", "sweep"]
     wanted = [] if missing is None else [name for name in names if name not in missing]
     assert [figure.name for figure in figures(VARIANTS[variant])] == wanted
+
+
+def test_all_that_a_probe_may_measure_has_a_figure() -> None:
+    assert [figure.name for figure in figures(make_full())] == [
+        "nonlinearity", "recipes", "cosine", "origin", "parts", "strata", "coefficients", "scaling", "blame", "patch",
+        "losses",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["two parents", "two stacks", "sweep", "written", "full"])
+def test_what_tooltips_say_is_in_the_tables_which_need_no_pointer(variant: str) -> None:
+    page = render_page(VARIANTS[variant])
+    pictures, tables = page.partition('<h2 id="numbers">')[::2]
+    tips = re.findall(r"<title>([^<]*)</title>", pictures.partition("</head>")[2])
+    tips = [line for tip in tips for line in tip.splitlines() if not line.startswith("1 − cos(")]  # tables have cos
+    numbers = {number for tip in tips for number in re.findall(r"−?\d\.\d{3}", tip)}
+    assert len(numbers) > 20 and 'href="#numbers"' in pictures
+    assert not {number for number in numbers if number not in tables}
 
 
 def test_tooltips_hold_exact_numbers() -> None:
@@ -316,6 +383,48 @@ def test_of_many_sets_the_extremes_are_spoken_of() -> None:
     assert "for b" in text and "for c" in text and "for a" not in text
 
 
+def test_the_page_says_what_was_probed() -> None:
+    page = render_page(make_full())
+    assert "<title>Probe of first.yaml (ties)</title>" in page and "<h1>Probe of first.yaml (ties)</h1>" in page
+    assert "Beside it: second.yaml (linear)." in page
+    assert "best parent: euler, by 0.500 [0.450, 0.550] before ada<" in page
+    assert "<h1>Probe of merged</h1>" in render_page(make_data())
+    doubtful = make_full()
+    doubtful["sets"]["maths"]["best_parent"]["margin"] = interval(0.01)
+    assert "before ada, not beyond doubt" in render_page(doubtful)
+    assert "best parent: euler<" in render_page(make_data())
+
+
+def test_recipes_are_compared_where_they_are_paired() -> None:
+    page = render_page(make_full())
+    assert '<th scope="col">minus first</th>' in page and "−0.300 [−0.350, −0.250]" in page
+    assert "second.yaml (linear), whose loss is lower on maths and code beyond doubt" in said(make_full(), "To try")
+    later = make_full()
+    later["merges"][0]["main"], later["merges"][1]["main"] = False, True
+    assert "whose loss is lower" not in said(later, "To try")  # the difference is to another recipe
+
+
+def test_blame_is_said_where_it_is_sure() -> None:
+    data = make_full(sets=("maths",))
+    assert "most comes from the final norm and head 0.720 [0.670, 0.770] and block 2 0.220" in said(data, "Origin")
+    blame = data["sets"]["maths"]["losses"]["merges"]["first"]["blame"]
+    blame |= dict.fromkeys(blame, interval(0.01))
+    assert "On maths no block's share of the non-linearity cost is above 0 beyond doubt" in said(data, "Origin")
+
+
+def test_the_quadratic_regime_is_named_by_block() -> None:
+    data = make_full(sets=("maths",))
+    rows = [row for row in data["sets"]["maths"]["blocks"] if row["merge"] == "first" and row["part"] == "block"]
+    for row, quadratic in zip(rows, (True, False, None), strict=True):
+        row["quadratic"] = quadratic
+    assert "shrinks with their square at block 0 on maths" in said(data, "Linearity")
+    page = render_page(data)
+    assert all(f"<td>{word}</td>" in page for word in ("yes", "no", "too small to tell"))
+    for row in rows:
+        row["quadratic"] = False
+    assert "at no block on maths" in said(data, "Linearity")
+
+
 def test_small_words() -> None:
     assert [share(r) for r in (0.0, 0.01, 0.6, 1.2, None)] == ["all", "over 99.9 %", "64 %", "none", "–"]
     assert spans(["0", "1", "3"], ["0", "1", "2", "3"]) == "blocks 0–1 and 3"
@@ -323,25 +432,113 @@ def test_small_words() -> None:
     assert spans(list("02468"), list("012345678")) == "blocks 0, 2, 4 and 2 more"
 
 
+# Pictures
+
+
+def test_a_png_lies_beside_every_svg_at_twice_its_size(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py", reason="the extra `figures` is not installed")
+    if raster.missing():
+        pytest.skip(raster.missing() or "")
+    written = write_figures(make_full(), tmp_path)
+    for svg in (path for path in written if path.suffix == ".svg"):
+        png = svg.with_suffix(".png").read_bytes()
+        size = struct.unpack(">II", png[16:24])
+        root = ET.parse(svg).getroot()
+        assert size == tuple(2 * int(root.attrib[side]) for side in ("width", "height"))
+    for theme in (0, 1):
+        with_text = standing_alone(figures(make_data())[0].svg, theme)
+        without = re.sub(r"<text.*?</text>", "", with_text)
+        assert raster.png(with_text) != raster.png(without)  # resvg leaves text out where it finds no font
+
+
+def test_what_is_missing_for_png_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    assert raster.missing() == "PNG figures need resvg: pip install 'ctl-merge[figures]'"
+    assert {path.suffix for path in write_figures(make_data(), tmp_path)} == {".svg"}
+    blind = types.SimpleNamespace(svg_to_bytes=lambda **options: b"")  # as resvg where there are no fonts
+    monkeypatch.setitem(sys.modules, "resvg_py", blind)
+    raster._family.cache_clear()
+    assert "need a font" in (raster.missing() or "") and raster.png("<svg/>") is None
+    raster._family.cache_clear()
+
+
+def test_the_card_shows_pictures_by_relative_paths(tmp_path: Path) -> None:
+    data = make_data()
+    write_figures(data, tmp_path / "probe" / "figures")
+    text = markdown(data, tmp_path / "probe")
+    found = re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", text)
+    assert [title for title, _ in found] == [
+        "R against depth",
+        "Which parent each block follows",
+        "What the merge costs",
+    ]
+    assert all((tmp_path / address).is_file() and not Path(address).is_absolute() for _, address in found)
+    assert "![" not in markdown(data)
+
+
 # A real browser
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
-@pytest.mark.parametrize("variant", ["two parents", "hostile"])
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+
+
+def open_in_browser(page: Path, theme: str = "light", width: int = 1200) -> tuple[bytes, list[str]]:
+    """A screenshot of a page, and what its console says. `theme`: light or dark."""
+    picture = page.with_name(f"{page.stem}-{theme}-{width}.png")
+    scheme = {"dark": 0, "light": 1}[theme]
+    ran = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / picture.stem}",
+         "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},900",
+         f"--screenshot={picture}", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    return picture.read_bytes(), [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+
+
+@browser
+@pytest.mark.parametrize("variant", ["two parents", "hostile", "full"])
 def test_a_browser_shows_the_page(variant: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     probe = "<script>console.info('wide', document.documentElement.scrollWidth > innerWidth)</script></body>"
     page.write_text(render_page(VARIANTS[variant]).replace("</body>", probe), "utf-8")
     pictures = {}
-    for theme, scheme in (("dark", 0), ("light", 1)):
-        pictures[theme] = tmp_path / f"{theme}.png"
-        ran = subprocess.run(
-            [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / theme}",
-             "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1200,900",
-             f"--screenshot={pictures[theme]}", page.as_uri()],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        said = [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+    for theme, width in (("dark", 1200), ("light", 1200), ("light", 500)):
+        pictures[theme, width], said = open_in_browser(page, theme, width)
         assert len(said) == 1 and "wide false" in said[0], said
-    assert all(picture.stat().st_size > 20_000 for picture in pictures.values())
-    assert pictures["dark"].read_bytes() != pictures["light"].read_bytes()
+    assert all(len(picture) > 20_000 for picture in pictures.values())
+    assert pictures["dark", 1200] != pictures["light", 1200]
+
+
+@browser
+def test_a_keyboard_reaches_every_number(tmp_path: Path) -> None:
+    """Tables open and scroll by keyboard, and the link above the figures opens their section."""
+    page = tmp_path / "report.html"
+    probe = """<script>
+        const all = document.querySelectorAll('a[href], summary, [tabindex]');
+        const focused = [...all].filter(one => { one.closest('details')?.setAttribute('open', ''); one.focus();
+                                                 return document.activeElement === one; });
+        const scrolling = [...document.querySelectorAll('.wide')].every(one => one.tabIndex === 0 && one.ariaLabel);
+        const target = document.querySelector(document.querySelector('a[href^="#"]').getAttribute('href'));
+        console.info('reached', all.length > 5 && focused.length === all.length, scrolling, target !== null);
+    </script></body>"""
+    page.write_text(render_page(make_full()).replace("</body>", probe), "utf-8")
+    _, said = open_in_browser(page)
+    assert len(said) == 1 and "reached true true true" in said[0], said
+
+
+@browser
+def test_a_browser_shows_the_card(tmp_path: Path) -> None:
+    """The Markdown as HTML: its pictures load, its table is a table, and no name becomes markup."""
+    data = make_full(parents=["euler", HOSTILE], sets=("maths", '"&|*_x_*'))
+    write_figures(data, tmp_path / "probe" / "figures")
+    page = tmp_path / "card.html"
+    probe = """<script>
+        const pictures = [...document.images];
+        console.info('card', pictures.length, pictures.every(one => one.complete && one.naturalWidth > 300 && one.alt),
+                     document.querySelectorAll('tbody tr').length, document.querySelectorAll('script').length);
+    </script>"""
+    html = MarkdownIt("commonmark").enable("table").render(markdown(data, tmp_path / "probe"))
+    probe = f"<script>addEventListener('load', () => {{ {probe[8:-9]} }})</script>"
+    page.write_text(f"<!doctype html><meta charset=utf-8>{html}{probe}", "utf-8")
+    _, said = open_in_browser(page)
+    assert len(said) == 1 and "card 3 true 2 1" in said[0], said

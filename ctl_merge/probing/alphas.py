@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ctl_merge.probing.record import Data, main_merge, number, rows, sweep
+from ctl_merge.probing.record import Data, main_merge, mean, number, rows, sweep
 from ctl_merge.probing.svg import LEFT, RIGHT, Canvas, Figure, Panel, round_step, round_top, series_colour
 from ctl_merge.probing.wording import shown
 
@@ -17,21 +17,20 @@ def sweep_figure(data: Data) -> Figure | None:
     low, high = min(0.0, *alphas), max(1.0, *alphas)
     x = {m["name"]: LEFT + (RIGHT - LEFT) * (m["alpha"] - low) / (high - low) for m in merges}
 
-    def mean(name: str, merge: str) -> float | None:
-        known = [v for row in rows(data, name, merge) if (v := number(row, "nonlinearity")) is not None]
-        return sum(known) / len(known) if known else None
+    def average(name: str, merge: str) -> float | None:
+        return mean(number(row, "nonlinearity") for row in rows(data, name, merge))
 
     def loss(name: str, merge: str) -> float | None:
         return number((data["sets"][name].get("losses") or {}).get("nll"), merge, "value")
 
     canvas = Canvas()
-    for title, unit, of in (("R, mean over blocks", "R", mean), ("Loss of the merge", "nats per token", loss)):
+    for title, unit, of in (("R, mean over blocks", "R", average), ("Loss of the merge", "nats per token", loss)):
         known = {(n, m): v for n in data["sets"] for m in x if (v := of(n, m)) is not None}
         if not known:
             continue
         step = round_step(max(known.values()) - min(known.values()) or 1)
-        bottom = 0.0 if of is mean else step * math.floor(min(known.values()) / step)
-        top = round_top(known.values()) if of is mean else step * math.ceil(max(known.values()) / step + 0.2)
+        bottom = 0.0 if of is average else step * math.floor(min(known.values()) / step)
+        top = round_top(known.values()) if of is average else step * math.ceil(max(known.values()) / step + 0.2)
         panel = Panel(canvas, bottom, top, height=170, title=title, unit=unit)
         for i, name in enumerate(data["sets"]):
             panel.line([(x[m], known[name, m]) if (name, m) in known else None for m in x], stroke=series_colour(i))

@@ -20,6 +20,7 @@ main{max-width:1180px;margin:0 auto;padding:28px 24px 56px}
 h1{font-size:1.75rem;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:36px 0 12px}
 p{margin:0 0 8px}
+a{color:var(--s0)}
 .soft{color:var(--soft);overflow-wrap:anywhere}
 .verdict{background:var(--paper);border:1px solid var(--grid);border-left:5px solid var(--s0);border-radius:8px;
  padding:14px 20px 6px;margin:20px 0 0;font-size:1.02rem}
@@ -87,8 +88,9 @@ def render_page(data: Data) -> str:
 {f'<section class="verdict warning" aria-label="Warnings">{warnings}</section>' if warnings else ""}
 <section class="tiles" aria-label="Key numbers">{"".join(_tile(data, text) for text in data["sets"])}</section>
 <h2>Figures</h2>
+<p class="soft">Point at a mark for its numbers; the <a href="#numbers">tables</a> hold all of them.</p>
 <div class="figures">{"".join(map(_figure, figures(data)))}</div>
-<h2>Exact numbers</h2>
+<h2 id="numbers">Exact numbers</h2>
 {"".join(set_tables(data, text) for text in data["sets"])}{tables(data)}
 <h2>Terms</h2>
 <dl>{"".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in _TERMS.items())}</dl>

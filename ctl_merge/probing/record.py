@@ -39,6 +39,12 @@ def number(found: Any, *keys: str) -> float | None:
     return float(found) if usable else None
 
 
+def mean(values: Iterable[Any]) -> float | None:
+    """The mean of the numbers among the values, or None."""
+    known = [v for value in values if (v := number(value)) is not None]
+    return sum(known) / len(known) if known else None
+
+
 def bounded(row: Data, key: str, *inner: str) -> dict[str, float | None]:
     """A number of a row with its 95 % interval, which lies beside it as `key_low` and `key_high`."""
     ends = {"value": key, "low": f"{key}_low", "high": f"{key}_high"}

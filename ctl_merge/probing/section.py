@@ -17,7 +17,9 @@ def markdown(data: Data, folder: Path | None = None) -> str:
 
     `folder`: that of the report, beside the card, with the figures in it; without it there are no pictures.
     """
-    lines = [*(f"- {escaped(line)}" for line in verdict(data)), "", *_table(prepared(data))]
+    parts = (line.partition(": ") for line in verdict(data))
+    said = [f"- **{escaped(head)}{colon.strip()}** {escaped(rest)}" for head, colon, rest in parts]
+    lines = [*said, "", *_table(prepared(data))]
     return "\n".join([*lines, *(_pictures(data, folder) if folder else [])]) + "\n"
 
 

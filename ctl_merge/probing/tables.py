@@ -13,11 +13,13 @@ from ctl_merge.probing.record import (
     below_floor,
     bounded,
     costs_of,
+    mean,
     number,
     place,
     quadratic,
     recipes,
     rows,
+    sweep,
 )
 from ctl_merge.probing.wording import interval, shown
 
@@ -27,7 +29,7 @@ _TOLD = {True: "yes", False: "no", None: "too small to tell"}
 
 def set_tables(data: Data, name: str) -> str:
     """The tables of one data set."""
-    made = (_block_table, _recipe_table, _scaling_table, _loss_table, _patch_table)
+    made = (_block_table, _recipe_table, _sweep_table, _scaling_table, _loss_table, _patch_table)
     return "".join(table for make in made for table in make(data, name))
 
 
@@ -65,21 +67,33 @@ def _recipe_table(data: Data, name: str) -> Iterator[str]:
     merges = [merge["name"] for merge in recipes(data)]
     if not merges:
         return
-    by = {merge: {place(row): row for row in rows(data, name, merge)} for merge in merges}
-    head = ["block", *(text for merge in merges for text in (f"R {merge}", f"minus {merges[0]}"))]
-    del head[2]
+    main, *others = merges
+    by = _by_place(data, name, merges)
+    head = ["block", f"R {main}", *(text for merge in others for text in (f"R {merge}", f"minus {main}"))]
     body = []
-    for label in by[merges[0]]:
-        cells = [label]
-        for merge in merges:
-            row = by[merge].get(label, {})
-            cells += [interval(bounded(row, key), signed=key != "nonlinearity")
-                      for key in ("nonlinearity", "nonlinearity_against_first")]  # fmt: skip
-        del cells[2]
-        body.append(cells)
-    losses = [[m, interval(found, signed=True)] for m in merges[1:] if (found := against_main(data, name, m))]
-    more = [(["recipe", f"loss minus that of {merges[0]}"], losses)] if losses else []
+    for label, row in by[main].items():
+        body.append([label, interval(bounded(row, "nonlinearity"))])
+        for found in (by[merge].get(label, {}) for merge in others):
+            apart = interval(bounded(found, "nonlinearity_against_first"), signed=True)
+            body[-1] += [interval(bounded(found, "nonlinearity")), apart]
+    losses = [[m, interval(cost, signed=True)] for m in others if (cost := against_main(data, name, m))]
+    more = [(["recipe", f"loss minus that of {main}"], losses)] if losses else []
     yield _table(f"Recipes on {name}", head, body, *more)
+
+
+def _sweep_table(data: Data, name: str) -> Iterator[str]:
+    """R of each α by block."""
+    merges = [merge["name"] for merge in sweep(data)]
+    by = _by_place(data, name, merges)
+    if any(by.values()):
+        labels = dict.fromkeys(label for found in by.values() for label in found)
+        body = [[s, *(interval(bounded(by[m].get(s, {}), "nonlinearity")) for m in merges)] for s in labels]
+        means = [mean(number(row, "nonlinearity") for row in by[m].values()) for m in merges]
+        yield _table(f"Sweep on {name}", ["block", *(f"R {m}" for m in merges)], [*body, ["mean", *map(shown, means)]])
+
+
+def _by_place(data: Data, name: str, merges: Sequence[str]) -> dict[str, dict[str, Data]]:
+    return {merge: {place(row): row for row in rows(data, name, merge)} for merge in merges}
 
 
 def _scaling_table(data: Data, name: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ctl_merge.probing.record import Data, below_floor, best_parent, bounded, costs_of, number, place, prepared, rows
+from ctl_merge.probing.svg import shorten
 from ctl_merge.probing.verdict import verdict
 from ctl_merge.probing.wording import interval, shown
 
@@ -38,16 +39,17 @@ def _blocks(data: Data, name: str) -> Any:
     null = any(number(row, "nonlinearity_null") is not None for row in blocks)
     found = data["sets"][name]
     best = best_parent(data, name) if len(data["parents"]) > 1 else None
-    belongs = f", best parent {_short(best['parent'], _NAME)}" if best else ""
+    belongs = f", best parent {shorten(best['parent'], _NAME)}" if best else ""
     table = _table(f"{name}: {found['sequences']:,} sequences, {found['tokens']:,} tokens{belongs}")
     for column in ("block", "R [95 %]", "cos", "coef", "local", "prop."):
         table.add_column(column, justify="left" if column == "block" else "right", no_wrap=True)
+    room = min(14, max(4, (38 - 6 * null - 16 * rounded) // max(len(parents), 1) - 4))
     for parent in parents:
-        table.add_column(Text(f"ĉ {_short(parent, 4)}"), justify="right", no_wrap=True)
+        table.add_column(Text(f"ĉ {shorten(parent, room)}"), justify="right", no_wrap=True)
     for column in ["null"] * null + ["written", "floor"] * rounded:
         table.add_column(column, justify="right", no_wrap=True)
     for row in blocks:
-        cells = [_short(place(row), 10), interval(bounded(row, "nonlinearity")), shown(number(row, "cos"), digits=4)]
+        cells = [shorten(place(row), 10), interval(bounded(row, "nonlinearity")), shown(number(row, "cos"), digits=4)]
         cells += [shown(number(row, key), digits=2) for key in ("coef", "local", "propagated")]
         cells += [shown(number(row, "effective_feature", parent), digits=2) for parent in parents]
         cells += [shown(number(row, "nonlinearity_null"), digits=2)] * null
@@ -68,17 +70,19 @@ def _losses(data: Data, name: str) -> Any:
 
     costs = costs_of(data, name) or {}
     table = _table(f"{name}: loss, nats per token")
-    for column in ("model", "loss [95 %]", "ensemble", "non-linearity cost"):
+    several = len(data["merges"]) > 1
+    for column in ("model", "loss [95 %]", "ensemble", "non-linearity cost", *["R at the end"] * several):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     losses = data["sets"][name]["losses"]
     for model, found in losses["nll"].items():
         merge = losses.get("merges", {}).get(model, {})
         ensemble = shown(number(merge.get("ensemble"), "value")) if merge else ""
         cost = interval(merge.get("nonlinearity_cost"), signed=True) if merge else ""
-        label = f"{_short(model, _NAME)}{' (best)' if model == costs['parent'] else ''}"
-        table.add_row(*map(Text, (label, interval(found), ensemble, cost)))
+        label = f"{shorten(model, _NAME)}{' (best)' if model == costs['parent'] else ''}"
+        end = [shown(number((rows(data, name, model) or [{}])[-1], "nonlinearity")) if merge else ""] * several
+        table.add_row(*map(Text, (label, interval(found), ensemble, cost, *end)))
     dilution = interval(costs["dilution"], signed=True)
-    table.caption = Text(f"dilution cost against {_short(costs['parent'], _NAME)}: {dilution}")
+    table.caption = Text(f"dilution cost against {shorten(costs['parent'], _NAME)}: {dilution}")
     return table
 
 
@@ -90,7 +94,3 @@ def _table(title: str) -> Any:
     # Text, no markup: names may have brackets in them
     return Table(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
                  caption_justify="left", pad_edge=False)  # fmt: skip
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -6,7 +6,7 @@ optional. No sentence is written without the numbers it rests on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ctl_merge.probing.advice import advice
@@ -17,6 +17,7 @@ from ctl_merge.probing.record import (
     bounded,
     costs_of,
     focus,
+    mean,
     number,
     place,
     prepared,
@@ -103,8 +104,8 @@ def _scaling(data: Data, names: Sequence[str]) -> str:
         known = [row for row in rows(data, name) if quadratic(row) is not None]
         good = [place(row) for row in known if quadratic(row)]
         if known:
-            where = "all" if len(good) == len(known) else spans(good, [place(row) for row in known]) if good else "none"
-            parts.append(f"{where} on {name}")
+            some = spans(good, [place(row) for row in known]) if good else "no block"
+            parts.append(f"{'every block' if len(good) == len(known) else some} on {name}")
     return f" When task vectors are scaled down, it shrinks with their square at {listed(parts)}." if parts else ""
 
 
@@ -185,13 +186,8 @@ def _following(data: Data) -> str:
 def _kept(chosen: Sequence[Data], parent: str) -> tuple[float, float]:
     """Mean effective coefficient of a parent in features and in weights."""
     spaces = ("effective_feature", "effective_weight")
-    feature, weight = (_mean(number(row, space, parent) for row in chosen) or 0.0 for space in spaces)
+    feature, weight = (mean(number(row, space, parent) for row in chosen) or 0.0 for space in spaces)
     return feature, weight
-
-
-def _mean(values: Iterable[Any]) -> float | None:
-    known = [v for value in values if (v := number(value)) is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _cost(data: Data) -> str:

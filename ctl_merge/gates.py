@@ -127,7 +127,11 @@ class PromptGates:
     def _warn(self, rows: Tensor) -> None:
         alike = [i for i, layer in enumerate(rows) if not float(torch.linalg.cond(layer)) <= _DEGENERATE]
         if alike:
-            listed = "all layers" if len(alike) == len(rows) else f"layer{"s" * (len(alike) > 1)} {', '.join(map(str, alike))}"
+            listed = (
+                "all layers"
+                if len(alike) == len(rows)
+                else f"layer{'s' * (len(alike) > 1)} {', '.join(map(str, alike))}"
+            )
             logger.warning(
                 f"gates of {listed} hardly tell the experts apart (condition number above {_DEGENERATE:g}): "
                 "some experts will seldom be chosen; write prompts that differ more"

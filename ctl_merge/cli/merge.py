@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag, require_recipe
-from ctl_merge.cli.terminal import configure, meter, print_json, print_table, warn
+from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, warn
 
 
 def merge(
@@ -68,7 +68,7 @@ def merge(
         result = opened.write(
             output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
             meter=meter(quiet),
-            attach=_probe_attached(opened) if probe_too else None,
+            attach=_probe_attached(opened, meter(quiet)) if probe_too else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
@@ -79,14 +79,14 @@ def merge(
         _show_result(result)
 
 
-def _probe_attached(opened: Any) -> Callable[[Path], str]:
+def _probe_attached(opened: Any, told: Meter) -> Callable[[Path], str]:
     """Probes the merge and puts the report into the output's folder."""
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing import api
         from ctl_merge.probing.section import markdown
 
-        report = api.probe_opened(opened)
+        report = api.probe_opened(opened, told)
         report.save(folder / "probe")
         section = markdown(report.data, folder / "probe")
         more = "The whole report, with figures and statistics, is in the folder [probe](probe)."

@@ -58,7 +58,7 @@ def probe(
     merges = dict(zip(names, opened, strict=True))
     if len({frozenset(merge.recipe.refs) for merge in opened}) > 1 or len(merges) < len(opened):
         raise ProbeError("recipes that are probed together have the same models, and names of their own")
-    notes: dict[str, dict[str, Any]] = {name: {} for name in merges}
+    notes = {name: _notes(merge) for name, merge in merges.items()}
     return _run(merges, notes, names[0], data, options or Options(**how), meter, base)
 
 
@@ -70,7 +70,7 @@ def probe_pair(
     if len(models) != 2:
         raise ProbeError(f"a sweep over α takes two models, not {len(models)}: write a recipe for more")
     merges = {f"α = {a:g}": Merge(_pair_recipe(models, base, a)) for a in alphas}
-    notes = {f"α = {a:g}": {"alpha": float(a)} for a in alphas}
+    notes = {f"α = {a:g}": {"method": "task_arithmetic", "alpha": float(a)} for a in alphas}
     middle = min(alphas, key=lambda a: abs(a - 0.5))
     return _run(merges, notes, f"α = {middle:g}", data, options or Options(**how), meter)
 
@@ -137,6 +137,12 @@ def load_model(
     opened.fetch()
     placement = place(opened.merged, device_map or "cpu", max_memory, trust_remote_code=trust_remote_code)
     return load_weights(opened.merged, placement, trust_remote_code=trust_remote_code)
+
+
+def _notes(merge: Merge) -> dict[str, Any]:
+    """What the report says of a merge: its method and, where it is a file, its recipe."""
+    file = Path(merge.recipe.name)
+    return {"method": merge.plan.method.name, **({"recipe": file.name} if file.suffix else {})}
 
 
 def _pair_recipe(models: Sequence[str], base: str, alpha: float) -> Recipe:

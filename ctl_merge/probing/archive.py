@@ -122,6 +122,8 @@ class _SetHeader(_Strict):
 
 
 class _Notes(_Strict):
+    method: str | None = None
+    recipe: str | None = None
     alpha: float | None = None
     main: bool | None = None
 

@@ -47,6 +47,8 @@ class Merge(_Strict):
     explained_weight: Number = Field(description="R² of that fit: how far τ_m is a combination of the parents'")
     main: bool = Field(False, description="the merge with ghosts, patches, null and scaling")
     alpha: Number = Field(None, description="of a sweep")
+    method: str | None = Field(None, description="of the recipe")
+    recipe: str | None = Field(None, description="the recipe's file")
 
 
 class Lineage(_Strict):

@@ -16,8 +16,7 @@ from ctl_merge.writer import Shard
 INTERPRETER_BYTES = 300_000_000
 # Copies of a chunk that a method holds besides its inputs, as a multiple of their number (TIES is the largest).
 _TEMPORARIES = 5
-# Counts of upper and lower halves, those of two order statistics at once (methods/order.py).
-_HISTOGRAM_BYTES = 8 * ((1 << 16) + 2 * (1 << 16))
+_LEAST_STATE = 8 * ((1 << 15) + (1 << 16))  # of a method that measures, for each model: that of one order statistic
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def _held(plan: Plan, chunk: int) -> int:
     """What one worker holds for one merge."""
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     entries = max((_at_once(plan, tensor, chunk) for tensor in plan.tensors.values()), default=0)
-    states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
+    measures = plan.method.measures.values()
+    states = 2 * models * max(_LEAST_STATE, sum(measure.state_bytes for measure in measures)) if measures else 0
     noise = 2 * models if plan.method.random else 0
     return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
 

@@ -37,7 +37,7 @@ def _per_tensor(parameters: Parameters) -> Scope | None:
     base="required",
     models=(2, 2),
     grain="row",
-    measures=order_statistics("quartiles", importance, _quartile_ranks, _per_tensor),
+    measures=order_statistics("quartiles", importance, _quartile_ranks, _per_tensor, count=3),
 )
 def arcee_fusion(tensors: Tensor, *, quartiles: Tensor | None = None) -> Tensor:
     """The other model's entries where they are unusually important, the base's elsewhere.

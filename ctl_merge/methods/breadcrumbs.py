@@ -60,7 +60,7 @@ def keep_band(deltas: Tensor, *, density: Tensor, gamma: Tensor, band: Tensor | 
 
 
 MEASURES = {
-    **order_statistics("band", magnitudes, band_ranks, _band_scope),
+    **order_statistics("band", magnitudes, band_ranks, _band_scope, count=2),
     **l1_ratio(keep_band, _norm_scope),
 }
 

@@ -23,35 +23,41 @@ def order_statistics(
     ranks: Callable[..., Tensor],
     scope: Callable[[Parameters], Scope | None],
     signed: bool = False,
+    count: int = 1,
 ) -> dict[str, Measure]:
     """Two measures, the second of which gives the method under `name` the k-th largest values, float32: (rows, k).
 
     `values(tensors, **arguments)` maps a chunk to what is ordered, (rows, ...), not negative unless `signed`;
     `ranks(numel, **arguments)` says which are wanted of each row: (rows, k) int64, or (1, k) for all rows alike; 1 is
-    the largest, and rank 0 gives infinity.
+    the largest, and rank 0 gives infinity. `count` is k.
     """
 
-    def count(tensors: Tensor, **arguments: object) -> Tensor:
+    def accumulate(tensors: Tensor, **arguments: object) -> Tensor:
         return count_upper(values(tensors, **arguments), signed)
 
     def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
         return locate(counts, ranks(numel, **arguments))
 
-    return {f"{name}_bin": Measure(count, choose, scope), name: refinement(name, values, scope, signed)}
+    coarse = Measure(accumulate, choose, scope, 8 * _UPPER << signed)
+    return {f"{name}_bin": coarse, name: refinement(name, values, scope, signed, count)}
 
 
 def refinement(
-    name: str, values: Callable[..., Tensor], scope: Callable[[Parameters], Scope | None], signed: bool = False
+    name: str,
+    values: Callable[..., Tensor],
+    scope: Callable[[Parameters], Scope | None],
+    signed: bool = False,
+    count: int = 1,
 ) -> Measure:
     """The second of the two measures: it needs what `locate` gave the first, under the name `{name}_bin`."""
 
-    def count(tensors: Tensor, **arguments: Any) -> Tensor:
+    def accumulate(tensors: Tensor, **arguments: Any) -> Tensor:
         return count_lower(values(tensors, **arguments), arguments[f"{name}_bin"], signed)
 
     def conclude(counts: Tensor, numel: int, **arguments: Any) -> Tensor:
         return value_at(counts, arguments[f"{name}_bin"], signed)
 
-    return Measure(count, conclude, scope)
+    return Measure(accumulate, conclude, scope, 8 * _LOWER * count)
 
 
 def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def _whole_model(parameters: Parameters) -> Scope | None:
 
 
 MEASURES = {
-    **order_statistics("bounds", magnitudes, _bound_ranks, _whole_model),
-    **order_statistics("scores", score, _score_ranks, _whole_model, signed=True),
+    **order_statistics("bounds", magnitudes, _bound_ranks, _whole_model, count=2),
+    **order_statistics("scores", score, _score_ranks, _whole_model, signed=True, count=2),
 }
 
 

@@ -38,6 +38,7 @@ class Measure:
     accumulate: Callable[..., Tensor]
     conclude: Callable[..., Tensor]
     scope: Callable[[Parameters], Scope | None]
+    state_bytes: int = 0  # of a model's part of the state, where it is worth counting
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def test_code_that_comes_with_a_model_is_not_run(family: Callable[[str], Family]
     changes = {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling.OwnForCausalLM"}}
     folder = write_checkpoint(tmp_path, {"w": torch.ones(2)}, config_of(family("llama").base, **changes))
     (folder / "modeling.py").write_text("raise SystemExit('run')")
-    with pytest.raises(CheckpointError, match="bring code of their own"):
+    with pytest.raises(CheckpointError, match="brings code of its own"):
         load_weights(stored(folder))
 
 

@@ -101,9 +101,11 @@ def probe_merged(
     opened = Merge(parse_recipe(_recipe_text("task_arithmetic", everyone, [1.0] * len(everyone), base)))
     opened.fetch()
     views = {ref.text: opened.merged.parent(ref) for ref in opened.recipe.refs}
+    options = options or Options(**how)
+    placed(options, views[base])
     parents = {_short(model): views[model] for model in models}
     subject = _subject(views[base], parents, {MERGED: views[merged]}, opened.workers)
-    return _probe(subject, [Rider(MERGED, views[merged])], MERGED, opened, data, options or Options(**how))
+    return _probe(subject, [Rider(MERGED, views[merged])], MERGED, opened, data, options)
 
 
 def _parents_of(merged: str, models: Sequence[str], base: str | None) -> tuple[list[str], str]:
@@ -152,6 +154,7 @@ def _run(
         merge.fetch()
     opened = merges[main]
     own, parents = roles(opened, ModelRef.parse(base) if base else None)
+    placed(options, own)
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
     subject = _subject(own, parents, lazy, opened.workers)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
@@ -182,7 +185,7 @@ def _probe(
         sites = text_sites(empty, find_blocks(empty, options.blocks))
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
-    running = placed(options, subject, riders)
+    running = placed(options, subject.base, len(subject.parents), riders)
     several = ranks.state()
     observed = observe(subject, riders, ranks.share(sets, several) if several else sets, running)
     if several:

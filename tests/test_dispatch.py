@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -224,3 +225,37 @@ def test_blocks_compute_on_the_devices_that_they_are_given(family: Callable[[str
     script = SCRIPT.format(tests=tests, models={name: str(family(name).base) for name in names})
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+PROBE = """
+import json, sys
+sys.path.insert(0, {tests!r})
+import software_device, torch
+import ctl_merge
+
+torch.set_num_threads(1)
+table = {{"": 1, "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk"}}
+found = []
+for device_map in ("cpu", json.dumps(table)):
+    report = ctl_merge.probe({recipe!r}, device_map=device_map, sequences=2, length=16, patch=True)
+    found.append(json.loads(report.to_json()))
+print(json.dumps(found))
+"""
+
+
+def test_a_probe_over_devices_finds_what_it_finds_on_one() -> None:
+    """Features of a site meet on its device, patched ones go on from there; attention is another kernel's."""
+    recipe = Path(__file__).parents[1] / "recipes" / "quickstart" / "task_arithmetic.yaml"
+    script = PROBE.format(tests=str(Path(__file__).parent), recipe=str(recipe))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, spread = json.loads(done.stdout)
+    assert spread["settings"]["device"] == "soft:1, soft:0"
+    assert spread["settings"]["weight_bytes_by_device"].keys() == {"soft:0", "soft:1", "cpu"}
+    for own, other in zip(plain["sets"]["cycle"]["blocks"], spread["sets"]["cycle"]["blocks"], strict=True):
+        for name in ("nonlinearity", "cos", "coef", "local", "propagated"):
+            assert other[name] == (own[name] and pytest.approx(own[name], rel=1e-3, abs=1e-5)), (own["block"], name)
+    one, two = (report["sets"]["cycle"]["losses"]["merges"]["merged"]["patch"] for report in (plain, spread))
+    assert {site: gain["value"] for site, gain in two.items()} == pytest.approx(
+        {site: gain["value"] for site, gain in one.items()}, abs=1e-4
+    )

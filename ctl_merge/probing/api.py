@@ -118,9 +118,11 @@ def probe_merged(
     if own == root or not refs:
         raise ProbeError(f"{merged} has no parents besides itself and its base: give --models A B … and --base C")
     parents = dict(zip(short_names(refs), (views[ref] for ref in refs), strict=True))
+    options = options or Options(**how)
+    placed(options, views[root])
     subject = _subject(views[root], parents, {MERGED: views[own]}, opened.workers, meter)
     riders = [Rider(MERGED, views[own])]
-    return _probe(subject, riders, {MERGED: {}}, opened, data, options or Options(**how), meter)
+    return _probe(subject, riders, {MERGED: {}}, opened, data, options, meter)
 
 
 def load_model(
@@ -164,6 +166,7 @@ def _run(
         merge.fetch()
     opened = merges[main]
     own, parents = roles(opened, ModelRef.parse(base) if base else None)
+    placed(options, own)
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
     subject = _subject(own, parents, lazy, opened.workers, meter)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
@@ -202,7 +205,7 @@ def _probe(
         sites = text_sites(empty, find_blocks(empty, options.blocks))
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
-    running = placed(options, subject, riders)
+    running = placed(options, subject.base, len(subject.parents), riders)
     several = ranks.state()
     scales = SCALES if options.scaling else ()
     with meter("probing", (1 + len(scales)) * sum(len(tokens.ids) for tokens in sets)) as told:

@@ -48,12 +48,15 @@ class Options:
     trust_remote_code: bool = False
 
 
-def placed(options: Options, subject: Subject, riders: Sequence[Rider]) -> Running:
-    """How and where all models run: the same map for each, so that the features of one site meet on one device."""
-    models = 1 + len(subject.parents) + len(riders)
+def placed(options: Options, base: Checkpoint, parents: int = 0, riders: Sequence[Rider] = ()) -> Running:
+    """How and where all models run: the same map for each, so that the features of one site meet on one device.
+
+    Nothing is read but headers. Raises CheckpointError, DeviceError and ProbeError for what cannot be run as asked.
+    """
+    models = 1 + parents + len(riders)
     sharing = sum(map(shares_weights, riders))
     placement = place(
-        subject.base, options.device_map or "auto", options.max_memory, options.blocks,
+        base, options.device_map or "auto", options.max_memory, options.blocks,
         trust_remote_code=options.trust_remote_code, models=models, holding=models - sharing,
     )  # fmt: skip
     return Running(placement, options.batch, options.blocks, options.trust_remote_code)
@@ -69,9 +72,9 @@ def place(
     """
     table = _checked(parse_table(device_map)) if device_map.lstrip().startswith("{") else None
     limits = _limits(device_map if table is None else "auto", max_memory)
+    model, _ = open_model(checkpoint, trust_remote_code=trust_remote_code)
     if device_map == "disk":
         return Placement(next(iter(accelerators({})), "cpu"), {"": "disk"})
-    model, _ = open_model(checkpoint, trust_remote_code=trust_remote_code)
     if table is not None:
         sites = every_block(find_blocks(model, blocks))
         _check_prefixes(table, model, sites)

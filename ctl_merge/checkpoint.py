@@ -72,13 +72,17 @@ class FileCheckpoint(Checkpoint):
     """A checkpoint in files.
 
     `folder` holds config and tokenizer, and after `fetch` the weights. `snapshot` is the Hub's pinned state, None for a
-    local folder. `file_sizes`: bytes of each weight file.
+    local folder. `file_sizes`: bytes of each weight file. `decisions` and `warnings`: what a reader of the plan should
+    know of it. `applied_to`: the model that it changes, if it is an adapter.
     """
 
     ref: ModelRef
     folder: Path
     snapshot: HubSnapshot | None
     file_sizes: Mapping[str, int]
+    decisions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    applied_to: ModelRef | None = None
 
     @abstractmethod
     def fetch(self) -> None:

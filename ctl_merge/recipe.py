@@ -172,9 +172,14 @@ def _mentions(data: Any, name: str) -> bool:
     if isinstance(data, dict):
         keys = ("model", "base_model", "path")
         return any(
-            (key in keys and value == name) or (key != "name" and _mentions(value, name)) for key, value in data.items()
+            (key in keys and _names(value, name)) or (key != "name" and _mentions(value, name))
+            for key, value in data.items()
         )
     return isinstance(data, list) and any(_mentions(item, name) for item in data)
+
+
+def _names(value: Any, name: str) -> bool:
+    return value == name or (isinstance(value, str) and value.startswith(f"{name}+"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -366,19 +371,26 @@ class _Checker:
         return methods.get(name) if isinstance(name, str) else None
 
     def _ref(self, path: Path_, raw: Any) -> ModelRef | None:
-        if isinstance(raw, dict):
-            raw = raw.get("model", raw)
-        if isinstance(raw, dict):
-            raw = f"{raw.get('path')}@{raw['revision']}" if raw.get("revision") else raw.get("path")
-        if not isinstance(raw, str):
+        lora = None
+        if isinstance(raw, dict) and "model" in raw:
+            raw, lora = raw["model"], raw.get("lora")
+        text, adapter = _written(raw), _written(lora)
+        if not isinstance(text, str) or not isinstance(adapter, str | None):
             return None  # the schema has said so
-        if raw in self.steps:
-            return ModelRef(raw, step=raw)
         try:
-            return ModelRef.parse(raw, self.folder)
+            ref = self._parse(text)
+            return ref if adapter is None else ref.with_adapter(ModelRef.parse(adapter, self.folder))
         except CheckpointError as error:
             self.problems.append((path, str(error)))
             return None
+
+    def _parse(self, text: str) -> ModelRef:
+        name, _, adapter = text.partition("+")
+        if text in self.steps:
+            return ModelRef(text, step=text)
+        if name in self.steps:
+            return ModelRef(name, step=name).with_adapter(ModelRef.parse(adapter, self.folder))
+        return ModelRef.parse(text, self.folder)
 
     def _sources(self, at: Path_, listed: Any, method: Method | None) -> list[Source]:
         found = []
@@ -461,6 +473,13 @@ class _Checker:
                 self.problems.append(
                     ((*at, index), f"the model {source.ref} has no `{parameter.name}`{note}: give it one")
                 )
+
+
+def _written(model: Any) -> Any:
+    """A model's name and revision in one text."""
+    if isinstance(model, dict):
+        return f"{model.get('path')}@{model['revision']}" if model.get("revision") else model.get("path")
+    return model
 
 
 def _over(own: Mapping[str, Setting], outer: Mapping[str, Setting]) -> dict[str, Setting]:

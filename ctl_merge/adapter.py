@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -112,6 +113,12 @@ class AdaptedCheckpoint(FileCheckpoint):
         passes = 2 if low and low.magnitude else 1
         return passes * origin + sum(self.adapter.tensors[part].nbytes for part in parts)
 
+    def held_bytes(self) -> int:
+        factors = sorted((spec.numel for spec in self.adapter.tensors.values()), reverse=True)[:2]
+        longest = max(prod(change.spec.shape[1:]) for change in self._changes.values())
+        products = 3 * 8 * (CHUNK + 2 * longest)  # of rows that a chunk may only touch
+        return self.base.held_bytes() + self._read.held_bytes(self.adapter.tensors) + 8 * sum(factors) + products
+
     # ---- weights
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
@@ -221,7 +228,7 @@ def _named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
         if len(found) > 1:
             raise CheckpointError(f"{named!r} may be {' or '.join(map(str, found))}")
         if found:
-            return ModelRef(str(found[0]), folder=found[0])
+            return ModelRef(os.path.relpath(found[0]), folder=found[0])
     return ModelRef.on_hub(f"{named}@{revision}" if revision else named)
 
 

@@ -1,25 +1,20 @@
-"""An adapter's tensors, matched to those that they change.
-
-Adapters name modules as the transformers that trained them did. A module is looked for among the names in the files
-first, then by the parameter that they stand for in the model.
-"""
+"""An adapter's tensors, matched to those that they change."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 
 from ctl_merge.adapter_config import AdapterConfig
-from ctl_merge.architecture import ModuleMap, block_index, natural, stacked, ties_embeddings
+from ctl_merge.architecture import natural
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import MERGEABLE, TensorSpec
 from ctl_merge.low_rank import LowRank
-from ctl_merge.model_config import vocab_size
+from ctl_merge.parameter_names import ParameterNames, Place
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
@@ -45,22 +40,12 @@ class Change:
     rows: tuple[str, tuple[int, ...]] | None = None
 
 
-@dataclass(frozen=True)
-class Place:
-    """A file tensor that is, or is a part of, a parameter: of expert `expert`, from row `row` on."""
-
-    name: str
-    own: str | None  # the base's tensor: of another name where it is tied; None where the base has none
-    expert: int | None = None
-    experts: int = 1
-    row: int = 0
-
-
 class Matcher:
     """Matches the adapter to its base. Raises CheckpointError where a tensor of it fits nowhere."""
 
     def __init__(self, base: FileCheckpoint, adapter: FileCheckpoint, config: AdapterConfig) -> None:
         self.base, self.adapter, self.config = base, adapter, config
+        self.names = ParameterNames(base.tensors, base.config)
         self.changes: dict[str, Change] = {}
         self.added: list[str] = []  # tensors that the base lacks
         self._unmatched: list[str] = []
@@ -80,6 +65,7 @@ class Matcher:
         nested: dict[str, list[dict[str, str]]] = defaultdict(list)
         for module, keys in self._parts.items():
             nested[module.replace(_INNER, "")].append(keys)
+        self._transposes = self.config.fan_in_fan_out or any(map(self._is_transposed, nested.items()))
         for module, every in nested.items():
             self._match_module(module, every)
         if self._unmatched:
@@ -110,50 +96,9 @@ class Matcher:
     @property
     def changes_tokens(self) -> bool:
         """Whether the adapter changes rows of tokens, so that they are no longer the base's."""
-        least = vocab_size(self.base.config) or 0
-        specs = {name: self.base.tensors.get(change.own or name, change.spec) for name, change in self.changes.items()}
-        tables = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] >= least > 0]
-        return any(self._is_table(name) for name in tables)
+        return any(self.names.is_table(change.own or name) for name, change in self.changes.items())
 
-    # ---- where a parameter lies
-
-    @cached_property
-    def _modules(self) -> ModuleMap:
-        """The model's own view of names: made only where they leave a question, as it loads transformers."""
-        return ModuleMap(self.base.config)
-
-    @cached_property
-    def _files(self) -> dict[str, str]:
-        return {parameter: name for name, parameter in self._modules.parameters(self.base.tensors).items()}
-
-    @cached_property
-    def _stacks(self) -> dict[str, list[list[str]]]:
-        return stacked(self._modules, self.base.tensors)
-
-    @cached_property
-    def _ties(self) -> dict[str, str]:
-        """File names of tensors that the base ties and does not store, with that of the one stored in their place."""
-        ties = {}
-        for target, source in self._modules.tied().items():
-            open_ = not self._modules.is_head(target) or ties_embeddings(self.base.config)
-            if open_ and target not in self._files and source in self._files:
-                ties[target] = self._files[source]
-        return ties
-
-    def _places(self, parameter: str) -> list[Place]:
-        """The file tensors that make up a parameter; none where the base has no such parameter."""
-        if parameter in self.base.tensors:
-            return [Place(parameter, parameter)]
-        canonical = self._modules.parameters([parameter])[parameter]
-        if canonical in self._files:
-            return [Place(self._files[canonical], self._files[canonical])]
-        if canonical in self._ties:
-            return [Place(canonical, self._ties[canonical])]
-        found, row = [], 0
-        for experts in self._stacks.get(canonical, []):
-            found += [Place(name, name, expert, len(experts), row) for expert, name in enumerate(experts)]
-            row += self.base.tensors[experts[0]].shape[0]
-        return found
+    # ---- whole tensors
 
     def _shape(self, places: list[Place]) -> tuple[int, ...]:
         """The shape of the parameter that is made up of these."""
@@ -167,12 +112,10 @@ class Matcher:
     def _own(self, place: Place) -> TensorSpec:
         """What the base stores, or what the adapter brings in its place."""
         change = self.changes.get(place.name)
-        return change.spec if change else self.base.tensors[place.own or place.name]
-
-    # ---- whole tensors
+        return change.spec if change else self.base.tensors[place.own]
 
     def _replace(self, parameter: str, key: str) -> None:
-        spec, places = self.adapter.tensors[key], self._places(parameter)
+        spec, places = self.adapter.tensors[key], self.names.places(parameter)
         if not places:
             if not self.config.saves(parameter):
                 self._unmatched.append(key)
@@ -181,24 +124,16 @@ class Matcher:
             self.changes[parameter] = Change(spec, stored=(key, 0))
             return
         shape = self._shape(places)
-        resized = len(shape) in (1, 2) and shape[1:] == spec.shape[1:] and self._is_table(places[0].name)
+        resized = shape[1:] == spec.shape[1:] and self.names.is_table(places[0].own)
         if shape != spec.shape and not resized:
             self._refuse(key, spec.shape, places[0].name, shape)
         for place in places:
-            own = self.base.tensors[place.own or place.name]
+            own = self.base.tensors[place.own]
             if place.expert is None:
                 self.changes[place.name] = Change(TensorSpec(own.dtype, spec.shape), stored=(key, 0))
             else:
                 first = (place.expert * shape[1] + place.row) * prod(shape[2:])
                 self.changes[place.name] = Change(own, stored=(key, first))
-
-    @cached_property
-    def _blocks(self) -> Mapping[str, object]:
-        return block_index(self.base.tensors, self.base.config)
-
-    def _is_table(self, name: str) -> bool:
-        """Whether its rows may be tokens: outside of the blocks."""
-        return name not in self._blocks
 
     def _refuse(self, key: str, theirs: tuple[int, ...], name: str, own: tuple[int, ...]) -> None:
         raise CheckpointError(
@@ -234,12 +169,12 @@ class Matcher:
 
     def _target(self, module: str, keys: Mapping[str, str]) -> str | None:
         """The parameter of the module that A and B belong to, by name and shape."""
-        if self._places(f"{module}.weight"):
+        if self.names.places(f"{module}.weight"):
             return f"{module}.weight"
         leaves = dict.fromkeys(name.rpartition(".")[2] for name in self.config.target_parameters or ())
         fitting = []
         for parameter in (f"{module}.{leaf}" for leaf in leaves):
-            places = self._places(parameter)
+            places = self.names.places(parameter)
             if places and self._orientation(self._shape(places), *self._sizes(keys["lora_A"], keys["lora_B"])):
                 fitting.append(parameter)
         if len(fitting) > 1:
@@ -256,7 +191,7 @@ class Matcher:
 
     def _orientation(self, shape: tuple[int, ...], inputs: int, outputs: int) -> set[bool]:
         """Whether the matrix is stored transposed, (inputs, outputs): what its shape allows."""
-        if len(shape) == 3 and self._stacked(shape):
+        if self._stacked(shape):
             shape = shape[1:]
         elif len(shape) > 2:  # a convolution's kernel
             return {False} if (shape[0], prod(shape[1:])) == (outputs, inputs) else set()
@@ -268,7 +203,7 @@ class Matcher:
         return bool(self.config.target_parameters) and len(shape) == 3
 
     def _add_low_rank(self, parameter: str, named: str, keys: Mapping[str, str], a: str, b: str) -> None:
-        places = self._places(parameter)
+        places = self.names.places(parameter)
         if not places:
             self._unmatched += keys.values()
             return
@@ -277,13 +212,15 @@ class Matcher:
         ways = self._orientation(shape, inputs, outputs)
         if a == "lora_embedding_A":
             ways &= {True}
-        experts = shape[0] if len(shape) == 3 and self._stacked(shape) else 1
+        experts = shape[0] if self._stacked(shape) else 1
         rank, scale = self.config.rank(named), self.config.scale(named)
         if not ways:
             self._refuse(f"{keys[a]}, {keys[b]}: B A", (outputs, inputs), places[0].name, shape)
         self._check_rank(keys[a], keys[b], rank * experts)
         transposed = True in ways if len(ways) == 1 else self._stores_transposed(parameter, len(shape) == 3)
         magnitude = keys.get("lora_magnitude_vector")
+        if self.config.use_dora and not magnitude:
+            raise CheckpointError(f"{self.adapter.name}: {named} lacks its lora_magnitude_vector, which DoRA has")
         if magnitude and (experts > 1 or self.adapter.tensors[magnitude].numel != outputs):
             self._refuse(magnitude, self.adapter.tensors[magnitude].shape, places[0].name, shape)
         low = LowRank(keys[a], keys[b], scale, rank, transposed, experts, magnitude=magnitude)
@@ -300,17 +237,25 @@ class Matcher:
                 f"{list(first.shape)}, and B {list(second.shape)}"
             )
 
+    def _is_transposed(self, module: tuple[str, list[dict[str, str]]]) -> bool:
+        """Whether a layer's matrix can only be stored transposed: then those of square layers may be so, too."""
+        name, (keys, *_) = module
+        own = self.base.tensors.get(f"{name}.weight")
+        if own is None or not {"lora_A", "lora_B"} <= keys.keys():
+            return False
+        return self._orientation(own.shape, *self._sizes(keys["lora_A"], keys["lora_B"])) == {True}
+
     def _stores_transposed(self, parameter: str, stack: bool) -> bool:
         """Of a square matrix, whether its rows are the inputs: as in GPT-2, and in experts that say so."""
-        if not stack and not self.config.fan_in_fan_out:
+        if not stack and not self._transposes:
             return False
-        module = self._modules.model and self._modules.model.get_submodule(parameter.rpartition(".")[0])
+        module = self.names.modules.model and self.names.modules.model.get_submodule(parameter.rpartition(".")[0])
         if stack:
             return bool(getattr(module, "is_transposed", False))
         return module is None or type(module).__name__ == "Conv1D"
 
     def _shift(self, parameter: str, key: str, scale: float) -> None:
-        places = self._places(parameter)
+        places = self.names.places(parameter)
         if not places:
             raise CheckpointError(
                 f"{self.adapter.name}: {key} is added to {parameter}, which {self.base.name} lacks: PEFT cannot merge "
@@ -321,7 +266,7 @@ class Matcher:
         self._change(places[0], shift=(key, scale))
 
     def _replace_rows(self, module: str, key: str) -> None:
-        rows, places = self.config.tokens(module), self._places(f"{module}.weight")
+        rows, places = self.config.tokens(module), self.names.places(f"{module}.weight")
         if not places or places[0].expert is not None or rows is None:
             self._unmatched.append(key)
             return
@@ -336,10 +281,10 @@ class Matcher:
         self._change(places[0], rows=(key, tuple(rows)))
 
     def _change(self, place: Place, **what: object) -> None:
-        change = self.changes.get(place.name) or Change(self.base.tensors[place.own or place.name], own=place.own)
+        change = self.changes.get(place.name) or Change(self.base.tensors[place.own], own=place.own)
         if change.low_rank or change.rows or (what.get("shift") and change.shift):
             raise CheckpointError(
-                f"{self.adapter.name}: {place.name} is changed in two ways at once: which comes first?"
+                f"{self.adapter.name} changes {place.name} in two ways, and does not say which comes first"
             )
         if change.spec.dtype not in MERGEABLE:
             raise CheckpointError(
@@ -352,9 +297,9 @@ class Matcher:
 
     def _follow_ties(self) -> None:
         """Untie what the adapter changes on one side only, as the model that it was trained in computes."""
-        if not any(self._is_table(name) for name in self.changes):
+        if not self.changes_tokens:
             return
-        for target, source in self._ties.items():
+        for target, source in self.names.ties.items():
             changed = self.changes.get(source)
             if not changed or target in self.changes or (changed.low_rank is None and changed.stored is None):
                 continue  # both have changes of their own, or new rows that are those of both
@@ -364,14 +309,7 @@ class Matcher:
                     f"hold {target}, which is tied to it: save both (PEFT: save_embedding_layers=True)"
                 )
             self.changes[target] = Change(self.base.tensors[source], own=source)
-        for target, source in self._stored_ties():
+        for target, source in self.names.stored_ties():
             rows = self.changes.get(source)
             if rows and rows.rows and target not in self.changes:
                 self.changes[target] = Change(self.base.tensors[target], own=target, rows=rows.rows)
-
-    def _stored_ties(self) -> Iterator[tuple[str, str]]:
-        """Pairs of file tensors that the config ties although both are stored: PEFT gives both the same new rows."""
-        if ties_embeddings(self.base.config):
-            for target, source in self._modules.tied().items():
-                if target in self._files and source in self._files:
-                    yield self._files[target], self._files[source]

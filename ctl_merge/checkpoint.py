@@ -100,6 +100,10 @@ class FileCheckpoint(Checkpoint):
         """How much is read from files for one tensor."""
         return self.tensors[tensor].nbytes
 
+    def held_bytes(self) -> int:
+        """How much each thread keeps in memory to read on, at most."""
+        return 0
+
     def missing_bytes(self) -> int:
         """What is to be downloaded of its weights."""
         if self.snapshot is None:

@@ -50,18 +50,20 @@ def estimate(
 def memory_bound(merges: Iterable[MergedCheckpoint], workers: int) -> int:
     """Anonymous memory at most: 2 × workers × (chunk × 8 bytes × (temporaries × models + base) + histograms).
 
-    Twice, as the allocator keeps about as much again as is in use. `merges`: the merge, and those that it reads.
+    Twice, as the allocator keeps about as much again as is in use. What models keep to read on (adapters) counts like
+    histograms. `merges`: the merge, and those that it reads.
     """
-    return INTERPRETER_BYTES + 2 * workers * sum(_held(merged.plan, chunk_of(merged)) for merged in merges)
+    return INTERPRETER_BYTES + 2 * workers * sum(_held(merged) for merged in merges)
 
 
-def _held(plan: Plan, chunk: int) -> int:
+def _held(merged: MergedCheckpoint) -> int:
     """What one worker holds for one merge."""
+    plan, chunk = merged.plan, chunk_of(merged)
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     entries = max((_at_once(plan, tensor, chunk) for tensor in plan.tensors.values()), default=0)
     states = 2 * models * _HISTOGRAM_BYTES if plan.method.measures else 0
     noise = 2 * models if plan.method.random else 0
-    return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
+    return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK + merged.held_bytes()
 
 
 def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ctl_merge.header import TensorSpec
 
 _KEPT = 4  # A and B of one module, and of the one that is read in turn with it: experts' matrices alternate
 
@@ -58,6 +60,11 @@ class Recent:
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         self._read, self._kept = read, threading.local()
+
+    @staticmethod
+    def held_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+        """What each thread keeps, at most."""
+        return sum(sorted((spec.nbytes for spec in tensors.values()), reverse=True)[:_KEPT])
 
     def __call__(self, name: str) -> Tensor:
         kept: OrderedDict[str, Tensor] = self._kept.__dict__.setdefault("tensors", OrderedDict())

@@ -55,6 +55,10 @@ class MergedCheckpoint(Checkpoint):
         own = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
         return max(own, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
 
+    def held_bytes(self) -> int:
+        """How much its models keep in memory for each thread."""
+        return sum(checkpoint.held_bytes() for checkpoint in self._checkpoints.values())
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
         if plan.operation == "copy":

@@ -198,15 +198,15 @@ def open_files(
     ref: ModelRef, folder: Path, files: list[str], listing: Mapping[str, int], snapshot: hub.HubSnapshot | None,
     config: str = "config.json",
 ) -> FileCheckpoint:  # fmt: skip
-    """The tensors of these files, with the config of that name beside them."""
+    """The tensors of these files, with the config of that name beside them; an adapter's counts like its weights."""
+    sizes = {file: listing[file] for file in (*files, *([] if config == "config.json" else [config]))}
     if files[0].endswith(".bin"):
         from ctl_merge.pickled import PickledCheckpoint
 
         if snapshot:  # a pickle has no header that could be read before
             hub.check_space(sum(listing[file] for file in files))
             folder = hub.download(snapshot, files)
-        return PickledCheckpoint(ref, folder, files, snapshot, config)
-    sizes = {file: listing[file] for file in files}
+        return PickledCheckpoint(ref, folder, files, sizes, snapshot, config)
     if snapshot is None or snapshot.folder is not None:
         headers = {file: local_header(folder / file) for file in files}
     else:

@@ -31,7 +31,7 @@ ROWS = [row.split() for row in (
     "methods.builtin",
     "methods.__init__",
     "settings checkpoint chat_template tokenizer_files architecture low_rank adapter_config",
-    "rows recipe_tokenizer depth devices writer model weights probing.null",
+    "rows recipe_tokenizer parameter_names depth devices writer model weights probing.null",
     "recipe_schema",
     "recipe stored adapter_changes",
     "pickled adapter source_vocabularies slices schema check probing.run",

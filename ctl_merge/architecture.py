@@ -109,6 +109,46 @@ def precede_blocks(names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
     return {name for name in names if order.get(parameters[name], first) < first}
 
 
+def stacked(modules: ModuleMap, names: Iterable[str]) -> dict[str, list[list[str]]]:
+    """The parameters in which a model stacks its experts, each with the file tensors that go into it.
+
+    [p][e]: of expert e, the p-th of those that lie one after the other along the second axis. Parameters that are put
+    together in other ways are not in the result.
+    """
+    if modules.model is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )  # fmt: skip
+
+    conversions = get_model_conversion_mapping(modules.model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters: Any = [c for c in conversions if not isinstance(c, WeightRenaming)]
+    plain = [  # stacked along the first axis, then side by side along the second
+        c for c in converters
+        if isinstance(c.operations[0], MergeModulelist) and c.operations[0].dim == 0 and len(c.target_patterns) == 1
+        and (c.operations[1:] == [] or _joins(c.operations[1:], Concatenate))
+    ]  # fmt: skip
+    parts = {pattern: (place, len(c.source_patterns)) for c in plain for place, pattern in enumerate(c.source_patterns)}
+    state, prefix = modules.model.state_dict(), modules.model.base_model_prefix
+    found: dict[str, list[list[str]]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        parameter, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if pattern in parts and parameter in state:
+            place, count = parts[pattern]
+            found.setdefault(parameter, [[] for _ in range(count)])[place].append(name)
+    return {parameter: lists for parameter, lists in found.items() if len({len(part) for part in lists}) == 1}
+
+
+def _joins(operations: list[Any], kind: type) -> bool:
+    return len(operations) == 1 and isinstance(operations[0], kind) and operations[0].dim == 1  # type: ignore[attr-defined]
+
+
 class ModuleMap:
     """The model's own view of a checkpoint's names; an empty view for architectures that transformers does not have."""
 

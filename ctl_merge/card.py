@@ -90,14 +90,25 @@ def _table(plan: Plan, manifest: dict[str, Any], refs: Iterable[ModelRef]) -> li
     names = [name for name, p in plan.method.parameters.items() if p.per_model]
     lines = [f"| model | role |{''.join(f' {name} |' for name in names)}", "|---|---|" + "---|" * len(names)]
     parameters = _described(plan)
+    under = {source.get("adapter_on") for source in manifest["sources"]}
     for source, ref in zip(manifest["sources"], refs, strict=True):
         name = f"`{source['model']}`"
         if "commit" in source:
             link = f"https://huggingface.co/{source['model']}/tree/{source['commit']}"
             name = f"[{source['model']}]({link}) at `{source['commit'][:12]}`"
-        role = "base" if ref == plan.recipe.base else "merged" if ref in plan.recipe.refs else "of a step"
-        lines.append(f"| {name} | {role} |" + "".join(f" {parameters.get((ref, n), '')} |" for n in names))
+        models = [r for r in plan.recipe.refs if ref in (r, r.adapter)]  # which the source is, or is the adapter of
+        role = _role(plan, models, source["model"] in under)
+        if "adapter_on" in source:
+            role += f", adapter on `{source['adapter_on']}`"
+        own = (", ".join(parameters[m, n] for m in models if (m, n) in parameters) for n in names)
+        lines.append(f"| {name} | {role} |" + "".join(f" {value} |" for value in own))
     return lines
+
+
+def _role(plan: Plan, models: list[ModelRef], under: bool) -> str:
+    if models:
+        return "base" if plan.recipe.base in models else "merged"
+    return "under an adapter" if under else "of a step"
 
 
 def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:

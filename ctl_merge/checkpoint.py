@@ -81,12 +81,17 @@ class FileCheckpoint(Checkpoint):
 
     `folder` holds config and tokenizer, and after `fetch` the weights. `snapshot` is the Hub's pinned state, None for a
     local folder. `file_sizes`: bytes of each weight file. `held_bytes`: memory that reading takes besides chunks.
+    `decisions` and `warnings`: what a reader of the plan should know of it. `applied_to`: the model that it changes, if
+    it is an adapter.
     """
 
     ref: ModelRef
     folder: Path
     snapshot: HubSnapshot | None
     file_sizes: Mapping[str, int]
+    decisions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    applied_to: ModelRef | None = None
     held_bytes: int = 0
 
     @property
@@ -108,6 +113,10 @@ class FileCheckpoint(Checkpoint):
     def read_bytes(self, tensor: str) -> int:
         """How much is read from files for one tensor."""
         return self.tensors[tensor].nbytes
+
+    def working_bytes(self) -> int:
+        """How much each thread keeps in memory to read on, at most."""
+        return 0
 
     def missing_bytes(self) -> int:
         """What is to be downloaded of its weights."""

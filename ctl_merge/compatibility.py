@@ -73,6 +73,13 @@ def _has(name: str) -> Callable[[Data], bool]:
     return lambda data: any(key == name for key, _ in _walk(data))
 
 
+def _adapters(data: Data) -> bool:
+    return any(
+        key == "lora" or (key in ("model", "base_model") and isinstance(value, str) and "+" in value)
+        for key, value in _walk(data)
+    )
+
+
 def _gradient(data: Data) -> bool:
     return any(key == "parameters" and _lists(value) for key, value in _walk(data))
 
@@ -168,6 +175,13 @@ KEYS: tuple[Row, ...] = (
         "ours",
         "of the first model listed; there of one from an unordered set, another one from run to run",
         _no_base,
+    ),
+    Row(
+        "`model+adapter`, `lora`",
+        "more exact",
+        "added in float64 as tensors are read: no merged model is made and written for each adapter, or rounded "
+        "before the merge; a head that is tied to an adapted embedding is untied, as the adapter was trained",
+        _adapters,
     ),
     Row(
         "several documents, `name`",

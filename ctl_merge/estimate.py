@@ -50,19 +50,21 @@ def estimate(
 def memory_bound(merges: Iterable[MergedCheckpoint], workers: int) -> int:
     """Anonymous memory at most: 2 × workers × (chunk × 8 bytes × (temporaries × models + base) + histograms).
 
-    Twice, as the allocator keeps about as much again as is in use. `merges`: the merge, and those that it reads.
+    Twice, as the allocator keeps about as much again as is in use. What models keep to read on (adapters) counts like
+    histograms. `merges`: the merge, and those that it reads.
     """
-    return INTERPRETER_BYTES + 2 * workers * sum(_held(merged.plan, chunk_of(merged)) for merged in merges)
+    return INTERPRETER_BYTES + 2 * workers * sum(_held(merged) for merged in merges)
 
 
-def _held(plan: Plan, chunk: int) -> int:
+def _held(merged: MergedCheckpoint) -> int:
     """What one worker holds for one merge."""
+    plan, chunk = merged.plan, chunk_of(merged)
     models = max((len(tensor.inputs) for tensor in plan.tensors.values()), default=1)
     entries = max((_at_once(plan, tensor, chunk) for tensor in plan.tensors.values()), default=0)
     measures = plan.method.measures.values()
     states = 2 * models * max(_LEAST_STATE, sum(measure.state_bytes for measure in measures)) if measures else 0
     noise = 2 * models if plan.method.random else 0
-    return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK
+    return 8 * entries * (_TEMPORARIES * models + noise + 4) + states + 8 * CHUNK + merged.working_bytes()
 
 
 def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:

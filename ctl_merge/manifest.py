@@ -99,7 +99,9 @@ def _source(ref: ModelRef, checkpoint: FileCheckpoint, hashes: Mapping[Path, str
         {"file": file, "bytes": size, "sha256": published.get(file) or hashes.get(checkpoint.folder / file)}
         for file, size in sorted(checkpoint.file_sizes.items())
     ]
+    on = {"adapter_on": checkpoint.applied_to.short} if checkpoint.applied_to else {}
     if snapshot:
-        return {"model": snapshot.repo_id, "revision": snapshot.revision, "commit": snapshot.commit, "files": files}
+        pinned = {"revision": snapshot.revision, "commit": snapshot.commit}
+        return {"model": snapshot.repo_id, **on, **pinned, "files": files}
     assert ref.folder is not None
-    return {"model": ref.folder.name, "local": True, "files": files}
+    return {"model": ref.folder.name, **on, "local": True, "files": files}

@@ -72,6 +72,10 @@ class MergedCheckpoint(Checkpoint):
         width = _row_width(self.tensors[tensor])
         return width * max(1, most // width)
 
+    def working_bytes(self) -> int:
+        """How much its models keep in memory for each thread."""
+        return sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
         if plan.operation == "copy":

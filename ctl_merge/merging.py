@@ -17,6 +17,7 @@ import torch
 
 import ctl_merge
 from ctl_merge import hub
+from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
 from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import FileCheckpoint
@@ -97,12 +98,19 @@ class Merge:
     def _open(self, ref: ModelRef) -> FileCheckpoint:
         if ref.step is None:
             return open_checkpoint(ref)
-        step = self.recipe.steps[ref.step]
-        return StepCheckpoint(ref, Merge(step, device_map=self.device_map, max_memory=self.max_memory, num_workers=1))
+        step = Merge(self.recipe.steps[ref.step], device_map=self.device_map, max_memory=self.max_memory, num_workers=1)
+        checkpoint = StepCheckpoint(ref.bare, step)
+        return AdaptedCheckpoint(ref, checkpoint, ref.adapter) if ref.adapter else checkpoint
+
+    @property
+    def _steps(self) -> list[StepCheckpoint]:
+        """The steps that are read as they are, or with an adapter."""
+        bare = [c.base if isinstance(c, AdaptedCheckpoint) else c for c in self.checkpoints.values()]
+        return [c for c in bare if isinstance(c, StepCheckpoint)]
 
     def _with_steps(self, plan: Plan) -> Plan:
         """The plan, which tells of its steps' decisions too."""
-        steps = {c.name: c.opened.plan for c in self.checkpoints.values() if isinstance(c, StepCheckpoint)}
+        steps = {step.name: step.opened.plan for step in self._steps}
         decisions = [f"{name}: {line}" for name, step in steps.items() for line in step.decisions]
         warnings = [f"{name}: {line}" for name, step in steps.items() for line in step.warnings]
         return replace(plan, decisions=(*decisions, *plan.decisions), warnings=(*warnings, *plan.warnings))
@@ -115,8 +123,7 @@ class Merge:
     @property
     def merges(self) -> list[MergedCheckpoint]:
         """This merge and, each once, the steps that it reads."""
-        steps = [c.opened for c in self.checkpoints.values() if isinstance(c, StepCheckpoint)]
-        return [self.merged, *(merged for step in steps for merged in step.merges)]
+        return [self.merged, *(merged for step in self._steps for merged in step.opened.merges)]
 
     def _memory_bound(self) -> int:
         held = sum(checkpoint.held_bytes for checkpoint in self.checkpoints.values())

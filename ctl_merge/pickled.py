@@ -22,10 +22,13 @@ _CODES = {torch_dtype(code): code for code in ("F16", "BF16", "F32", "F64", "BOO
 class PickledCheckpoint(FileCheckpoint):
     """Tensors mapped from zip-format `.bin` files by `torch.load(weights_only=True, mmap=True)`."""
 
-    def __init__(self, ref: ModelRef, folder: Path, files: Sequence[str], snapshot: HubSnapshot | None = None) -> None:
+    def __init__(
+        self, ref: ModelRef, folder: Path, files: Sequence[str], sizes: Mapping[str, int],
+        snapshot: HubSnapshot | None = None, config: str = "config.json",
+    ) -> None:  # fmt: skip
         self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, snapshot
-        self.config = read_json(folder / "config.json", self.name)
-        self.file_sizes = {file: (folder / file).stat().st_size for file in files}
+        self.config = read_json(folder / config, self.name)
+        self.file_sizes = sizes
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             self._tensors |= self._load(file)

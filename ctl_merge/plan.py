@@ -82,6 +82,9 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
     tensors: dict[str, TensorPlan] = {}
     tied: dict[str, str] = {}
     decisions, warnings = list(stacked.decisions), list(recipe.warnings)
+    for checkpoint in checkpoints.values():
+        decisions += checkpoint.decisions
+        warnings += checkpoint.warnings
     matched = [(part, correspond(part.recipe, part.views)) for part in stacked.parts]
     tables = [table for _, found in matched for table in _tables(recipe, checkpoints, found)]
     vocabulary = plan_vocabulary(recipe, checkpoints, tables, vocab_size(checkpoints[recipe.refs[0]].config))

@@ -176,7 +176,9 @@ def _is_step(value: Any, name: str) -> bool:
     """Whether a model is written as a step: by its name, or by the folder in which mergekit would have left it."""
     if not isinstance(value, str):
         return False
-    return value == name or (value.startswith(("./", "../")) and Path(value).name == name and not Path(value).exists())
+    model = value.partition("+")[0]  # without an adapter
+    left = model.startswith(("./", "../")) and Path(model).name == name and not Path(model).exists()
+    return model == name or left
 
 
 def _mentions(data: Any, name: str) -> bool:
@@ -430,20 +432,25 @@ class _Checker:
         return methods.get(name) if isinstance(name, str) else None
 
     def _ref(self, path: Path_, raw: Any) -> ModelRef | None:
-        if isinstance(raw, dict):
-            raw = raw.get("model", raw)
-        if isinstance(raw, dict):
-            raw = f"{raw.get('path')}@{raw['revision']}" if raw.get("revision") else raw.get("path")
-        if not isinstance(raw, str):
+        lora = None
+        if isinstance(raw, dict) and "model" in raw:
+            raw, lora = raw["model"], raw.get("lora")
+        text, adapter = _written(raw), _written(lora)
+        if not isinstance(text, str) or not isinstance(adapter, str | None):
             return None  # the schema has said so
-        step = next((name for name in self.steps if _is_step(raw, name)), None)
-        if step is not None:
-            return ModelRef(step, step=step)
         try:
-            return ModelRef.parse(raw, self.folder)
+            ref = self._parse(text)
+            return ref if adapter is None else ref.with_adapter(ModelRef.parse(adapter, self.folder))
         except CheckpointError as error:
             self.problems.append((path, str(error)))
             return None
+
+    def _parse(self, text: str) -> ModelRef:
+        step = next((name for name in self.steps if _is_step(text, name)), None)
+        if step is None:
+            return ModelRef.parse(text, self.folder)
+        ref, adapter = ModelRef(step, step=step), text.partition("+")[2]
+        return ref.with_adapter(ModelRef.parse(adapter, self.folder)) if adapter else ref
 
     def _sources(self, at: Path_, listed: Any, method: Method | None) -> list[Source]:
         found = []
@@ -527,6 +534,13 @@ class _Checker:
                 self.problems.append(
                     ((*at, index), f"the model {source.ref} has no `{parameter.name}`{note}: give it one")
                 )
+
+
+def _written(model: Any) -> Any:
+    """A model's name and revision in one text."""
+    if isinstance(model, dict):
+        return f"{model.get('path')}@{model['revision']}" if model.get("revision") else model.get("path")
+    return model
 
 
 def _over(own: Mapping[str, Setting], outer: Mapping[str, Setting]) -> dict[str, Setting]:

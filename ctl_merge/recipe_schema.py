@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from ctl_merge.chat_template import TEMPLATES
 from ctl_merge.recipe_tokenizer import MODEL, TokenizerSchema
 
+_NAMES = "folder, org/name or org/name@revision; `+` and the same of an adapter after it"
 Dtype = Literal["float32", "float16", "bfloat16", "float64"]
 
 
@@ -21,17 +22,18 @@ class ModelSchema(BaseModel):
 
 
 class LongModelSchema(BaseModel):
-    """mergekit's `{model: {path, revision}}`."""
+    """mergekit's `{model: {path, revision}, lora: {path, revision}}`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: ModelSchema | str
+    lora: ModelSchema | str | None = Field(None, description="an adapter that is applied to the model")
 
 
 class SourceSchema(BaseModel):
     """One model that goes into the merge."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
+    model: str | ModelSchema | LongModelSchema = Field(description=_NAMES)
     parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
     data: str | list[str] | None = Field(None, description="the model's own text, for methods that measure on text")
 
@@ -40,7 +42,7 @@ class SliceSourceSchema(BaseModel):
     """Layers of one model that go into a slice."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    model: str | ModelSchema | LongModelSchema = Field(description="folder, org/name or org/name@revision")
+    model: str | ModelSchema | LongModelSchema = Field(description=_NAMES)
     layer_range: list[StrictInt] = Field(min_length=2, max_length=2, description="[first, end): end is not in it")
     parameters: dict[str, Any] | None = Field(None, description="the model's own parameters")
 

@@ -71,7 +71,7 @@ def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:
 
 
 def _state(ref: ModelRef) -> tuple[Any, ...]:
-    return ref.folder, ref.repo_id, ref.revision
+    return ref.folder, ref.repo_id, ref.revision, ref.adapter
 
 
 def short_names(refs: Sequence[ModelRef]) -> list[str]:

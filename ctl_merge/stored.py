@@ -18,7 +18,11 @@ from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
-from ctl_merge.reference import MERGE_FIRST, ModelRef
+from ctl_merge.reference import ModelRef
+
+ADAPTER_CONFIG = "adapter_config.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = frozenset(name for single in _SINGLE for name in (single, f"{single}.index.json"))
 
 
 class StoredCheckpoint(FileCheckpoint):
@@ -26,10 +30,10 @@ class StoredCheckpoint(FileCheckpoint):
 
     def __init__(
         self, ref: ModelRef, folder: Path, headers: Mapping[str, Header], sizes: Mapping[str, int],
-        snapshot: hub.HubSnapshot | None = None,
+        snapshot: hub.HubSnapshot | None = None, config: str = "config.json",
     ) -> None:  # fmt: skip
         self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, snapshot
-        self.config = read_json(folder / "config.json", self.name)
+        self.config = read_json(folder / config, self.name)
         self.file_sizes = dict(sizes)
         self.tensors = {name: spec for header in headers.values() for name, spec in header.tensors.items()}
         self._place = {n: (file, at) for file, h in headers.items() for n, at in h.offsets.items()}
@@ -137,31 +141,51 @@ def remote_header(snapshot: hub.HubSnapshot, path: str, size: int) -> Header:
     return parse_header(raw, size, where)
 
 
-def open_checkpoint(ref: ModelRef) -> FileCheckpoint:
+def open_checkpoint(ref: ModelRef, complete: bool = False) -> FileCheckpoint:
     """The checkpoint that a reference names, from its headers: no weight is read or, if it can be avoided, downloaded.
 
-    Raises CheckpointError or HubError.
+    An adapter that is named alone is applied to the model that its config names, or refused (`complete`). Raises
+    CheckpointError or HubError.
     """
+    if ref.adapter is not None:
+        from ctl_merge.adapter import AdaptedCheckpoint
+
+        return AdaptedCheckpoint(ref, open_checkpoint(ref.bare), ref.adapter)
+    listing, snapshot = listed(ref)
+    if ADAPTER_CONFIG in listing and not _WEIGHTS & listing.keys() and not complete:
+        from ctl_merge.adapter import adapted_alone
+
+        return adapted_alone(ref)
+    folder = with_files(ref, snapshot, lambda p: is_companion(p) or p.endswith(".index.json") or p == "README.md")
+    return _open(ref, folder, listing, snapshot)
+
+
+def listed(ref: ModelRef) -> tuple[dict[str, int], hub.HubSnapshot | None]:
+    """The files that a reference's folder or repository has, with their sizes; the Hub's state, None for a folder."""
     if ref.folder is not None:
         try:
-            listing = {p.name: p.stat().st_size for p in ref.folder.iterdir() if p.is_file()}
+            return {p.name: p.stat().st_size for p in ref.folder.iterdir() if p.is_file()}, None
         except OSError as error:
             raise CheckpointError(f"{ref} cannot be read: {error.strerror}") from None
-        return _open(ref, ref.folder, listing, None)
     assert ref.repo_id is not None
     try:
         snapshot = hub.resolve(ref.repo_id, ref.revision)
     except HubError as error:
         raise HubError(f"{error} (There is no folder {ref.text!r} either.)") from error
-    listing = {file.path: file.size for file in snapshot.files}
-    wanted = ("README.md",)  # states the licence
-    small = [p for p in listing if is_companion(p) or p.endswith(".index.json") or p in wanted]
-    return _open(ref, hub.download(snapshot, small), listing, snapshot)
+    return {file.path: file.size for file in snapshot.files}, snapshot
+
+
+def with_files(ref: ModelRef, snapshot: hub.HubSnapshot | None, wanted: Callable[[str], bool]) -> Path:
+    """The reference's folder in which the files lie that are wanted: downloaded where it is on the Hub."""
+    if snapshot is None:
+        assert ref.folder is not None
+        return ref.folder
+    return hub.download(snapshot, [file.path for file in snapshot.files if wanted(file.path)])
 
 
 def _open(ref: ModelRef, folder: Path, listing: Mapping[str, int], snapshot: hub.HubSnapshot | None) -> FileCheckpoint:
     files, named = _weight_files(ref.text, folder, listing)
-    checkpoint = _open_files(ref, folder, files, listing, snapshot)
+    checkpoint = open_files(ref, folder, files, listing, snapshot)
     lost = sorted(named - checkpoint.tensors.keys())
     if lost:
         raise CheckpointError(
@@ -170,22 +194,24 @@ def _open(ref: ModelRef, folder: Path, listing: Mapping[str, int], snapshot: hub
     return checkpoint
 
 
-def _open_files(
-    ref: ModelRef, folder: Path, files: list[str], listing: Mapping[str, int], snapshot: hub.HubSnapshot | None
-) -> FileCheckpoint:
+def open_files(
+    ref: ModelRef, folder: Path, files: list[str], listing: Mapping[str, int], snapshot: hub.HubSnapshot | None,
+    config: str = "config.json",
+) -> FileCheckpoint:  # fmt: skip
+    """The tensors of these files, with the config of that name beside them; an adapter's counts like its weights."""
+    sizes = {file: listing[file] for file in (*files, *([] if config == "config.json" else [config]))}
     if files[0].endswith(".bin"):
         from ctl_merge.pickled import PickledCheckpoint
 
         if snapshot:  # a pickle has no header that could be read before
             hub.check_space(sum(listing[file] for file in files))
             folder = hub.download(snapshot, files)
-        return PickledCheckpoint(ref, folder, files, snapshot)
-    sizes = {file: listing[file] for file in files}
+        return PickledCheckpoint(ref, folder, files, sizes, snapshot, config)
     if snapshot is None or snapshot.folder is not None:
         headers = {file: local_header(folder / file) for file in files}
     else:
         headers = _in_parallel(lambda file: remote_header(snapshot, file, sizes[file]), files)
-    return StoredCheckpoint(ref, folder, headers, sizes, snapshot)
+    return StoredCheckpoint(ref, folder, headers, sizes, snapshot, config)
 
 
 def _in_parallel(function: Callable[[str], Header], files: list[str]) -> dict[str, Header]:
@@ -198,7 +224,7 @@ def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> tuple[
 
     As transformers chooses them: one file before an index, safetensors first.
     """
-    for single in ("model.safetensors", "pytorch_model.bin"):
+    for single in _SINGLE:
         index = f"{single}.index.json"
         if single in listing:
             return [single], set()
@@ -210,8 +236,8 @@ def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> tuple[
                     raise CheckpointError(f"{name}: {file}, which {index} names, is missing: download it again")
             return files, set(weight_map)
     found = ", ".join(sorted(listing)[:8]) or "nothing"
-    if "adapter_config.json" in listing:
-        raise CheckpointError(f"{name} is an adapter; adapters are not supported yet: {MERGE_FIRST}")
+    if ADAPTER_CONFIG in listing:
+        raise CheckpointError(f"{name} is an adapter: name it after a model that has weights, as model+adapter")
     raise CheckpointError(
         f"{name} has no model.safetensors, pytorch_model.bin, or index of either; it has: {found}. "
         "Only weights in the Hugging Face format can be merged."

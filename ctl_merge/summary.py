@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.estimate import Estimate
 from ctl_merge.header import total_bytes
@@ -48,6 +49,13 @@ def _model(ref: ModelRef, checkpoint: FileCheckpoint, plan: Plan) -> dict[str, A
     return {
         "model": ref.text,
         "role": _role(ref, plan),
+        **_files(checkpoint.base if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint),
+        **({"adapter": _adapter(checkpoint)} if isinstance(checkpoint, AdaptedCheckpoint) else {}),
+    }
+
+
+def _files(checkpoint: FileCheckpoint) -> dict[str, Any]:
+    return {
         "commit": checkpoint.snapshot.commit if checkpoint.snapshot else None,
         "tensors": len(checkpoint.tensors),
         "bytes": total_bytes(checkpoint.tensors.values()),
@@ -64,6 +72,11 @@ def _role(ref: ModelRef, plan: Plan) -> str:
 _WITHOUT_FILES = {"step": "merged here", "made": "computed here"}
 
 
+def _adapter(checkpoint: AdaptedCheckpoint) -> dict[str, Any]:
+    """An adapter's own files, and the model that they are applied to."""
+    return {"model": checkpoint.adapter.ref.text, "on": checkpoint.base.ref.text, **_files(checkpoint.adapter)}
+
+
 def render(data: dict[str, Any]) -> Any:
     """What `as_json` gives, as tables for the terminal (at most 100 columns)."""
     from rich.console import Group
@@ -74,15 +87,24 @@ def render(data: dict[str, Any]) -> Any:
     for column in ("model", "role", "commit", "tensors", "size", "dtype"):
         models.add_column(column, justify="right" if column in ("tensors", "size") else "left", overflow="fold")
     for model in data["models"]:
-        commit = (model["commit"] or "")[:12] or _WITHOUT_FILES.get(model["role"], "local folder")
-        size = format_size(model["bytes"])
-        name = Text(model["model"])  # no markup: folders may have brackets in their names
-        models.add_row(name, model["role"], commit, f"{model['tensors']:,}", size, " ".join(model["dtypes"]))
+        adapter = model.get("adapter")
+        _add_row(models, adapter["on"] if adapter else model["model"], model["role"], model)
+        if adapter:
+            _add_row(models, f"+{adapter['model']}", "adapter", adapter)
     cost = Table(show_header=False, box=None)
     for label, text in _cost_lines(data):
         cost.add_row(label, Text(text))
     notes = [Text(f"· {line}") for line in data["decisions"]] + [Text(f"! {w}", "yellow") for w in data["warnings"]]
     return Group(models, Text(), cost, Text(), *notes)
+
+
+def _add_row(table: Any, name: str, role: str, files: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    commit = (files["commit"] or "")[:12] or _WITHOUT_FILES.get(role, "local folder")
+    # No markup: folders may have brackets in their names.
+    size = format_size(files["bytes"])
+    table.add_row(Text(name), role, commit, f"{files['tensors']:,}", size, " ".join(files["dtypes"]))
 
 
 def _cost_lines(data: dict[str, Any]) -> list[tuple[str, str]]:

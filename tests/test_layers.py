@@ -17,17 +17,18 @@ ROWS = [row.split() for row in (
     "probing.grams probing.lockstep probing.texts probing.record probing.raster methods.matrices "
     "probing.intervals probing.schema findings probing.__init__ cli.arguments dispatch",
     "architecture header hub tokenizer document output probing.metrics probing.wording probing.svg reference "
-    "methods.registry methods.agreement settings probing.rows probing.turns compare_table",
+    "methods.registry methods.agreement settings probing.rows probing.turns compare_table adapter_config",
     "depth probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
     "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
     "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap methods.consensus",
+    "methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap methods.consensus "
+    "low_rank parameter_names",
     "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
     "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families methods.della "
-    "methods.sce methods.arcee_fusion",
+    "methods.sce methods.arcee_fusion adapter_changes",
     "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
-    "methods.breadcrumbs methods.localize_and_stitch methods.pcb",
+    "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter",
     "probing.section methods.builtin probing.observer probing.page moe_schema",
     "recipe schema probing.run probing.blocks probing.costs probing.statistics",
     "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "
@@ -45,7 +46,7 @@ ROWS = [row.split() for row in (
     "__main__",
 )]  # fmt: skip
 # Imports within a function that point down, each the one door to a set that grows.
-DOORS = {("stored", "pickled"), ("methods.registry", "methods.builtin")}
+DOORS = {("stored", "pickled"), ("stored", "adapter"), ("methods.registry", "methods.builtin")}
 
 ROW = {module: number for number, row in enumerate(ROWS) for module in row}
 

@@ -15,7 +15,7 @@ from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import CheckpointError, DataError
 from ctl_merge.mixture import Expert, GateMode
-from ctl_merge.model import load_weights
+from ctl_merge.model import load_weights, return_freed_memory
 from ctl_merge.stacks import find_blocks
 
 logger = logging.getLogger("ctl_merge")
@@ -119,11 +119,10 @@ class PromptGates:
         blocks = [block for stack in find_blocks(model).values() for block in stack.values()]
         found: dict[str, Tensor] = {}
         for batch in _batches(tokens):
-            inputs, mask = _padded([embedded[prompt].float() for prompt in batch])
-            states = _block_inputs(model, blocks, inputs, mask)
-            for row, prompt in enumerate(batch):
-                own = states[:, row, : len(tokens[prompt])].double()
-                found[prompt] = own.mean(1) if self.mode == "hidden_avg" else own[:, -1]
+            inputs, mask = _padded([embedded.pop(prompt).float() for prompt in batch])
+            states = _block_inputs(model, blocks, inputs, mask, average=self.mode == "hidden_avg")
+            found |= {prompt: states[:, row] for row, prompt in enumerate(batch)}
+        return_freed_memory()
         return found
 
     def _warn(self, rows: Tensor) -> None:
@@ -175,10 +174,18 @@ def _padded(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return inputs, (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
 
 
-def _block_inputs(model: Any, blocks: Sequence[Any], inputs: Tensor, mask: Tensor) -> Tensor:
-    """What goes into each block: (layers, batch, longest, width)."""
+def _block_inputs(model: Any, blocks: Sequence[Any], inputs: Tensor, mask: Tensor, average: bool) -> Tensor:
+    """What goes into each block, at each sequence's last token or on average: (layers, batch, width) float64."""
+    lengths = mask.sum(1)
     seen: list[Tensor] = []
-    hooks = [block.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for block in blocks]
+
+    def see(module: Any, args: tuple[Tensor, ...]) -> None:
+        return_freed_memory()  # of the block before
+        rows = zip(args[0], lengths, strict=True)
+        states = [row[:n].double().mean(0) if average else row[n - 1].double() for row, n in rows]
+        seen.append(torch.stack(states))
+
+    hooks = [block.register_forward_pre_hook(see) for block in blocks]
     try:
         model.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
     finally:

@@ -349,7 +349,7 @@ class _Checker:
         if method.space == "task_vectors":
             if any(source.settings for source in own):
                 self.warnings.append(_BASE_PARAMETERS)
-            return [source for source in sources if source.ref != base], own[0] if own else None
+            return self._apart(sources, base), own[0] if own else None
         if method.base == "required":
             sources = sorted(sources, key=lambda source: source.ref != base)
         return sources, None
@@ -496,10 +496,17 @@ class _Checker:
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
                 self.warnings.append(_BASE_PARAMETERS)
-            return [source for source in sources if source.ref != base]
+            return self._apart(sources, base)
         if all(source.ref != base for source in sources):
             sources = [*sources, Source(base)]
         return sorted(sources, key=lambda source: source.ref != base) if method.base == "required" else sources
+
+    def _apart(self, sources: list[Source], base: ModelRef) -> list[Source]:
+        """The models whose task vectors count; the base's own, which is zero, where it is listed alone."""
+        others = [source for source in sources if source.ref != base]
+        if not others and sources:
+            self.warnings.append(f"there is no model besides the base {base}: the output is the base")
+        return others or sources[:1]
 
     def _complete(
         self, at: Path_, method: Method, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None

@@ -27,6 +27,7 @@ REFUSED = {
     "038_dare_ties": "no parameter 'dare'",
     "043_slerp": "'./merged_step1' is neither a folder that exists",
     "047_moe": "`experts` make a mixture of experts, which has no `merge_method`",
+    "050_sce": "sce has no parameter 'normalize'",  # mergekit does not read it
     "051_sce": "'./Base_6_v2' is neither a folder|unknown key 'dype'",
     "053_della_linear": "'./intermediates/First' is neither a folder",
     "061_model_stock": "model_stock has no parameter 'weight'",

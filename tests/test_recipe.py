@@ -206,7 +206,6 @@ WRONG: dict[str, tuple[str, str]] = {
     "model has a revision that is none": (
         LINEAR.replace("org/a", "{path: a/b, revision: 1}"), "3: `models.0.model.revision`: input should be a valid"
     ),
-    "an adapter": (LINEAR.replace("org/a", "org/a+org/lora"), "3: 'org/a+org/lora' names an adapter on a model"),
     "a home that is not there": (LINEAR.replace("org/a", "~nobody-here/m"), "3: '~nobody-here/m' is neither a folder"),
     "a name beyond the file system": (LINEAR.replace("org/a", "a" * 5000), "3: 'aaaa"),
     "control characters": (LINEAR.replace("org/a", '"org/a\\n"'), r"3: 'org/a\n' names no model"),
@@ -239,7 +238,6 @@ WRONG: dict[str, tuple[str, str]] = {
     "seed is text": (LINEAR + "seed: '1'\n", "9: `seed`: input should be a valid integer (it is '1')"),
     "a key that is a number": (LINEAR + "7: x\n", "9: `7`: keys should be strings"),
     "no base": (TIES.replace("base_model: org/base\n", ""), "1: ties needs a `base_model`"),
-    "only the base": (TIES.replace("org/a", "org/base"), "3: ties merges at least 1 models besides the base"),
     "a base where none is taken": (
         "merge_method: passthrough\nbase_model: org/b\nmodels: [{model: org/a}]\n",
         "2: passthrough takes no `base_model`",
@@ -478,7 +476,7 @@ def test_the_schema_accepts_what_is_a_recipe(schema: Draft202012Validator, text:
 
 # What only the whole recipe, the machine or the Hub can tell is not the schema's.
 BEYOND_A_SCHEMA = {
-    "model is empty", "an adapter", "a home that is not there", "a name beyond the file system", "control characters",
+    "model is empty", "a home that is not there", "a name beyond the file system", "control characters",
     "no weight", "no base", "only the base", "a base where none is taken", "two models for passthrough",
     "three models for slerp", "one model for slerp", "slerp without its parameter", "weight is not finite",
     "a key that is a number",
@@ -524,3 +522,12 @@ def test_a_mergekit_config_is_a_recipe_or_refused_with_reasons(path: Path, schem
         return
     assert recipe.method.name in path.stem
     assert schema.is_valid(yaml.safe_load(path.read_text("utf-8")))
+
+
+def test_a_base_listed_alone_is_the_output(tmp_path: Path) -> None:
+    """As people write it to have an adapter merged into its base."""
+    recipe = parse_recipe(
+        "merge_method: task_arithmetic\nbase_model: org/a\nmodels: [{model: org/a}]\nparameters: {weight: 1}"
+    )
+    assert [str(source.ref) for source in recipe.models] == ["org/a"]
+    assert recipe.warnings == ("there is no model besides the base org/a: the output is the base",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ Results = dict[str, Tensor]
 class Evidence(Protocol):
     """Statistics of models on texts, by model and tensor: see `ctl_merge.evidence`."""
 
-    def of(self, ref: ModelRef, tensor: str, shape: Sequence[int]) -> Tensor | None: ...
+    def of(self, ref: ModelRef, tensor: str, start: int = 0, count: int | None = None) -> Tensor | None: ...
     def transposed(self, ref: ModelRef, tensor: str) -> bool: ...
 
 
@@ -167,17 +167,18 @@ class MergedCheckpoint(Checkpoint):
 
     def _on_evidence(self, plan: TensorPlan, stack: Tensor, start: int, arguments: dict[str, Any]) -> Tensor:
         """The method's result where it wants a statistic of each model: passed under its name, None if one has none."""
-        assert self.evidence is not None and self.method.statistic is not None
-        shape = plan.spec.shape
-        found = [self.evidence.of(part.model, part.tensor, shape) for part in plan.inputs]
-        known = [part for part in found if part is not None]
+        evidence, name = self.evidence, self.method.statistic
+        assert evidence is not None and name is not None
+        parts = [(part.model, part.tensor) for part in plan.inputs]
+        if name == "fisher":  # entry by entry: rows that are another token's have none
+            same = all(part.rows is None for part in plan.inputs)
+            found = [evidence.of(*part, start, stack[0].numel()) if same else None for part in parts]
+        else:
+            found = [evidence.of(*part) for part in parts]
+        known = [statistic for statistic in found if statistic is not None]
         statistic = torch.stack(known).to(stack.device) if len(known) == len(found) else None
-        turned = self.method.statistic == "gram" and self.evidence.transposed(
-            plan.inputs[0].model, plan.inputs[0].tensor
-        )
-        if statistic is not None and self.method.statistic == "fisher":
-            statistic = statistic.flatten(1)[:, start : start + stack[0].numel()].view(stack.shape)
-        merged = self.method.function(stack.mT if turned else stack, **arguments, **{self.method.statistic: statistic})
+        turned = name == "gram" and evidence.transposed(*parts[0])
+        merged = self.method.function(stack.mT if turned else stack, **arguments, **{name: statistic})
         return merged.mT.contiguous() if turned else merged
 
     # ---- statistics beyond a chunk

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
+from ctl_merge.evidence import TextEvidence, Texts
 from ctl_merge.loadable import check_stack
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
@@ -32,6 +34,7 @@ from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
+from ctl_merge.probing.placement import place
 from ctl_merge.recipe import Recipe, load_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size, parse_size
@@ -93,7 +96,21 @@ class Merge:
         self.plan = plan
         self.devices = assign_devices(plan.specs, self.device_map, self.max_memory)
         self.merged = MergedCheckpoint(plan, self.checkpoints, self.devices)
+        if plan.method.statistic:
+            self.merged.evidence = self._evidence
         self.shards = plan_shards(plan.specs, self.shard_bytes)
+
+    @cached_property
+    def _evidence(self) -> TextEvidence:
+        """What the method measures of each model on its own text: taken when the first tensor is merged."""
+        data, kind = self.recipe.data, self.recipe.method.statistic
+        assert data is not None and kind is not None
+        sources = [s for part in self.recipe.slices for s in part.models] or list(self.recipe.models)
+        base = self.recipe.base if data.inputs == "base" else None
+        texts = Texts(
+            {source.ref: source.texts or self.recipe.texts for source in sources}, data.sequences, data.length, base
+        )
+        return TextEvidence(kind, texts, self.checkpoints, lambda c: place(c, "auto", self.max_memory))
 
     def _open(self, ref: ModelRef) -> FileCheckpoint:
         if ref.step is None:

@@ -99,7 +99,7 @@ def make_plan(recipe: Recipe, checkpoints: Mapping[ModelRef, FileCheckpoint]) ->
     tensors = {name: tensors[name] for name in sorted(tensors, key=natural)}
     if len(stacked.parts) > 1:
         tied |= _ties_across(checkpoints[recipe.refs[0]].config, tensors)
-    decisions += [*vocabulary.decisions, *_dtype_decisions(recipe, tensors)]
+    decisions += [*_texts(recipe), *vocabulary.decisions, *_dtype_decisions(recipe, tensors)]
     warnings += [*vocabulary.warnings, *_check_whole_model(recipe, tensors)]
     return Plan(
         recipe, tensors, tied, tuple(dict.fromkeys(decisions)), tuple(dict.fromkeys(warnings)), vocabulary,
@@ -204,6 +204,19 @@ class _Builder:
                 "add a last choice without a filter"
             )
         return parameter.default
+
+
+def _texts(recipe: Recipe) -> list[str]:
+    """What the method measures on text, in words."""
+    if recipe.data is None:
+        return []
+    what = {"gram": "what linear layers read", "fisher": "squared gradients"}[str(recipe.method.statistic)]
+    reader = f", by {recipe.base}" if recipe.data.inputs == "base" else ""
+    sources = [source for part in recipe.slices for source in part.models] or recipe.models
+    named = {s.ref: ", ".join(spec.name for spec in s.texts or recipe.texts) for s in sources}
+    size = f"{recipe.data.sequences} windows of {recipe.data.length} tokens"
+    listed = "; ".join(f"{ref} on {texts}" for ref, texts in named.items())
+    return [f"{what} is measured on at most {size} of each text{reader}: {listed}"]
 
 
 def _dtype_decisions(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> list[str]:

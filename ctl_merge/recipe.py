@@ -96,6 +96,7 @@ class Recipe:
     text: str
     name: str
     warnings: tuple[str, ...] = ()
+    texts: tuple[DataSpec, ...] = ()  # for models without any of their own
     slices: tuple[Slice, ...] = ()
     steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
     onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
@@ -221,7 +222,7 @@ class _Checker:
         models = [*([base] if base else []), *(source.ref for part in parts for source in part.models)]
         known = models if parts and (base or not data.get("base_model")) else None
         tokenizer = TokenizerChecker(self._ref, known, self.problems).setting(data)
-        self._check_data(data, method, schema, parts)
+        texts = self._check_data(data, method, schema, parts)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
@@ -233,7 +234,7 @@ class _Checker:
             method=method, models=merged, base=base, settings=shared, dtype=schema.out_dtype or schema.dtype,
             tokenizer=tokenizer, seed=schema.seed, missing=schema.missing,
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
-            data=(schema.data or DataSchema()) if method.statistic else None,
+            data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
             slices=() if whole else tuple(parts), steps=self.steps,
         )  # fmt: skip
@@ -257,19 +258,20 @@ class _Checker:
 
     def _check_data(
         self, data: dict, method: Method | None, schema: RecipeSchema | None, parts: Sequence[Slice]
-    ) -> None:
-        """Texts where the method measures on text, and only there."""
+    ) -> tuple[DataSpec, ...]:
+        """Texts where the method measures on text, and only there; those of models without any of their own."""
         given = data.get("data") is not None or any(source.texts for part in parts for source in part.models)
         if method and not method.statistic and given:
             self.problems.append((("data",), f"{method.name} measures nothing on text: remove `data`"))
         if not method or not method.statistic or schema is None:
-            return
+            return ()
         common = self._texts(("data", "texts"), schema.data.texts if schema.data else None)
         lacking = [str(source.ref) for part in parts for source in part.models if not source.texts and not common]
         if lacking:
             self.problems.append(
                 (("models",), f"{method.name} measures each model on text: give {lacking[0]} `data: FILE:column`")
             )
+        return common
 
     def _texts(self, at: Path_, raw: Any) -> tuple[DataSpec, ...]:
         found = []

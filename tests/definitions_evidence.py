@@ -19,6 +19,11 @@ def gram_of(model: str, tensor: str, width: int) -> Array:
     return inputs.T @ inputs / len(inputs)
 
 
+def has_gram(shape: Sequence[int]) -> bool:
+    """Whether a tensor counts as a linear layer's weight here: a matrix, and not so wide that its Gram is too large."""
+    return len(shape) == 2 and shape[-1] <= 1024
+
+
 def fisher_of(model: str, tensor: str, shape: Sequence[int]) -> Array:
     """Made-up squared gradients, of the tensor's shape."""
     return _generator(model, tensor).normal(size=shape) ** 2
@@ -31,13 +36,14 @@ def _generator(model: str, tensor: str) -> np.random.Generator:
 class MadeUp:
     """The evidence that a merge would take of its models: Grams for matrices, Fisher information for all."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.kind, self.shapes = kind, shapes
 
-    def of(self, ref, tensor: str, shape: Sequence[int]):
+    def of(self, ref, tensor: str, start: int = 0, count: int | None = None):
+        shape = self.shapes[tensor]
         if self.kind == "fisher":
-            return torch.from_numpy(fisher_of(ref.short, tensor, shape))
-        return torch.from_numpy(gram_of(ref.short, tensor, shape[-1])) if len(shape) == 2 else None
+            return torch.from_numpy(fisher_of(ref.short, tensor, shape).ravel()[start : start + count])
+        return torch.from_numpy(gram_of(ref.short, tensor, shape[-1])) if has_gram(shape) else None
 
     def transposed(self, ref, tensor: str) -> bool:
         return False
@@ -78,14 +84,20 @@ def fisher(base: Array | None, models: Array, fishers: Array, *, weight: Sequenc
 
 
 _W = (0.5137, 0.2911, 0.1873)
+_DIVISOR = {"cancel": "the sum of the weights is a divisor", "zero weight": "the sum of the weights is a divisor"}
+
 ROWS: Mapping[str, Row] = {
     "regmean": Row(
-        regmean, cases=({"weight": _W}, {"weight": _W, "alpha": 0.5, "ridge": 0.1}), average={"weight": (0.7, 0.4, 0.3)}
+        regmean,
+        cases=({"weight": _W}, {"weight": _W, "alpha": 0.5, "ridge": 0.1}),
+        average={"weight": (0.7, 0.4, 0.3)},
+        exempt=_DIVISOR,
     ),
     "lot": Row(
         lot,
         cases=({"weight": _W}, {"weight": _W, "lambda": 0.7, "ridge": 0.2}),
         average={"weight": (0.7, 0.4, 0.3), "ridge": 0.0},
+        exempt=_DIVISOR,
     ),
-    "fisher": Row(fisher, cases=({"weight": _W},), average={"weight": (0.7, 0.4, 0.3)}),
-}  # fmt: skip
+    "fisher": Row(fisher, cases=({"weight": _W},), average={"weight": (0.7, 0.4, 0.3)}, exempt=_DIVISOR),
+}

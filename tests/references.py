@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from checkpoints import recipe_text, write_checkpoint
 from definitions import Array, Row, elect_and_merge, keep_largest, weighted
+from definitions_evidence import ROWS as EVIDENCE
+from definitions_evidence import fisher_of, gram_of, has_gram
 from definitions_wholetensor import ROWS as WHOLE_TENSOR
 
 import ctl_merge
@@ -135,6 +137,7 @@ _ELECTION = "the election adds only the copy whose ballot is positive: a model a
 
 ROWS: Mapping[str, Row] = {
     **definitions_elementwise.ROWS,
+    **EVIDENCE,
     "linear": Row(
         linear,
         cases=({"weight": _W}, {"weight": (0.9137, -0.4211, 0.7373), "normalize": False}),
@@ -263,6 +266,8 @@ def write_family(
     own = [{n: v[i] for n, v in parameters.items() if isinstance(v, tuple)} for i in range(len(models))]
     shared = {n: v for n, v in parameters.items() if not isinstance(v, tuple)}
     base = Path("base") if takes_base(method) and "base" in family else None
+    if method.statistic:
+        keys = {"data": {"texts": "made up, by the test that reads it"}, **keys}
     text = recipe_text(name, [(Path(m), o) for m, o in zip(models, own, strict=True)], base, shared, **keys)
     return ctl_merge.parse_recipe(text, relative_to=folder)
 
@@ -278,6 +283,10 @@ def expected(
     vectors = {m: np.concatenate([a.ravel() for a in parts]) if whole else parts[0] for m, parts in arrays.items()}
     base = vectors.pop("base", None) if takes_base(method) else None
     models, noise = np.stack(list(vectors.values())), None
+    if method.statistic == "fisher":
+        noise = np.stack([fisher_of(model, tensor, models[0].shape) for model in vectors])
+    if method.statistic == "gram" and has_gram(models[0].shape):
+        noise = np.stack([gram_of(model, tensor, models[0].shape[1]) for model in vectors])
     if method.random:
         noise = np.stack([philox_uniform(seed, model, tensor, models[0].size) for model in vectors])
         noise = noise.reshape(models.shape)

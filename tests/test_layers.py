@@ -13,22 +13,23 @@ import ctl_merge
 PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
-    "__init__ errors sizes companions model_config compatibility methods.parameters methods.noise methods.combine "
-    "probing.grams probing.lockstep probing.texts probing.record probing.raster methods.matrices "
-    "probing.intervals probing.schema findings probing.__init__ cli.arguments dispatch",
-    "architecture header hub tokenizer document output probing.metrics probing.wording probing.svg reference "
-    "methods.registry methods.agreement settings probing.rows probing.turns compare_table adapter_config",
-    "depth probing.data probing.depth probing.waterfall probing.alphas probing.losses methods.linear "
-    "methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi methods.__init__ "
-    "checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean methods.order "
-    "methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap methods.consensus "
-    "low_rank parameter_names",
+    "__init__ errors sizes companions model_config compatibility methods.parameters methods.noise probing.grams "
+    "probing.lockstep probing.texts probing.record probing.raster methods.matrices probing.intervals "
+    "probing.schema findings probing.__init__ cli.arguments dispatch",
+    "methods.combine architecture header hub tokenizer document output probing.metrics probing.wording "
+    "probing.svg reference methods.registry settings probing.rows probing.turns compare_table adapter_config "
+    "probing.forward",
+    "methods.agreement depth probing.data probing.depth probing.waterfall probing.alphas probing.losses "
+    "methods.linear methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi "
+    "methods.__init__ checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean "
+    "methods.order methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap "
+    "methods.consensus low_rank parameter_names",
     "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
     "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
     "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families methods.della "
     "methods.sce methods.arcee_fusion adapter_changes",
     "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
-    "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter",
+    "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter evidence",
     "probing.section methods.builtin probing.observer probing.page moe_schema",
     "recipe schema probing.run probing.blocks probing.costs probing.statistics",
     "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "

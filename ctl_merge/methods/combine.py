@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ctl_merge.methods.parameters import Parameters
 
 
 def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
@@ -16,6 +21,35 @@ def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
         total.add_(tensor, alpha=factor)
     return total
+
+
+def anchored_sum(tensors: Tensor, factors: Sequence[float], total: float) -> Tensor:
+    """Σ f_i t_i, where Σ f_i is `total`: tensors (models, *shape) -> (*shape).
+
+    Anchored at one model, so that copies of one model average to it bit for bit whatever the factors; and at the
+    heaviest, so that large numbers in a model of little weight round nothing away.
+    """
+    anchor = max(range(len(factors)), key=lambda index: abs(factors[index]))
+    merged = tensors[anchor] * total
+    for index, factor in enumerate(factors):
+        if index != anchor:
+            merged.add_(tensors[index] - tensors[anchor], alpha=factor)
+    return merged
+
+
+def weighted_mean(tensors: Tensor, weight: Tensor) -> Tensor:
+    """Σ w t / Σ w over the first axis: tensors (models, *shape), weight (models, 1, ...) -> (*shape)."""
+    return anchored_sum(tensors, (weight / weight.sum()).flatten().tolist(), 1.0)
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether weights sum to zero, but for rounding."""
+    return abs(math.fsum(weights)) <= 1e-9 * math.fsum(map(abs, weights))
+
+
+def dividing(parameters: Parameters) -> str | None:
+    """The objection to weights that sum to zero, in methods that always divide by their sum."""
+    return "the weights sum to zero, and are divided by: change a weight" if cancel(parameters["weight"]) else None
 
 
 def safe_divisor(divisor: Tensor) -> Tensor:

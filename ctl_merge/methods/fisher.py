@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.combine import dividing, weighted_mean
 from ctl_merge.methods.parameters import PerModel, Weight, column
 from ctl_merge.methods.registry import merge_method
 
 
-@merge_method(space="weights", statistic="fisher", paper="2111.09832")
+@merge_method(space="weights", statistic="fisher", check=dividing, paper="2111.09832")
 def fisher(tensors: Tensor, *, weight: PerModel[Weight] = 1.0, fisher: Tensor | None = None) -> Tensor:
     """Average each weight by its Fisher information: Σ w F θ / Σ w F.
 
@@ -17,7 +17,7 @@ def fisher(tensors: Tensor, *, weight: PerModel[Weight] = 1.0, fisher: Tensor | 
     sequence's log-likelihood, on each model's own text (the empirical Fisher; the paper, Matena and Raffel 2022, draws
     labels from the model). Weights that no gradient reaches are averaged by `weight`.
     """
-    average = weighted_sum(tensors, weight / weight.sum())
+    average = weighted_mean(tensors, weight)
     if fisher is None:
         return average
     importance = fisher * column(weight, fisher)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.combine import dividing, weighted_mean, weighted_sum
 from ctl_merge.methods.parameters import Fraction, PerModel, Scale, Weight
 from ctl_merge.methods.registry import merge_method
 
@@ -19,7 +19,7 @@ Ridge = Annotated[
 ]
 
 
-@merge_method(space="weights", grain="tensor", statistic="gram", paper="2212.09849")
+@merge_method(space="weights", grain="tensor", statistic="gram", check=dividing, paper="2212.09849")
 def regmean(
     tensors: Tensor,
     *,
@@ -36,14 +36,14 @@ def regmean(
     direction is in no model's text and `ridge` is 0, the solution nearest to the plain average is taken; the official
     code inverts and fails there.
     """
-    average = weighted_sum(tensors, weight / weight.sum())
-    if gram is None:
+    average = weighted_mean(tensors, weight)
+    if gram is None or not average.numel():
         return average
     # As a correction of the average: what the texts say nothing of stays the average's.
-    return average + _fitted(tensors - average, weight, _shrunk(gram, alpha), ridge)
+    return average + _fitted(tensors, average, weight, _shrunk(gram, alpha), ridge)
 
 
-@merge_method(space="task_vectors", grain="tensor", statistic="gram", paper="2505.23859")
+@merge_method(space="task_vectors", grain="tensor", statistic="gram", check=dividing, paper="2505.23859")
 def lot(
     deltas: Tensor,
     *,
@@ -59,8 +59,10 @@ def lot(
     vectors of other tensors (`gram` is None) are averaged. Unlike `regmean` it falls back to the base where the
     texts say nothing.
     """
-    average = weighted_sum(deltas, weight / weight.sum())
-    return lambda_ * (average if gram is None else _fitted(deltas, weight, gram, ridge))
+    average = weighted_mean(deltas, weight)
+    if gram is None or not average.numel():
+        return lambda_ * average
+    return lambda_ * (average + _fitted(deltas, average, weight, gram, ridge, shrink=True))
 
 
 def _shrunk(gram: Tensor, alpha: float) -> Tensor:
@@ -68,12 +70,21 @@ def _shrunk(gram: Tensor, alpha: float) -> Tensor:
     return alpha * gram + (1 - alpha) * diagonal
 
 
-def _fitted(parts: Tensor, weight: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """(Σ w P G)(Σ w G + r I)⁻¹: parts (models, out, in), gram (models, in, in) -> (out, in)."""
+def _fitted(
+    parts: Tensor, average: Tensor, weight: Tensor, gram: Tensor, ridge: float, *, shrink: bool = False
+) -> Tensor:
+    """(Σ w (P - A) G - s r A)(Σ w G + r I)⁻¹, what is to be added to the average A.
+
+    parts (models, out, in), average (out, in), gram (models, in, in) -> (out, in). The ridge r pulls the sum to zero
+    if it is to `shrink` (s = 1), else to the average.
+    """
     factors = weight.flatten().tolist()
-    right = sum((w * (p @ g) for w, p, g in zip(factors, parts, gram, strict=True)), torch.zeros_like(parts[0]))
     total = weighted_sum(gram, weight)
-    total.diagonal().add_(ridge * total.diagonal().mean())
+    added = ridge * float(total.diagonal().mean())
+    right = -added * average if shrink else torch.zeros_like(average)
+    for factor, part, own in zip(factors, parts, gram, strict=True):
+        right += factor * ((part - average) @ own)
+    total.diagonal().add_(added)
     return _solve(total, right)
 
 

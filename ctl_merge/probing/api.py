@@ -15,7 +15,7 @@ from ctl_merge.errors import CheckpointError, DataError, HubError, ProbeError, R
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.model import load_weights, open_model, return_freed_memory
 from ctl_merge.probing import ranks
-from ctl_merge.probing.data import TokenSet, cut, load_tokens
+from ctl_merge.probing.data import TokenSet, cut, load_tokenizer, load_tokens
 from ctl_merge.probing.null import Combination, SignFlipped
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.parents import parents_of
@@ -237,19 +237,9 @@ def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
 
 
 def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
-    import transformers
-
-    failures = (Exception,) if options.trust_remote_code else (OSError, ValueError, ImportError, KeyError)
     with tempfile.TemporaryDirectory() as folder:
         opened.write_companions(Path(folder))
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-        except failures as error:
-            reason = str(error).partition("\n")[0].replace(folder, str(opened.recipe.refs[0]))
-            if "trust_remote_code" in str(error) and not options.trust_remote_code:
-                reason = "it is code that comes with the model: if you trust it let it run, with --trust-remote-code"
-            raise DataError(f"the tokenizer of {opened.recipe.refs[0]} cannot be loaded ({reason})") from None
-    tokenizer.model_max_length = 1 << 30  # windows are cut by hand
+        tokenizer = load_tokenizer(Path(folder), str(opened.recipe.refs[0]), options.trust_remote_code)
     specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
     twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})
     if twice:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,22 @@ class TokenSet:
     strata: Tensor
     first: Tensor | None = None
     skipped: int = 0
+
+
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's folder; `name` is what messages call the model. Raises DataError."""
+    import transformers
+
+    failures = (Exception,) if trust_remote_code else (OSError, ValueError, ImportError, KeyError)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except failures as error:
+        reason = str(error).partition("\n")[0].replace(str(folder), name)
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            reason = "it is code that comes with the model: if you trust it let it run, with --trust-remote-code"
+        raise DataError(f"the tokenizer of {name} cannot be loaded ({reason})") from None
+    tokenizer.model_max_length = 1 << 30  # windows are cut by hand
+    return tokenizer
 
 
 def load_tokens(

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.dispatch import Placement, twin
-from ctl_merge.errors import DeviceError, ProbeError
+from ctl_merge.errors import DeviceError
 from ctl_merge.model import load_weights, return_freed_memory
 from ctl_merge.probing.data import STRATA, TokenSet
+from ctl_merge.probing.forward import forward
 from ctl_merge.probing.lockstep import Lockstep, Visit
 from ctl_merge.probing.observer import BASE, Observations, Observer, Rider, Subject
 from ctl_merge.stacks import every_block, find_blocks, tensors_below
@@ -89,7 +90,7 @@ class Session:
         """One batch: ids (B, T), strata (B, S, T) bool."""
         observer = self.observer
         observer.strata = strata
-        calls = {name: _forward(model, ids) for name, model in self.models.items()}
+        calls = {name: forward(model, ids) for name, model in self.models.items()}
         try:
             logits = self.lockstep.run({name: call for name, (call, _) in calls.items()})
         except torch.OutOfMemoryError as error:
@@ -149,26 +150,3 @@ def _forbid_cache(model: Any) -> list[Any]:
 def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(tokens.ids), size):
         yield tokens.ids[start : start + size], tokens.strata[start : start + size]
-
-
-def _forward(model: Any, ids: Tensor) -> tuple[Callable[[], Tensor], Tensor | None]:
-    """How to run a model on ids (B, T), and the tokens that its logits predict (None: it predicts no next token).
-
-    A window is the source and the target, half each, of an encoder-decoder.
-    """
-    config = model.config
-    if model.main_input_name != "input_ids":
-        raise ProbeError(f"{type(model).__name__} does not read text: it reads {model.main_input_name}")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and ids.shape[1] > limit:
-        raise ProbeError(f"windows of {ids.shape[1]} tokens exceed the context of {limit}: use --length {limit}")
-    if config.is_encoder_decoder:
-        half = ids.shape[1] // 2
-        source, target = ids[:, :half], ids[:, half:]
-        return (lambda: model(input_ids=source, decoder_input_ids=target).logits), target
-    predicts = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    return (lambda: _logits(model(input_ids=ids))), ids if predicts else None
-
-
-def _logits(output: Any) -> Tensor:
-    return output.logits if hasattr(output, "logits") else output[0]

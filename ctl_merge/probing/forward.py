@@ -1,0 +1,33 @@
+"""How a model reads a window of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ctl_merge.errors import ProbeError
+
+
+def forward(model: Any, ids: Tensor) -> tuple[Callable[[], Tensor], Tensor | None]:
+    """How to run a model on ids (B, T), and the tokens that its logits predict (None: it predicts no next token).
+
+    A window is the source and the target, half each, of an encoder-decoder.
+    """
+    config = model.config
+    if model.main_input_name != "input_ids":
+        raise ProbeError(f"{type(model).__name__} does not read text: it reads {model.main_input_name}")
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and ids.shape[1] > limit:
+        raise ProbeError(f"windows of {ids.shape[1]} tokens exceed the context of {limit}: use --length {limit}")
+    if config.is_encoder_decoder:
+        half = ids.shape[1] // 2
+        source, target = ids[:, :half], ids[:, half:]
+        return (lambda: model(input_ids=source, decoder_input_ids=target).logits), target
+    predicts = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return (lambda: _logits(model(input_ids=ids))), ids if predicts else None
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from definitions import Array, Row, weighted
 
+MADE_UP = "made-up"  # the text of recipes whose models get made-up statistics
+
 
 def gram_of(model: str, tensor: str, width: int) -> Array:
     """A Gram of 3 · width made-up inputs of a layer, (width, width)."""

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from checkpoints import recipe_text, write_checkpoint
 from definitions import Array, Row, elect_and_merge, keep_largest, weighted
+from definitions_evidence import MADE_UP, fisher_of, gram_of, has_gram
 from definitions_evidence import ROWS as EVIDENCE
-from definitions_evidence import fisher_of, gram_of, has_gram
 from definitions_wholetensor import ROWS as WHOLE_TENSOR
 
 import ctl_merge
@@ -267,7 +267,7 @@ def write_family(
     shared = {n: v for n, v in parameters.items() if not isinstance(v, tuple)}
     base = Path("base") if takes_base(method) and "base" in family else None
     if method.statistic:
-        keys = {"data": {"texts": "made up, by the test that reads it"}, **keys}
+        keys = {"data": {"texts": MADE_UP}, **keys}
     text = recipe_text(name, [(Path(m), o) for m, o in zip(models, own, strict=True)], base, shared, **keys)
     return ctl_merge.parse_recipe(text, relative_to=folder)
 

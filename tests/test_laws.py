@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from definitions_evidence import MadeUp
 from references import (
     METHODS,
     ROWS,
@@ -23,7 +22,6 @@ from references import (
 from safetensors.torch import load_file
 
 import ctl_merge
-from ctl_merge import merging
 from ctl_merge.checkpoint import CHUNK
 from ctl_merge.methods import Method
 
@@ -34,17 +32,6 @@ EDGES = {
     f"model.layers.0.t{i}": shape
     for i, shape in enumerate([(0,), (0, 3), (3, 0), (), (1,), (1, 1), (64,), (5, 1), (1, 5), (4, 1, 3), (2, 3, 4)])
 }
-
-
-@pytest.fixture(autouse=True)
-def made_up_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods that measure models on text get made-up statistics: these models have no text, and none runs."""
-
-    def make(kind: str, texts: Any, checkpoints: Mapping[Any, Any], placed: Any) -> MadeUp:
-        return MadeUp(kind, {name: spec.shape for c in checkpoints.values() for name, spec in c.tensors.items()})
-
-    monkeypatch.setattr(merging, "TextEvidence", make)
-
 
 all_methods = pytest.mark.parametrize("name", sorted(METHODS))
 all_cases = pytest.mark.parametrize("name, case", cases(), ids=str)

@@ -144,6 +144,8 @@ def probes(folder: Path) -> list[Probe]:
         Probe("a tied base, one finetune with a head of its own", "a head, and tied", "a head, and untied",
               {"merge_method": "task_arithmetic", "base_model": base, "models": [own("headed", weight=1.0)]},
               seen=_head),
+        Probe("a gradient of whole numbers: `max_iter: [5, 10]`", REFUSED, ACCEPTED,
+              {"merge_method": "karcher", "models": [own(a), own(b)], "parameters": {"max_iter": [5, 10]}}),
         Probe("`density: 0.5` in `linear`, which has none", WITHOUT_EFFECT, REFUSED,
               linear(*sparse), linear(*even)),
     ]  # fmt: skip

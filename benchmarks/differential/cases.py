@@ -165,8 +165,8 @@ class Generator:
     def inner(self, knob: Knob) -> Any:
         return self.gradient(knob) if self.chance(0.3) else knob.draw(self.rng)
 
-    def gradient(self, knob: Knob) -> list[Any]:
-        return [knob.draw(self.rng) for _ in range(self.rng.randint(2, 4))]
+    def gradient(self, knob: Knob) -> Any:
+        return knob.draw(self.rng) if knob.whole else [knob.draw(self.rng) for _ in range(self.rng.randint(2, 4))]
 
     # ---- the rest
 

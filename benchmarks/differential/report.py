@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -124,6 +125,7 @@ SAMPLED = (
     "verdict",
 )
 BEHAVIOUR = ("what", "mergekit", "ctl-merge")
+_SHOWN = 40  # failures on the terminal; the last line has all
 _LEGEND = "ours / mergekit as configured / mergekit in float32; errors in units in the last place of the output"
 
 
@@ -169,12 +171,24 @@ def show(report: Report) -> None:
         _print(console, "in distribution", SAMPLED, sampled_rows(report))
     if report.behaviour:
         _print(console, "behaviour", BEHAVIOUR, [[r.what, r.theirs, r.ours] for r in report.behaviour])
-    for failure in report.failures:
+    for failure in report.failures[:_SHOWN]:
         console.print(f"FAILED {failure}", style="red", highlight=False, markup=False)
+    if len(report.failures) > _SHOWN:
+        console.print(f"and {len(report.failures) - _SHOWN} more failures", style="red")
 
 
 def _notes(report: Report) -> list[str]:
-    found = [f"{count:,} entries of mergekit's differ: {text}" for text, count in report.reasons.items()]
+    found = [
+        f"mergekit gives NaN or infinity in {count} of {len(results)} configurations: {method}"
+        for method, results in report.results.items()
+        if (count := sum(r.theirs is not None and not math.isfinite(r.theirs.largest) for r in results))
+    ]
+    found += [
+        f"mergekit writes float32 where 16 bits are asked for in {count} of {len(results)} configurations: {method}"
+        for method, results in report.results.items()
+        if (count := sum(r.widened for r in results))
+    ]
+    found += [f"{count:,} entries of mergekit's differ: {text}" for text, count in report.reasons.items()]
     return [*found, *([f"not there yet: {', '.join(report.absent)}"] if report.absent else [])]
 
 
@@ -208,10 +222,19 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "benchmark": "against_mergekit",
         "holds": not report.failures,
-        "methods": [asdict(summary) for summary in summaries(report)],
+        "methods": [_finite(asdict(summary)) for summary in summaries(report)],
         "absent": list(report.absent),
         "reasons": report.reasons,
         "sampled": {m: [{"rescale": s.rescale, **s.numbers} for s in every] for m, every in report.sampled.items()},
         "behaviour": [{"what": r.what, "mergekit": r.theirs, "ours": r.ours} for r in report.behaviour],
         "failures": report.failures,
     }
+
+
+def _finite(summary: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: null."""
+
+    def kept(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {name: [kept(v) for v in value] if isinstance(value, tuple) else value for name, value in summary.items()}

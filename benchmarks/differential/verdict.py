@@ -7,15 +7,17 @@ mergekit, told to compute in float32, agrees with it to float32 rounding, but fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from differential.cases import Case
+from differential.families import TORCH
 from differential.methods import METHODS
-from differential.reasons import explained
+from differential.reasons import WRITES_FLOAT32, explained
 from differential.reference import Array, Wanted, as_float64, defined, dtype_of, wanted
 from differential.tools import Mergekit, Ours, Outcome
 
@@ -54,6 +56,7 @@ class Result:
     apart: int = 0  # entries that a reason covers: they differ by rule, or by a vote; left out of the errors
     reasons: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    widened: bool = False  # mergekit wrote float32 where another dtype was asked for
 
 
 def unit(values: Array, dtype: str) -> Array:
@@ -85,6 +88,7 @@ def judge(case: Case, ours: Ours, mergekit: Mergekit | None) -> Result:
     tensors = list(wanted(case))
     _same_tensors(result, own, tensors, "ctl-merge")
     if mergekit is not None:
+        theirs = _as_asked(result, theirs)
         _same_tensors(result, theirs, tensors, "mergekit")
     if result.failures:
         return result
@@ -131,6 +135,15 @@ def _same_tensors(result: Result, found: Outcome, tensors: Sequence[Wanted], nam
         result.failures.append(f"{name} writes {', '.join(sorted(kinds))}, not {result.dtype}")
 
 
+def _as_asked(result: Result, theirs: Outcome) -> Outcome:
+    """mergekit's tensors in the output's dtype where it is known to write another one."""
+    kinds = {tensor.dtype for tensor in theirs.tensors.values()}
+    result.widened = result.case.method in WRITES_FLOAT32 and kinds == {torch.float32} and result.dtype != "float32"
+    if not result.widened:
+        return theirs
+    return replace(theirs, tensors={n: t.to(TORCH[result.dtype]) for n, t in theirs.tensors.items()})
+
+
 def _errors(
     dtype: str, found: Outcome, tensors: Sequence[Wanted], apart: Sequence[NDArray[np.bool_]]
 ) -> Errors:  # fmt: skip
@@ -138,8 +151,9 @@ def _errors(
     for tensor, left_out in zip(tensors, apart, strict=True):
         assert tensor.value is not None
         value, got = tensor.value[~left_out], as_float64(found.tensors[tensor.job.name])[~left_out]
-        distances.append(np.abs(got - value) / unit(_largest(tensor), dtype)[~left_out])
-        squares += float(((got - value) ** 2).sum())
+        distance = _distance(found, tensor, tensor.value)[~left_out]
+        distances.append(distance / unit(_largest(tensor), dtype)[~left_out])
+        squares += float((distance**2).sum())
         norms += float((value**2).sum())
         blur = EXACT * _scale(tensor, tensor.value)[~left_out]
         exact += int(((got == round_once(value - blur, dtype)) | (got == round_once(value + blur, dtype))).sum())
@@ -156,17 +170,30 @@ def _largest(tensor: Wanted) -> Array:
 
 def _check_ours(result: Result, own: Outcome, tensors: Sequence[Wanted]) -> None:
     """Every entry is the definition rounded, but where even float64 cannot tell what the definition gives."""
+    wrong = {}
     for tensor in tensors:
         value, left_out = tensor.value, _covered(result.case.method, tensor, EXACT, ours=True)
         assert value is not None
-        distance = np.abs(as_float64(own.tensors[tensor.job.name]) - value)
-        wrong = (distance > HALF * unit(value, result.dtype) + EXACT * _scale(tensor, value)) & ~left_out
-        if wrong.any():
-            worst = float((distance / unit(_largest(tensor), result.dtype))[wrong].max())
-            result.failures.append(
-                f"ctl-merge is not the definition: {tensor.job.name}, {wrong.sum()} of {wrong.size} entries, "
-                f"{worst:.3g} units"
-            )
+        distance = _distance(own, tensor, value)
+        beyond = (distance > HALF * unit(value, result.dtype) + EXACT * _scale(tensor, value)) & ~left_out
+        wrong[tensor.job.name] = (distance / unit(_largest(tensor), result.dtype))[beyond]
+    _add(result, "ctl-merge is not the definition", wrong, "units in the last place")
+
+
+def _add(result: Result, what: str, wrong: Mapping[str, Array], units: str) -> None:
+    """A failure that tells how many entries of which tensors are wrong, and by how much at worst."""
+    found = {name: distances for name, distances in wrong.items() if distances.size}
+    if found:
+        count, worst = sum(d.size for d in found.values()), max(float(d.max()) for d in found.values())
+        result.failures.append(
+            f"{what}: {count} of {result.entries} entries in {len(found)} tensors such as {next(iter(found))}, "
+            f"by {worst:.3g} {units}"
+        )
+
+
+def _distance(found: Outcome, tensor: Wanted, value: Array) -> Array:
+    """|found - wanted|, NaN as far as can be."""
+    return np.nan_to_num(np.abs(as_float64(found.tensors[tensor.job.name]) - value), nan=np.inf)
 
 
 def _check_nearer(result: Result, ours: Errors, theirs: Errors) -> None:
@@ -178,22 +205,34 @@ def _check_nearer(result: Result, ours: Errors, theirs: Errors) -> None:
 
 def _check_theirs(result: Result, own: Outcome, single: Outcome, tensors: Sequence[Wanted]) -> None:
     """mergekit's float32 agrees up to rounding, but for entries that a reason covers."""
-    slack = METHODS[result.case.method].slack * 2.0**-24
+    wrong = {}
     for tensor in tensors:
+        slack = _slack(result.case.method, tensor) * 2.0**-24
         mine = as_float64(own.tensors[tensor.job.name])
         value = mine if tensor.value is None else tensor.value
-        distance = np.abs(as_float64(single.tensors[tensor.job.name]) - value)
+        distance = _distance(single, tensor, value)
         rounds = 1.0 if tensor.value is None else HALF  # without a definition both are rounded
-        wrong = distance > rounds * unit(value, result.dtype) + slack * _scale(tensor, value)
+        beyond = distance > rounds * unit(value, result.dtype) + slack * _scale(tensor, value)
         for text, where in explained(result.case.method, tensor, SINGLE).items():
-            result.reasons[text] += int((wrong & where).sum())
-            wrong &= ~where
-        if wrong.any():
-            worst = float((distance / _scale(tensor, value))[wrong].max())
-            result.failures.append(
-                f"mergekit in float32 is not the definition: {tensor.job.name}, {wrong.sum()} of {wrong.size} entries, "
-                f"{worst * 2**24:.3g} units of float32"
-            )
+            result.reasons[text] += int((beyond & where).sum())
+            beyond &= ~where
+        wrong[tensor.job.name] = (distance / _scale(tensor, value))[beyond] * 2**24
+    _add(result, "mergekit in float32 is not the definition", wrong, "units of float32")
+
+
+def _slack(method: str, tensor: Wanted) -> float:
+    """How many units of float32 the method's arithmetic may be off in float32, where torch adds up norms in 32 bits."""
+    spec, entries = METHODS[method], tensor.models[0].size
+    found = spec.slack + (entries / 64 if spec.norms else 0.0)
+    return found + 8 / _smallest_angle(tensor) if spec.arcs else found
+
+
+def _smallest_angle(tensor: Wanted) -> float:
+    """Between two inputs; float32 tells none below √2⁻²³ from zero."""
+    flat = tensor.operands.reshape(len(tensor.operands), -1)
+    units = flat / np.maximum(np.linalg.norm(flat, axis=1), 1e-300)[:, None]
+    gaps = [float(np.linalg.norm(a - b)) for i, a in enumerate(units) for b in units[:i]]
+    return max(min(gaps, default=1.0), 2.0**-11.5)
 
 
 def _scale(tensor: Wanted, value: Array) -> Array:

@@ -22,6 +22,7 @@ _PART = re.compile(
     r"|lora_magnitude_vector(\.weight)?|token_adapter\.trainable_tokens_delta)"
 )
 _INNER = ".base_layer"  # a module that PEFT has wrapped
+_BEFORE = ".original_module."  # the base's own weights, which PEFT sometimes saves beside those that replace them
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +57,12 @@ class Matcher:
         for key in self.adapter.tensors:
             name = key.removeprefix(_PREFIX)
             part = _PART.fullmatch(name)
+            if _BEFORE in name:
+                continue
             if name == key or (not part and ("lora_" in name or "token_adapter" in name)):
                 self._unmatched.append(key)
             elif part:
+                self._check_dtype(key)
                 self._parts[part["module"]][part["part"].removesuffix(".weight")] = key
             else:
                 self._replace(name.replace(_INNER, "").replace(".modules_to_save", ""), key)
@@ -78,6 +82,11 @@ class Matcher:
             raise CheckpointError(f"{self.adapter.name}: the adapter holds no tensors")
         self._follow_ties()
         return self.changes
+
+    def _check_dtype(self, key: str) -> None:
+        dtype = self.adapter.tensors[key].dtype
+        if dtype not in MERGEABLE:
+            raise CheckpointError(f"{self.adapter.name}: {key} is {dtype}: save the adapter in floating point")
 
     @property
     def resized(self) -> int | None:

@@ -71,6 +71,14 @@ class ParameterNames:
             row += self.tensors[experts[0]].shape[0]
         return found
 
+    def module_of(self, parameter: str) -> Any:
+        """The module of the model's class that has the parameter; None where there is none."""
+        canonical = self.modules.parameters([parameter])[parameter]
+        try:
+            return self.modules.model and self.modules.model.get_submodule(canonical.rpartition(".")[0])
+        except AttributeError:
+            return None
+
     @cached_property
     def _blocks(self) -> Mapping[str, object]:
         return block_index(self.tensors, self.config)

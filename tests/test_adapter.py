@@ -66,7 +66,6 @@ def test_any_piece_is_that_of_the_whole(trained: Trained, monkeypatch: pytest.Mo
     checkpoint = opened(trained)
     whole = {name: exact(checkpoint, name) for name in checkpoint.tensors}
     monkeypatch.setattr("ctl_merge.checkpoint.CHUNK", 100)  # no multiple of any row
-    monkeypatch.setattr("ctl_merge.adapter.CHUNK", 100)
     again = opened(trained)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in whole.items():

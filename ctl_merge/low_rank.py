@@ -1,4 +1,4 @@
-"""B A times a scale, row by row of a stored matrix."""
+"""Low-rank changes, row by row of a stored matrix."""
 
 from __future__ import annotations
 

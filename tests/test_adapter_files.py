@@ -222,6 +222,21 @@ def test_modules_by_the_names_of_older_transformers(tmp_path: Path) -> None:
     assert all(torch.equal(checkpoint.read(name), base[name]) for name in unchanged)
 
 
+def test_whole_modules_by_the_names_that_older_peft_gave_them(tmp_path: Path) -> None:
+    trained = train(tmp_path, *KINDS["whole modules"])
+    expected = everything(opened(trained.both))
+    head = "base_model.model.lm_head"
+
+    def older(old: dict[str, Tensor]) -> dict[str, Tensor]:
+        before = {f"{head}.original_module.weight": torch.zeros(128, 64)}
+        return {**before, **{n.replace(f"{head}.", f"{head}.modules_to_save.default."): t for n, t in old.items()}}
+
+    change_tensors(trained.adapter, older)
+    found = everything(opened(trained.both))
+    assert set(found) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
 def test_an_adapter_of_the_model_without_its_head(trained: Trained) -> None:
     expected = everything(opened(trained.both))
     shorter = {n: n.replace("model.model.model", "model.model") for n in load_file(trained.adapter / WEIGHTS)}
@@ -318,16 +333,18 @@ def test_an_adapter_that_leaves_tokens_alone_has_the_tokenizer_of_its_base(train
     assert opened(trained.both).folder == trained.base
 
 
-def test_an_adapter_with_rows_of_tokens_has_its_own_tokenizer(tmp_path: Path) -> None:
+def test_an_adapter_with_rows_of_tokens_has_its_own_tokenizer(server: HubServer, tmp_path: Path) -> None:
     trained = train(tmp_path, *KINDS["tokens"])
     save_tokenizer(trained.base, 128)
     assert opened(trained.both).folder == trained.base
     save_tokenizer(trained.adapter, 127)
-    checkpoint = opened(trained.both)  # its folder lives as long as it does
-    folder = checkpoint.folder
-    assert (folder / "tokenizer.json").read_text() == (trained.adapter / "tokenizer.json").read_text()
-    assert (folder / "config.json").read_bytes() == (trained.base / "config.json").read_bytes()
-    assert not (folder / "adapter_config.json").exists()
+    server.add("org/lora", trained.adapter)
+    for text in (trained.both, f"{trained.base}+org/lora"):
+        checkpoint = opened(text)  # its folder lives as long as it does
+        folder = checkpoint.folder
+        assert (folder / "tokenizer.json").read_text() == (trained.adapter / "tokenizer.json").read_text()
+        assert (folder / "config.json").read_bytes() == (trained.base / "config.json").read_bytes()
+        assert not (folder / "adapter_config.json").exists()
 
 
 def test_modules_that_the_base_lacks_are_brought_and_told(trained: Trained) -> None:

@@ -1,12 +1,14 @@
-"""A checkpoint plus an adapter: tensors change as they are read."""
+"""A checkpoint plus an adapter, merged as it is read."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ctl_merge.adapter_changes import Change, Matcher
 from ctl_merge.adapter_config import AdapterConfig, parse_adapter_config
-from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks
+from ctl_merge.checkpoint import CHUNK, FileCheckpoint
 from ctl_merge.companions import companions, is_tokenizer_file
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
@@ -107,17 +109,22 @@ class AdaptedCheckpoint(FileCheckpoint):
         change = self._changes.get(tensor)
         if change is None:
             return self.base.read_bytes(tensor)
-        low = change.low_rank
-        parts = [p for p in (low and low.a, low and low.b, change.rows and change.rows[0]) if p]
         origin = self.base.read_bytes(change.own) if change.own else change.spec.nbytes
-        passes = 2 if low and low.magnitude else 1
-        return passes * origin + sum(self.adapter.tensors[part].nbytes for part in parts)
+        passes = 2 if change.low_rank and change.low_rank.magnitude else 1
+        return passes * origin + sum(self.adapter.tensors[part].nbytes for part in change.parts)
 
     def working_bytes(self) -> int:
-        factors = sorted((spec.numel for spec in self.adapter.tensors.values()), reverse=True)[:2]
-        longest = max(prod(change.spec.shape[1:]) for change in self._changes.values())
-        products = 3 * 8 * (CHUNK + 2 * longest)  # of rows that a chunk may only touch
-        return self.base.working_bytes() + self._read.held_bytes(self.adapter.tensors) + 8 * sum(factors) + products
+        changes = self._changes.values()
+        factors = {part for change in changes for part in change.parts}
+        held = self._read.held_bytes(self.adapter.tensors[part] for part in factors)
+        widest = max((prod(change.spec.shape[1:]) for change in changes if change.low_rank), default=0)
+        products = 3 * 8 * (CHUNK + 2 * widest)  # of the rows that a chunk touches
+        return self.base.working_bytes() + held + products
+
+    def block(self, tensor: str) -> int:
+        change = self._changes.get(tensor)
+        own = change.own if change else tensor
+        return self.base.block(own) if own else super().block(tensor)
 
     # ---- weights
 
@@ -128,9 +135,10 @@ class AdaptedCheckpoint(FileCheckpoint):
         elif not (change.low_rank or change.shift or change.rows):
             self._read_origin(change, out, start)
         else:
-            for begin, end in chunks(out.numel()):
-                piece = out[begin:end]
-                exact = piece if out.dtype == torch.float64 else torch.empty(end - begin, dtype=torch.float64)
+            step = self.block(tensor)
+            for begin in range(0, out.numel(), step):
+                piece = out[begin : begin + step]
+                exact = piece if out.dtype == torch.float64 else torch.empty_like(piece, dtype=torch.float64)
                 self._read_changed(tensor, change, exact, start + begin)
                 if exact is not piece:
                     piece.copy_(exact)
@@ -147,21 +155,20 @@ class AdaptedCheckpoint(FileCheckpoint):
     def _read_changed(self, tensor: str, change: Change, out: Tensor, start: int) -> None:
         self._read_origin(change, out, start)
         columns = prod(change.spec.shape[1:])
-        if change.low_rank:
-            self._add(change, change.low_rank, out, start)
-            if change.low_rank.magnitude:
-                factor = self._dora(tensor, change, change.low_rank)
-                places = torch.arange(start, start + out.numel())
-                out *= factor[places % columns if change.low_rank.transposed else places // columns]
+        low = change.low_rank
+        if low:
+            self._add(change, low, out, start)
+            if low.magnitude:
+                out *= self._dora(tensor, change, low)[_outputs(change, low, start, out.numel())]
         if change.shift:
             vector, scale = change.shift
             out += self._read(vector).view(-1)[start : start + out.numel()].double() * scale
         if change.rows:
-            table = self._read(change.rows[0]).view(-1, columns)
-            for new, row in zip(table, change.rows[1], strict=True):
+            table, first = self._read(change.rows[0]).view(-1, columns), start // columns
+            rows = change.rows[1][bisect_left(change.rows[1], (first,)) :]
+            for row, place in takewhile(lambda pair: pair[0] * columns < start + out.numel(), rows):
                 begin, end = row * columns - start, (row + 1) * columns - start
-                if begin < out.numel() and end > 0:
-                    out[max(begin, 0) : end].copy_(new[max(-begin, 0) : columns - max(end - out.numel(), 0)])
+                out[max(begin, 0) : end].copy_(table[place][max(-begin, 0) : columns - max(end - out.numel(), 0)])
 
     def _add(self, change: Change, low: LowRank, out: Tensor, start: int) -> None:
         """Add the entries of B A: those of all rows that the piece touches."""
@@ -175,20 +182,22 @@ class AdaptedCheckpoint(FileCheckpoint):
         """What each output is multiplied by: its magnitude over its norm, in a pass of its own over the tensor."""
         if tensor not in self._factors:
             assert low.magnitude is not None
-            numel, columns = change.spec.numel, prod(change.spec.shape[1:])
-            squares = torch.zeros(columns if low.transposed else change.spec.shape[0], dtype=torch.float64)
-            step = max(1, CHUNK // columns) * columns  # whole rows
-            for start in range(0, numel, step):
-                piece = torch.empty(min(step, numel - start), dtype=torch.float64)
+            magnitude = self._read(low.magnitude).view(-1).double()
+            squares, step = torch.zeros_like(magnitude), self.block(tensor)
+            for start in range(0, change.spec.numel, step):
+                piece = torch.empty(min(step, change.spec.numel - start), dtype=torch.float64)
                 self._read_origin(change, piece, start)
                 self._add(change, low, piece, start)
-                rows = piece.view(-1, columns).square_()
-                if low.transposed:
-                    squares += rows.sum(0)
-                else:
-                    squares[start // columns :][: len(rows)] = rows.sum(1)
-            self._factors[tensor] = self._read(low.magnitude).view(-1).double() / squares.sqrt()
+                squares.index_add_(0, _outputs(change, low, start, piece.numel()), piece.square_())
+            self._factors[tensor] = magnitude / squares.sqrt()
         return self._factors[tensor]
+
+
+def _outputs(change: Change, low: LowRank, start: int, count: int) -> Tensor:
+    """Which output each of the entries from `start` on belongs to."""
+    columns = prod(change.spec.shape[1:])
+    places = torch.arange(start, start + count)
+    return places % columns if low.transposed else places // columns
 
 
 def open_adapter(ref: ModelRef) -> FileCheckpoint:

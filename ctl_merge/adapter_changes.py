@@ -22,6 +22,8 @@ _PART = re.compile(
     r"|lora_magnitude_vector(\.weight)?|token_adapter\.trainable_tokens_delta)"
 )
 _INNER = ".base_layer"  # a module that PEFT has wrapped
+_OUTER = re.compile(r"\.modules_to_save(\.default)?")  # as older versions saved what it replaces
+_BEFORE = ".original_module."  # the base's own weights, which PEFT sometimes saves beside those that replace them
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Change:
     """How a tensor comes about: from the base's `own`, or from `stored` of the adapter (a tensor, its first element).
 
     Then what is added: `low_rank`; `shift`, a vector of the adapter and its factor; `rows` that are replaced: a tensor
-    of the adapter and the row that each of its rows goes to.
+    of the adapter, and in order each row with that of the adapter's which it becomes.
     """
 
     spec: TensorSpec
@@ -37,7 +39,14 @@ class Change:
     stored: tuple[str, int] | None = None
     low_rank: LowRank | None = None
     shift: tuple[str, float] | None = None
-    rows: tuple[str, tuple[int, ...]] | None = None
+    rows: tuple[str, tuple[tuple[int, int], ...]] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The adapter's tensors that are read for every piece of this one."""
+        low = self.low_rank
+        parts = (low and low.a, low and low.b, self.shift and self.shift[0], self.rows and self.rows[0])
+        return tuple(part for part in parts if part)
 
 
 class Matcher:
@@ -56,12 +65,15 @@ class Matcher:
         for key in self.adapter.tensors:
             name = key.removeprefix(_PREFIX)
             part = _PART.fullmatch(name)
+            if _BEFORE in name:
+                continue
             if name == key or (not part and ("lora_" in name or "token_adapter" in name)):
                 self._unmatched.append(key)
             elif part:
+                self._check_dtype(key)
                 self._parts[part["module"]][part["part"].removesuffix(".weight")] = key
             else:
-                self._replace(name.replace(_INNER, "").replace(".modules_to_save", ""), key)
+                self._replace(_OUTER.sub("", name.replace(_INNER, "")), key)
         nested: dict[str, list[dict[str, str]]] = defaultdict(list)
         for module, keys in self._parts.items():
             nested[module.replace(_INNER, "")].append(keys)
@@ -78,6 +90,11 @@ class Matcher:
             raise CheckpointError(f"{self.adapter.name}: the adapter holds no tensors")
         self._follow_ties()
         return self.changes
+
+    def _check_dtype(self, key: str) -> None:
+        dtype = self.adapter.tensors[key].dtype
+        if dtype not in MERGEABLE:
+            raise CheckpointError(f"{self.adapter.name}: {key} is {dtype}: save the adapter in floating point")
 
     @property
     def resized(self) -> int | None:
@@ -249,7 +266,7 @@ class Matcher:
         """Of a square matrix, whether its rows are the inputs: as in GPT-2, and in experts that say so."""
         if not stack and not self._transposes:
             return False
-        module = self.names.modules.model and self.names.modules.model.get_submodule(parameter.rpartition(".")[0])
+        module = self.names.module_of(parameter)
         if stack:
             return bool(getattr(module, "is_transposed", False))
         return module is None or type(module).__name__ == "Conv1D"
@@ -278,7 +295,7 @@ class Matcher:
                 f"{self.adapter.name}: trainable_token_indices names rows twice, or rows that {places[0].name} with "
                 f"its {shape[0]} rows does not have"
             )
-        self._change(places[0], rows=(key, tuple(rows)))
+        self._change(places[0], rows=(key, tuple(sorted((row, place) for place, row in enumerate(rows)))))
 
     def _change(self, place: Place, **what: object) -> None:
         change = self.changes.get(place.name) or Change(self.base.tensors[place.own], own=place.own)

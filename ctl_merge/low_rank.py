@@ -1,10 +1,10 @@
-"""B A times a scale, row by row of a stored matrix."""
+"""Low-rank changes, row by row of a stored matrix."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +62,10 @@ class Recent:
         self._read, self._kept = read, threading.local()
 
     @staticmethod
-    def held_bytes(tensors: Mapping[str, TensorSpec]) -> int:
-        """What each thread keeps, at most."""
-        return sum(sorted((spec.nbytes for spec in tensors.values()), reverse=True)[:_KEPT])
+    def held_bytes(specs: Iterable[TensorSpec]) -> int:
+        """What each thread keeps of such tensors, at most, and two of them in float64."""
+        largest = sorted(specs, key=lambda spec: -spec.nbytes)[:_KEPT]
+        return sum(spec.nbytes for spec in largest) + 8 * sum(spec.numel for spec in largest[:2])
 
     def __call__(self, name: str) -> Tensor:
         kept: OrderedDict[str, Tensor] = self._kept.__dict__.setdefault("tensors", OrderedDict())

@@ -1,4 +1,4 @@
-"""Which file tensors make up a parameter that another version named.
+"""Which file tensors make up a parameter, whoever named it.
 
 Whoever trained an adapter may have had another transformers than wrote the model's files. A parameter is looked for
 among the names in the files first, then by what they stand for in the model.
@@ -70,6 +70,14 @@ class ParameterNames:
             found += [Place(name, name, expert, len(experts), row) for expert, name in enumerate(experts)]
             row += self.tensors[experts[0]].shape[0]
         return found
+
+    def module_of(self, parameter: str) -> Any:
+        """The module of the model's class that has the parameter; None where there is none."""
+        canonical = self.modules.parameters([parameter])[parameter]
+        try:
+            return self.modules.model and self.modules.model.get_submodule(canonical.rpartition(".")[0])
+        except AttributeError:
+            return None
 
     @cached_property
     def _blocks(self) -> Mapping[str, object]:

@@ -1,4 +1,4 @@
-"""How a recipe names a model: folder or Hub repository, adapter."""
+"""How a recipe names a model, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ class ModelRef:
             model, adapter = (cls.parse(part, relative_to) for part in pairs[0])
             return model.with_adapter(adapter)
         if _repository(text)[0] is None:
+            both = ", nor one of these with one adapter after a `+`" if "+" in text else ""
             raise CheckpointError(
-                f"{text!r} is neither a folder that exists nor a Hub repository (org/name or org/name@revision)"
+                f"{text!r} is neither a folder that exists nor a Hub repository (org/name or org/name@revision){both}"
             )
         return cls.on_hub(text)
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from ctl_merge.errors import RecipeError
+from ctl_merge.errors import CheckpointError, RecipeError
 from ctl_merge.methods import registry
 from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
 from ctl_merge.recipe_tokenizer import TokenizerSetting
@@ -114,6 +114,43 @@ def test_mergekits_long_forms_of_a_model(form: str) -> None:
     assert base and (base.repo_id, base.revision) == ("org/base", "v1")
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "org/a@v1+org/lora@v2", "{path: org/a@v1+org/lora@v2}", "{model: org/a@v1+org/lora@v2}",
+        "{model: org/a@v1, lora: org/lora@v2}", "{model: {path: org/a, revision: v1}, lora: org/lora@v2}",
+        "{model: {path: org/a, revision: v1}, lora: {path: org/lora, revision: v2}}",
+    ],
+)  # fmt: skip
+def test_every_form_of_a_model_with_an_adapter_is_the_same(form: str) -> None:
+    recipe = parse_recipe(TIES.replace("model: org/a", f"model: {form}").replace("{weight", " {weight"))
+    ref = recipe.models[0].ref
+    assert ref == ModelRef.parse("org/a@v1+org/lora@v2")
+    assert (str(ref), ref.short) == ("org/a@v1+org/lora@v2", "org/a+org/lora")
+    assert (ref.repo_id, ref.revision, ref.bare) == ("org/a", "v1", ModelRef.parse("org/a@v1"))
+    assert str(ref.bare) == "org/a@v1"
+    assert ref.adapter == ModelRef.parse("org/lora@v2")
+    assert ref not in (ModelRef.parse("org/a@v1+org/lora"), ref.bare)
+    assert parse_recipe(TIES.replace("org/base", form)).base == ref
+
+
+def test_an_adapter_of_nothing_is_none() -> None:
+    assert parse_recipe(LINEAR.replace("org/a", "{model: org/a, lora: }")).models[0].ref == ModelRef.parse("org/a")
+
+
+def test_a_plus_may_be_part_of_a_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a+b", "c+d", "a", "lora"):
+        (tmp_path / name).mkdir()
+    assert ModelRef.parse("a+b").adapter is None
+    both = ModelRef.parse("a+b+c+d")
+    assert (both.folder, both.adapter) == (tmp_path / "a+b", ModelRef.parse("c+d"))
+    assert ModelRef.parse("org/a+./lora").adapter == ModelRef.parse("lora")
+    (tmp_path / "b+c+d").mkdir()
+    with pytest.raises(CheckpointError, match=r"'a\+b\+c\+d' can be cut into a model and its adapter in 2 ways"):
+        ModelRef.parse("a+b+c+d")
+
+
 def test_folders_are_looked_for_where_the_recipe_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "recipes" / "org" / "a").mkdir(parents=True)
     path = tmp_path / "recipes" / "recipe.yaml"
@@ -205,6 +242,21 @@ WRONG: dict[str, tuple[str, str]] = {
     "model has an unknown key": (LINEAR.replace("org/a", "{path: a/b, lora: c/d}"), "3: unknown key 'lora'"),
     "model has a revision that is none": (
         LINEAR.replace("org/a", "{path: a/b, revision: 1}"), "3: `models.0.model.revision`: input should be a valid"
+    ),
+    "two adapters": (LINEAR.replace("org/a", "a/b+c/d+e/f"), "3: 'a/b+c/d+e/f' is neither a folder that exists nor"),
+    "an adapter twice": (
+        LINEAR.replace("org/a", "{model: a/b+c/d, lora: e/f}"), "3: a/b+c/d+e/f: one adapter on a model; merge"
+    ),
+    "an adapter that is nothing": (LINEAR.replace("org/a", "org/a+"), "3: 'org/a+' is neither a folder that exists"),
+    "an adapter that is no name": (
+        LINEAR.replace("org/a", "{model: org/a, lora: 'no/such/folder'}"), "3: 'no/such/folder' is neither a folder"
+    ),
+    "an adapter that is a number": (
+        LINEAR.replace("org/a", "{model: org/a, lora: 5}"), "3: `models.0.model.lora`: input should be a valid string"
+    ),
+    "an adapter has an unknown key": (
+        LINEAR.replace("org/a", "{model: org/a, lora: {path: c/d, revison: v1}}"),
+        "3: unknown key 'revison' (did you mean 'revision'?)",
     ),
     "a home that is not there": (LINEAR.replace("org/a", "~nobody-here/m"), "3: '~nobody-here/m' is neither a folder"),
     "a name beyond the file system": (LINEAR.replace("org/a", "a" * 5000), "3: 'aaaa"),
@@ -466,6 +518,8 @@ def test_the_schema_knows_every_method_and_parameter() -> None:
         with_weight("[{value: [0, 1], filter: mlp}, {value: 0.5}]"),
         with_weight("{value: 1, filter: '*'}"),
         TIES.replace("org/base", "{model: {path: org/base, revision: v1}}"),
+        TIES.replace("org/base", "{model: {path: org/base, revision: v1}, lora: {path: org/lora, revision: v2}}"),
+        TIES.replace("model: org/a", "model: {model: org/a, lora: org/lora}"),
         TIES + "dtype: bfloat16\nseed: 3\nmissing: base\nnonfinite: allow\ntokenizer_source: base\n",
     ],
 )
@@ -476,7 +530,8 @@ def test_the_schema_accepts_what_is_a_recipe(schema: Draft202012Validator, text:
 
 # What only the whole recipe, the machine or the Hub can tell is not the schema's.
 BEYOND_A_SCHEMA = {
-    "model is empty", "a home that is not there", "a name beyond the file system", "control characters",
+    "model is empty", "two adapters", "an adapter twice", "an adapter that is nothing", "an adapter that is no name",
+    "a home that is not there", "a name beyond the file system", "control characters",
     "no weight", "no base", "only the base", "a base where none is taken", "two models for passthrough",
     "three models for slerp", "one model for slerp", "slerp without its parameter", "weight is not finite",
     "a key that is a number",

@@ -265,13 +265,10 @@ def test_the_base_of_task_vectors_may_be_given_where_the_recipe_has_none(tmp_pat
         roles(Merge(base), base.base)
 
 
-@pytest.mark.parametrize(
-    "name, own", [("nuslerp", {"weight": (1.0, 1.0)}), ("model_stock", {})], ids=["nuslerp", "model_stock"]
-)
-def test_parameters_decide_tensor_by_tensor_what_is_merged_whole(tmp_path: Path, name: str, own: Mapping[str, Any]):
+def test_parameters_decide_tensor_by_tensor_what_is_merged_whole(tmp_path: Path):
     """Memory is that of the largest tensor that is merged whole, not of the largest."""
+    name, own, whole, flag = "nuslerp", {"weight": (1.0, 1.0), "nuslerp_flatten": False}, "nuslerp_row_wise", True
     shapes = {"model.embed_tokens.weight": (CHUNK // 4, 16), "model.layers.0.mlp.weight": (20, 30)}
-    whole, flag = ("nuslerp_flatten", False) if name == "nuslerp" else ("filter_wise", True)
     family = draw_family(["base", "a", "b"], shapes)
     choices = [{"filter": "mlp", "value": flag}, {"value": not flag}]
     mixed = open_family(tmp_path / "mixed", name, family, {**own, whole: choices})

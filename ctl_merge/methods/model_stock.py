@@ -32,7 +32,7 @@ def _ratio(products: Tensor, numel: int, *, clamp: bool, **_: object) -> Tensor:
 
 
 def _grain(parameters: Parameters) -> Grain:
-    return "tensor" if parameters["filter_wise"] else "element"
+    return "row" if parameters["filter_wise"] else "element"
 
 
 def _scope(parameters: Parameters) -> Scope | None:

@@ -32,7 +32,9 @@ def arc_factors(cos: Tensor, t: float) -> tuple[Tensor, Tensor]:
 
 
 def _grain(parameters: Parameters) -> Grain:
-    return "element" if parameters["nuslerp_flatten"] else "tensor"
+    if parameters["nuslerp_flatten"]:
+        return "element"
+    return "tensor" if parameters["nuslerp_row_wise"] else "row"
 
 
 def _scope(parameters: Parameters) -> Scope | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ctl_merge.probing.forward import forward
 from ctl_merge.probing.rows import DataSpec
 from ctl_merge.reference import ModelRef
 
-_BATCH = 8  # sequences run at once
+BATCH = 8  # sequences run at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TextEvidence:
         placed: Callable[[Checkpoint], Placement] = lambda checkpoint: Placement(),
     ) -> None:  # fmt: skip
         self.kind, self.texts, self.checkpoints, self.placed = kind, texts, checkpoints, placed
-        self._taken: dict[ModelRef, _Taken] = {}
+        self._taken: dict[ModelRef, Taken] = {}
         self._lock = threading.Lock()
 
     def of(self, ref: ModelRef, tensor: str, start: int = 0, count: int | None = None) -> Tensor | None:
@@ -68,23 +69,28 @@ class TextEvidence:
         """Whether a linear layer stores its weight as (in, out)."""
         return tensor in self._of_model(ref).transposed
 
-    def _of_model(self, ref: ModelRef) -> _Taken:
+    def _of_model(self, ref: ModelRef) -> Taken:
         with self._lock:
             if ref not in self._taken:
                 self._taken[ref] = self._take(ref)
             return self._taken[ref]
 
-    def _take(self, ref: ModelRef) -> _Taken:
+    def _take(self, ref: ModelRef) -> Taken:
         checkpoint = self.checkpoints[self.texts.base or ref]
-        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
-        sets = [load_tokens(s, tokenizer, self.texts.sequences, self.texts.length) for s in self.texts.specs[ref]]
+        sets = token_sets(ref, self.texts, checkpoint)
         if self.kind == "fisher":  # a gradient needs the whole model
             return _fishers(load_weights(checkpoint), sets, checkpoint)
         placement = self.placed(checkpoint)
         return _grams(load_weights(checkpoint, placement), sets, checkpoint, placement.device)
 
 
-class _Taken:
+def token_sets(ref: ModelRef, texts: Texts, checkpoint: FileCheckpoint) -> list[TokenSet]:
+    """A model's own texts, cut by the tokenizer of the model that reads them."""
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
+    return [load_tokens(spec, tokenizer, texts.sequences, texts.length) for spec in texts.specs[ref]]
+
+
+class Taken:
     """The statistic of one model: sums in mapped files, divided when they are read."""
 
     def __init__(self) -> None:
@@ -119,9 +125,20 @@ def _stored_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint, device: str) -> _Taken:
-    """Σ x xᵀ over all tokens for each linear layer."""
-    taken, stored = _Taken(), _stored_names(model, checkpoint)
+def linear_layers(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[str, bool]]:
+    """The linear layers by path: the file tensor of the weight, and whether it is stored as (in, out)."""
+    stored, found = _stored_names(model, checkpoint), {}
+    for path, module in model.named_modules():
+        conv = type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+        name = stored.get(f"{path}.weight")
+        if name is not None and (isinstance(module, nn.Linear) or conv):
+            found[path] = (name, conv)
+    return found
+
+
+@contextmanager
+def watching(model: Any, layers: Mapping[str, tuple[str, bool]], taken: Taken) -> Iterator[Callable[[], None]]:
+    """While entered, x xᵀ is added up for those layers; the caller says when a forward is over."""
     seen: list[tuple[Tensor, str]] = []  # the inputs of this forward, held so that none takes another's place
 
     def watch(tensor: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -135,32 +152,34 @@ def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint, device:
 
         return hook
 
-    handles = []
-    for path, module in model.named_modules():
-        conv = type(module).__name__ == "Conv1D"  # GPT-2's linear layer
-        name = stored.get(f"{path}.weight")
-        if name is not None and (isinstance(module, nn.Linear) or conv):
-            taken.transposed |= {name} if conv else set()
-            handles.append(module.register_forward_pre_hook(watch(name)))
+    taken.transposed |= {name for name, turned in layers.values() if turned}
+    handles = [model.get_submodule(path).register_forward_pre_hook(watch(name)) for path, (name, _) in layers.items()]
     try:
-        with torch.inference_mode():
-            for ids in _batches(sets, _BATCH):
-                forward(model, ids.to(device))[0]()
-                taken.count += ids.numel()
-                seen.clear()
+        yield seen.clear
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.inference_mode()
+def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint, device: str) -> Taken:
+    """Σ x xᵀ over all tokens for each linear layer."""
+    taken = Taken()
+    with watching(model, linear_layers(model, checkpoint), taken) as finished:
+        for ids in batches(sets):
+            forward(model, ids.to(device))[0]()
+            taken.count += ids.numel()
+            finished()
     return taken
 
 
-def _fishers(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> _Taken:
+def _fishers(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> Taken:
     """Σ of the squared gradient of each sequence's log-likelihood, for each parameter."""
-    taken, stored = _Taken(), _stored_names(model, checkpoint)
+    taken, stored = Taken(), _stored_names(model, checkpoint)
     parameters = [(stored[name], p) for name, p in model.named_parameters() if name in stored]
     for _, parameter in parameters:
         parameter.requires_grad_(True)
-    for ids in _batches(sets, 1):
+    for ids in batches(sets, 1):
         run, labels = forward(model, ids)
         if labels is None:
             raise CheckpointError(f"{checkpoint.name} predicts no next token, so that no text has a likelihood")
@@ -173,6 +192,7 @@ def _fishers(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> _T
     return taken
 
 
-def _batches(sets: Sequence[TokenSet], size: int) -> Iterator[Tensor]:
+def batches(sets: Sequence[TokenSet], size: int = BATCH) -> Iterator[Tensor]:
+    """Token ids (B, T), of one set after the other."""
     for tokens in sets:
         yield from tokens.ids.split(size)

@@ -104,11 +104,13 @@ class MergedCheckpoint(Checkpoint):
 
     def _merge(self, plan: TensorPlan, start: int, count: int, results: Results) -> Tensor:
         """Unrounded values of the entries [start, start + count) of a tensor."""
+        # First: it may be of inputs that come out of this merge, whose reading uses the same buffers.
+        statistic = self._statistic(plan, start, count) if self.method.statistic else None
         stack, base = self._stack(plan, start, count)
         wanted = {name: result for name, result in results.items() if name in self._accepted}
         arguments = {**self._arguments(plan, stack, start), **wanted}
         if self.method.statistic:
-            merged = self._on_evidence(plan, stack, start, arguments)
+            merged = self._on_statistic(plan, stack, statistic, arguments)
         else:
             merged = self.method.function(stack, **arguments)
         return merged.flatten().add_(base) if base is not None else merged.flatten()
@@ -165,20 +167,25 @@ class MergedCheckpoint(Checkpoint):
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
 
-    def _on_evidence(self, plan: TensorPlan, stack: Tensor, start: int, arguments: dict[str, Any]) -> Tensor:
-        """The method's result where it wants a statistic of each model: passed under its name, None if one has none."""
-        evidence, name = self.evidence, self.method.statistic
-        assert evidence is not None and name is not None
-        parts = [(part.model, part.tensor) for part in plan.inputs]
-        if name == "fisher":  # entry by entry: rows that are another token's have none
+    def _statistic(self, plan: TensorPlan, start: int, count: int) -> Tensor | None:
+        """What the method wants to know of each model on its own text: (models, …), None if one has none."""
+        evidence, parts = self.evidence, [(part.model, part.tensor) for part in plan.inputs]
+        assert evidence is not None
+        if self.method.statistic == "fisher":  # entry by entry: rows that are another token's have none
             same = all(part.rows is None for part in plan.inputs)
-            found = [evidence.of(*part, start, stack[0].numel()) if same else None for part in parts]
+            found = [evidence.of(*part, start, count) if same else None for part in parts]
         else:
             found = [evidence.of(*part) for part in parts]
         known = [statistic for statistic in found if statistic is not None]
-        statistic = torch.stack(known).to(stack.device) if len(known) == len(found) else None
-        turned = name == "gram" and evidence.transposed(*parts[0])
-        merged = self.method.function(stack.mT if turned else stack, **arguments, **{name: statistic})
+        return torch.stack(known) if len(known) == len(found) else None
+
+    def _on_statistic(self, plan: TensorPlan, stack: Tensor, statistic: Tensor | None, arguments: dict) -> Tensor:
+        """The method's result with the statistic under its name; its layers' weights are (out, in)."""
+        name, first = self.method.statistic, plan.inputs[0]
+        assert self.evidence is not None and name is not None
+        turned = name == "gram" and self.evidence.transposed(first.model, first.tensor)
+        own = statistic.to(stack.device) if statistic is not None else None
+        merged = self.method.function(stack.mT if turned else stack, **arguments, **{name: own})
         return merged.mT.contiguous() if turned else merged
 
     # ---- statistics beyond a chunk

@@ -34,6 +34,7 @@ from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
+from ctl_merge.prefix_evidence import PrefixEvidence
 from ctl_merge.probing.placement import place
 from ctl_merge.recipe import Recipe, load_recipe
 from ctl_merge.reference import ModelRef
@@ -101,15 +102,16 @@ class Merge:
         self.shards = plan_shards(plan.specs, self.shard_bytes)
 
     @cached_property
-    def _evidence(self) -> TextEvidence:
+    def _evidence(self) -> TextEvidence | PrefixEvidence:
         """What the method measures of each model on its own text: taken when the first tensor is merged."""
         data, kind = self.recipe.data, self.recipe.method.statistic
         assert data is not None and kind is not None
         sources = [s for part in self.recipe.slices for s in part.models] or list(self.recipe.models)
         base = self.recipe.base if data.inputs == "base" else None
-        texts = Texts(
-            {source.ref: source.texts or self.recipe.texts for source in sources}, data.sequences, data.length, base
-        )
+        own = {source.ref: source.texts or self.recipe.texts for source in sources}
+        texts = Texts(own, data.sequences, data.length, base)
+        if data.inputs == "merged":
+            return PrefixEvidence(texts, self.checkpoints, lambda: self.merged)
         return TextEvidence(kind, texts, self.checkpoints, lambda c: place(c, "auto", self.max_memory))
 
     def _open(self, ref: ModelRef) -> FileCheckpoint:

@@ -211,12 +211,12 @@ def _texts(recipe: Recipe) -> list[str]:
     if recipe.data is None:
         return []
     what = {"gram": "what linear layers read", "fisher": "squared gradients"}[str(recipe.method.statistic)]
-    reader = f", by {recipe.base}" if recipe.data.inputs == "base" else ""
+    reader = {"base": f", by {recipe.base}", "merged": ", block by block behind what is merged", "expert": ""}
     sources = [source for part in recipe.slices for source in part.models] or recipe.models
     named = {s.ref: ", ".join(spec.name for spec in s.texts or recipe.texts) for s in sources}
     size = f"{recipe.data.sequences} windows of {recipe.data.length} tokens"
     listed = "; ".join(f"{ref} on {texts}" for ref, texts in named.items())
-    return [f"{what} is measured on at most {size} of each text{reader}: {listed}"]
+    return [f"{what} is measured on at most {size} of each text{reader[recipe.data.inputs]}: {listed}"]
 
 
 def _dtype_decisions(recipe: Recipe, tensors: Mapping[str, TensorPlan]) -> list[str]:

@@ -265,6 +265,13 @@ class _Checker:
             self.problems.append((("data",), f"{method.name} measures nothing on text: remove `data`"))
         if not method or not method.statistic or schema is None:
             return ()
+        inputs = schema.data.inputs if schema.data else "expert"
+        if method.statistic == "fisher" and inputs != "expert":
+            self.problems.append(
+                (("data", "inputs"), f"{method.name} takes each model's gradients: it has no `inputs`")
+            )
+        elif inputs == "base" and data.get("base_model") is None:
+            self.problems.append((("data", "inputs"), "`inputs: base` needs a `base_model`"))
         common = self._texts(("data", "texts"), schema.data.texts if schema.data else None)
         lacking = [str(source.ref) for part in parts for source in part.models if not source.texts and not common]
         if lacking:

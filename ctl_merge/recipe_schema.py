@@ -74,9 +74,9 @@ class DataSchema(BaseModel):
     texts: str | list[str] = Field(default_factory=list, description="for models without `data` of their own")
     sequences: int = Field(default=64, ge=1, description="windows of each text")
     length: int = Field(default=256, ge=2, description="tokens of a window")
-    inputs: Literal["expert", "base"] = Field(
+    inputs: Literal["expert", "base", "merged"] = Field(
         default="expert",
-        description="whose activations a layer's inputs are: each model's own, or the base's, on the same text",
+        description="whose activations a layer's inputs are: each model's own, the base's, or the merge's (RegMean++)",
     )
 
 

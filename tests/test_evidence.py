@@ -49,8 +49,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         folder = root / kind
         for model, seed in MODELS.items():
             if not (folder / model).exists():
-                torch.manual_seed(seed)
-                build(kind).save_pretrained(folder / model)
+                build(kind, seed).save_pretrained(folder / model)
                 write_tokenizer(folder / model)
                 text = " ".join(WORDS[i] for i in tokens(model).flatten().tolist())
                 (folder / f"{model}.txt").write_text(text)
@@ -131,6 +130,35 @@ def test_inputs_may_be_those_of_the_base(families: Callable[[str], Path]) -> Non
     np.testing.assert_allclose(merged.read(f"{path}.weight").double().numpy(), wanted, rtol=0, atol=2e-6)
 
 
+def test_inputs_may_come_out_of_the_merge_itself(families: Callable[[str], Path]) -> None:
+    """RegMean++, by hand: block after block is measured in both models, merged, and put into both."""
+    folder = families("llama")
+    merged = merge_of(folder, "regmean", data={"inputs": "merged"})
+    own = {m: load(folder / m) for m in "ab"}
+    models = list(own.values())
+    for name, parameter in models[0].named_parameters():
+        if "layers" not in name and "lm_head" not in name:
+            other = models[1].get_parameter(name)
+            parameter.data = other.data = (parameter.data.double() + other.data.double()).div(2).float()
+    for layer in (*(f"model.layers.{i}" for i in range(3)), ""):
+        paths = [p for p, m in models[0].named_modules() if isinstance(m, torch.nn.Linear) and p.startswith(layer)]
+        done: dict[str, torch.Tensor] = {}
+        for path in [p for p in paths if layer or p == "lm_head"]:
+            weights = np.stack([m.get_submodule(path).weight.detach().double().numpy() for m in models])
+            inputs = [inputs_of(own[m], tokens(m), path) for m in "ab"]
+            grams = np.stack([x.T @ x / len(x) for x in inputs])
+            done[path] = torch.from_numpy(regmean(None, weights, grams, weight=(1.0, 1.0))).float()
+            found = merged.read(f"{path}.weight")
+            torch.testing.assert_close(found, done[path], rtol=0, atol=1e-5)
+        for name, parameter in models[0].named_parameters():
+            if layer and name.startswith(layer):
+                other = models[1].get_parameter(name)
+                value = done.get(name.removesuffix(".weight"), (parameter.data + other.data) / 2)
+                parameter.data = other.data = value
+    late = merge_of(folder, "regmean", data={"inputs": "merged"})
+    assert torch.equal(late.read("lm_head.weight"), merged.read("lm_head.weight"))  # in whatever order it is read
+
+
 def test_fisher_averages_by_squared_gradients_of_each_sequence(families: Callable[[str], Path]) -> None:
     folder = families("llama")
     merged, own = merge_of(folder, "fisher"), {m: load(folder / m) for m in "ab"}
@@ -189,6 +217,11 @@ def test_a_written_merge_has_the_same_weights_and_says_what_it_measured(
         ("models: [{model: a, data: nowhere.txt}]", DataError, "there is no file 'nowhere.txt'"),
         ("models: [{model: a}]\ndata: {texts: a.txt, length: 1}", RecipeError, "`data.length`"),
         ("models: [{model: a}]\ndata: {texts: a.txt, lenght: 8}", RecipeError, "unknown key 'lenght'"),
+        (
+            "models: [{model: a}]\ndata: {texts: a.txt, inputs: base}",
+            RecipeError,
+            "`inputs: base` needs a `base_model`",
+        ),
         ("models: [{model: a}]\ndata: {texts: a.txt, length: 999}", DataError, "too few for one window"),
     ],
 )

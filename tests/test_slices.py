@@ -34,8 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def made(kind: str) -> Path:
         for number, name in enumerate("ab"):
             if not (folder / kind / name).exists():
-                torch.manual_seed(number)
-                build(kind).save_pretrained(folder / kind / name)
+                build(kind, number).save_pretrained(folder / kind / name)
         return folder / kind
 
     return made

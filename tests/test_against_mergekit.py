@@ -18,14 +18,14 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from differential import report as reporting
 from differential.behaviour import probes, seen_by
 from differential.cases import Case, generate
-from differential.families import Family, make, real_family
+from differential.families import Family, make, make_adapted, real_family
 from differential.methods import METHODS, REQUIRED
-from differential.reasons import REASONS
+from differential.reasons import REASONS, Reason, explained
 from differential.reference import defined, wanted
 from differential.resolve import evaluate, resolve
 from differential.sampling import sample
 from differential.tools import Ours, Outcome
-from differential.verdict import judge, round_once
+from differential.verdict import SINGLE, judge, round_once
 
 import ctl_merge
 from ctl_merge.methods import Parameter, registry
@@ -38,7 +38,8 @@ BOTH = [name for name in METHODS if name in registry()]
 def families(tmp_path_factory: pytest.TempPathFactory) -> list[Family]:
     folder = tmp_path_factory.mktemp("families")
     kinds = [("tied", "float32"), ("tied", "bfloat16"), ("odd", "float16"), ("tied", "mixed")]
-    return [make(folder, shape, dtype) for shape, dtype in kinds] + [make(folder, "tied", "bfloat16", vocab=True)]
+    made = [make(folder, shape, dtype) for shape, dtype in kinds]
+    return [*made, make(folder, "tied", "bfloat16", vocab=True), make_adapted(folder)]
 
 
 class Fake:
@@ -50,7 +51,8 @@ class Fake:
         self.change = change
 
     def run(self, text: str, seed: int | None = None, whole: bool = False) -> Outcome:
-        found = Ours().run(text.replace("rescale: true", "rescale: l1"), seed)
+        random = METHODS[text.split()[1]].random
+        found = Ours().run(text.replace("rescale: true", "rescale: l1") if random else text, seed)
         return replace(found, tensors=self.change({n: t.clone() for n, t in found.tensors.items()}, seed))
 
 
@@ -242,26 +244,70 @@ def test_refusals_and_other_tensors_are_failures(families: list[Family]):
     assert judge(typo, Ours(), None).failures[0].startswith("ctl-merge refuses")
 
 
-def test_an_entry_at_the_cut_has_a_reason(families: list[Family]):
-    """Of equal magnitudes mergekit keeps some; an entry elsewhere may not differ."""
-    case = plain(families[1], "ties", density=0.5)
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensor = next(t for t in wanted(case) if t.job.name == name)
-    at_cut = next(r for r in REASONS if "cut" in r.text).where(tensor, 0.0)
-    assert at_cut.any() and not at_cut.all()
+DETERMINED = [(reason, name) for reason in REASONS for name in sorted(reason.methods) if not METHODS[name].random]
 
-    def base_where(mask: np.ndarray) -> Fake:
-        place = tuple(np.argwhere(mask & (tensor.value != tensor.base))[0])
 
-        def change(tensors: dict, seed: int | None) -> dict:
-            tensors[name][place] = float(tensor.base[place])
-            return tensors
+@pytest.mark.parametrize("reason, name", DETERMINED, ids=lambda value: getattr(value, "text", value))
+def test_only_entries_that_a_reason_covers_may_differ(reason: Reason, name: str, families: list[Family]):
+    """One covered entry, then one that is not, is doubled in what stands for mergekit's result."""
+    case, covered, other = next(found for c in generate(name, 80, families, 0) if (found := places(c, reason)))
+    told = judge(case, Ours(), doubled(*covered))
+    assert not told.failures and told.reasons[reason.text] == 1
+    assert "mergekit in float32 is not the definition" in judge(case, Ours(), doubled(*other)).failures[-1]
 
-        return Fake(change)
 
-    told = judge(case, Ours(), base_where(at_cut))
-    assert not told.failures and sum(told.reasons.values()) == 1
-    assert judge(case, Ours(), base_where(~at_cut)).failures
+def places(case: Case, reason: Reason) -> tuple[Case, tuple, tuple] | None:
+    """The case with a tensor and entry that this reason alone covers, and with one that none does."""
+    covered, other = None, None
+    for tensor in wanted(case):
+        masks = dict(explained(case.method, tensor, SINGLE))
+        differ = tensor.value != 0
+        mine = masks.pop(reason.text) & differ & ~np.any([*masks.values(), np.zeros_like(differ)], axis=0)
+        none = ~np.any([*masks.values(), reason.where(tensor, SINGLE)], axis=0) & differ
+        covered = covered or ((tensor.job.name, tuple(np.argwhere(mine)[0])) if mine.any() else None)
+        other = other or ((tensor.job.name, tuple(np.argwhere(none)[0])) if none.any() else None)
+    return (case, covered, other) if covered and other else None
+
+
+def doubled(name: str, place: tuple[int, ...]) -> Fake:
+    def change(tensors: dict[str, torch.Tensor], seed: int | None) -> dict[str, torch.Tensor]:
+        tensors[name][place] *= 2
+        return tensors
+
+    return Fake(change)
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in DETERMINED}))
+def test_reasons_leave_enough_to_be_judged(name: str, families: list[Family]):
+    entries = covered = 0
+    for tensor in (tensor for case in generate(name, 25, families, 0) for tensor in wanted(case)):
+        mask = np.any(list(explained(name, tensor, SINGLE).values()), axis=0)
+        entries, covered = entries + mask.size, covered + int(mask.sum())
+    assert covered < 0.65 * entries
+
+
+def test_rows_are_compared_by_token():
+    rows = torch.arange(6.0).view(3, 2)
+    ours = Outcome({"lm_head.weight": rows, "x": rows}, tokens={"a": 0, "b": 1, "c": 2})
+    theirs = Outcome({"lm_head.weight": rows[[2, 0, 1]], "x": rows}, tokens={"c": 0, "a": 1, "b": 2})
+    placed = theirs.in_order_of(ours)
+    assert all(torch.equal(placed.tensors[name], rows) for name in ("lm_head.weight", "x"))
+    assert theirs.in_order_of(Outcome({}, tokens={"z": 0})) is theirs
+
+
+def test_float32_in_place_of_16_bits_is_told(families: list[Family]):
+    """Of the methods that are known to do so; of others it is a failure."""
+
+    class Wide(Fake):
+        def run(self, text: str, seed: int | None = None, whole: bool = False) -> Outcome:
+            return super().run(text.replace("\ndtype: bfloat16", "\ndtype: float32"), seed)
+
+    for name, fails in (("arcee_fusion", False), ("nearswap", True)):
+        config = {"merge_method": name, "base_model": "base", "models": [{"model": "b"}], "dtype": "bfloat16"}
+        if name == "nearswap":
+            config["parameters"] = {"t": 0.001}
+        result = judge(Case(name, 0, families[0], config), Ours(), Wide())
+        assert (result.widened, bool(result.failures)) == (not fails, fails), result.failures
 
 
 @pytest.mark.parametrize("density, fails", [(0.4, False), (0.43, True)])

@@ -90,7 +90,9 @@ class Generator:
 
     def named(self, model: str) -> Any:
         """A model, now and then in mergekit's long form."""
-        return {"model": {"path": model}} if self.chance(0.1) else model
+        path, _, adapter = model.partition("+")
+        lora = {"lora": {"path": adapter}} if adapter else {}
+        return {"model": {"path": path}, **lora} if self.chance(0.1) else model
 
     def source(self, model: str, shared: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"model": self.named(model)}
@@ -181,7 +183,7 @@ class Generator:
         return self.rng.choice(forms)
 
     def vocabulary(self) -> dict[str, str]:
-        return {"tokenizer_source": "base"} if self.family.vocabularies_differ else {}
+        return {"tokenizer_source": self.rng.choice(("base", "union"))} if self.family.vocabularies_differ else {}
 
 
 def described(spec: Spec) -> str:

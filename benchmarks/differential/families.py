@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,14 @@ SHAPES = {
 TUNES = {"a": (0.05, 0.0), "b": (0.3, 0.0), "c": (0.005, 0.0), "d": (0.05, 0.5)}
 # Finetunes of the family "vocab" have tokens that the base lacks, or lack some that it has.
 EXTRA_TOKENS = {"a": 2, "b": -3}
+# Rank of the adapters of the family "lora", and the matrices that they are on.
+RANK, ADAPTED = 4, ("q_proj", "v_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Family:
-    """Checkpoints of one base. `models`: their tensors, the base's under the name `base`."""
+    """Checkpoints of one base. `models`: their tensors by the names that configurations give them; `base+adapter` is a
+    model of its own, whose tensors are the sum in float64."""
 
     name: str
     folder: Path
@@ -38,16 +41,16 @@ class Family:
     dtype: str  # in which the weights are stored; the base's where they are mixed
     models: Mapping[str, Mapping[str, Tensor]]
     vocabularies_differ: bool = False
-    extra: Mapping[str, int] = field(default_factory=dict)
 
     def path(self, model: str) -> str:
-        return str(self.folder / model)
+        """A model as a configuration names it."""
+        return "+".join(str(self.folder / part) for part in model.split("+"))
 
 
 def make_families(folder: Path) -> dict[str, Family]:
     """Write every synthetic family below `folder`."""
     made = [make(folder, shape, dtype) for shape in SHAPES for dtype in TORCH]
-    made += [make(folder, "tied", "mixed"), make(folder, "tied", "bfloat16", vocab=True)]
+    made += [make(folder, "tied", "mixed"), make(folder, "tied", "bfloat16", vocab=True), make_adapted(folder)]
     return {family.name: family for family in made}
 
 
@@ -71,7 +74,38 @@ def make(folder: Path, shape: str, dtype: str, vocab: bool = False) -> Family:
         write(folder / name / model, models[model], config)
         if vocab:
             write_tokenizer(folder / name / model, rows)
-    return Family(name, folder / name, "base", tuple(TUNES), depth, stored["base"], models, vocab, extra)
+    return Family(name, folder / name, "base", tuple(TUNES), depth, stored["base"], models, vocab)
+
+
+def make_adapted(folder: Path) -> Family:
+    """A float32 family of which two finetunes are adapters on the base."""
+    plain = make(folder / "plain", "odd", "float32")
+    base, generator = plain.models["base"], torch.Generator().manual_seed(1)
+    models = dict(plain.models)
+    for name, alpha in (("low", 8), ("high", 16)):
+        factors, sums = {}, dict(base)
+        for tensor, weight in base.items():
+            if tensor.split(".")[-2] in ADAPTED:
+                a = 0.02 * torch.randn(RANK, weight.shape[1], generator=generator)
+                b = 0.02 * torch.randn(weight.shape[0], RANK, generator=generator)
+                stem = f"base_model.model.{tensor.removesuffix('.weight')}"
+                factors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+                sums[tensor] = weight.double() + b.double() @ a.double() * (alpha / RANK)
+        models[f"base+{name}"] = sums
+        write_adapter(plain.folder / name, factors, alpha, plain.folder / "base")
+    tunes = ("base+low", "a", "base+high")
+    return replace(plain, name="lora-float32", tunes=tunes, models=models)
+
+
+def write_adapter(folder: Path, factors: Mapping[str, Tensor], alpha: int, base: Path) -> None:
+    """An adapter as peft writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": alpha, "bias": "none",
+        "target_modules": list(ADAPTED), "base_model_name_or_path": str(base),
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(dict(factors), folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def config_of(shape: str, words: int, dtype: str) -> dict[str, Any]:

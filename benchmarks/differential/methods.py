@@ -50,16 +50,17 @@ def one_of(*values: Any) -> Draw:
 
 
 def _weight(rng: Random) -> float:
-    """Positive, seldom negative; never so small that weights cancel."""
-    return round(rng.uniform(0.2, 1.4), rng.choice((4, 4, 1))) * (-1 if rng.random() < 0.07 else 1)
+    """Positive, seldom negative; those have a fifth digit, so that weights do not cancel."""
+    found = _positive(rng)
+    return -(found + 3e-5) if rng.random() < 0.07 else found
+
+
+def _positive(rng: Random) -> float:
+    return round(rng.uniform(0.2, 1.4), rng.choice((4, 4, 1)))
 
 
 def _density(rng: Random) -> float:
     return rng.choice((1.0, 0.0)) if rng.random() < 0.08 else round(rng.uniform(0.05, 0.95), rng.choice((3, 1)))
-
-
-def _positive(rng: Random) -> float:
-    return abs(_weight(rng))
 
 
 _FLAG = one_of(True, False)
@@ -89,9 +90,13 @@ METHODS: Mapping[str, Spec] = {
         {**_POSITIVE, "nuslerp_flatten": Knob(_FLAG, True), "nuslerp_row_wise": Knob(_FLAG, False)},
         models=(2, 2), base="maybe", slack=64.0, norms=True,
     ),
-    "multislerp": Spec({**_POSITIVE, "normalize_weights": Knob(_FLAG, True)}, base="maybe", slack=64.0, norms=True),
+    "multislerp": Spec(
+        {**_POSITIVE, "normalize_weights": Knob(_FLAG, True), "eps": Knob(one_of(1e-8, "1e-6"), 1e-8)},
+        base="maybe", slack=64.0, norms=True,
+    ),
     "karcher": Spec(
-        {"max_iter": Knob(one_of(1, 5, 10, 20), 10, whole=True)}, base="input", slack=64.0, norms=True, arcs=True
+        {"max_iter": Knob(one_of(1, 5, 10, 20), 10, whole=True), "tol": Knob(one_of(1e-5, "1e-7"), 1e-5)},
+        base="input", slack=64.0, norms=True, arcs=True,
     ),
     "task_arithmetic": Spec({**WEIGHT, **LAMBDA, **_normalize(False)}, models=(1, 4)),
     "ties": Spec({**_TIES, **_normalize(True)}, models=(1, 4)),

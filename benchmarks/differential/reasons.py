@@ -46,7 +46,7 @@ def _at_the_cut(tensor: Wanted, rounding: float) -> Mask:
 
 
 def _at_an_edge(tensor: Wanted, rounding: float) -> Mask:
-    """As `_at_the_cut`, for both ends of a band of magnitudes; with `rescale` a choice there scales the whole tensor."""
+    """As `_at_the_cut`, for both ends of a band of magnitudes; with `rescale` a choice there scales all entries."""
     found = _nowhere(tensor)
     for delta, density, gamma in zip(tensor.deltas, *(tensor.job.own[k] for k in ("density", "gamma")), strict=True):
         magnitude = np.abs(delta).astype(np.float32)
@@ -126,10 +126,10 @@ def _divergence_is_noise(tensor: Wanted, rounding: float) -> Mask:
         first, median, third = (ordered[int(part * (ordered.size - 1))] for part in (0.25, 0.5, 0.75))
         return float(median + 1.5 * (third - first))
 
-    noise = change * rounding
+    noise = change * rounding / 2
     low, high = threshold(importance - noise), threshold(importance + noise)
     cut = threshold(importance)
-    margin = max(high - cut, cut - low, 1.5 * float(np.median(noise)))
+    margin = max(high - cut, cut - low, 1.5 * float(np.median(noise))) + 2.0**-22 * cut  # it is compared in float32
     return (np.abs(importance - cut) <= noise + margin).reshape(tensor.models.shape[1:])
 
 
@@ -162,6 +162,7 @@ REASONS: tuple[Reason, ...] = (
         "divergences of rows that are nearly equal are rounding noise in float32",
         frozenset({"arcee_fusion"}),
         _divergence_is_noise,
+        both=True,
     ),
     Reason(
         "short task vectors: mergekit divides by no product of norms below 1e-6",

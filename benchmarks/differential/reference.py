@@ -53,10 +53,26 @@ def wanted(case: Case) -> Iterator[Wanted]:
     names = list(family.models[family.base])
     for job in resolve(case.config, spec, names, family.depth):
         base = _array(family, *job.base) if job.base else None
-        rows = family.models[family.base][job.name].shape if family.vocabularies_differ and _vocabulary(job) else None
-        models = np.stack([_array(family, *part, rows=rows and rows[0]) for part in job.inputs])
-        value = _define(case, job, base, models) if defined(case.method) else None
-        yield Wanted(job, value, base, models)
+        models = [_array(family, *part) for part in job.inputs]
+        if family.vocabularies_differ and _vocabulary(job):
+            assert base is not None
+            union = case.config["tokenizer_source"] == "union"
+            rows = max(map(len, _everyone(case, job))) if union else len(base)
+            base, *models = (_in_vocabulary([base, *models], own, rows) for own in (base, *models))
+        value = _define(case, job, base, np.stack(models)) if defined(case.method) else None
+        yield Wanted(job, value, base, np.stack(models))
+
+
+def _everyone(case: Case, job: Job) -> list[Array]:
+    """The tensor in every model of the configuration: the union is theirs, though a slice may take some of them."""
+    named = [model for model in case.family.models if f"'{model}'" in str(case.config)]
+    return [_array(case.family, model, job.name) for model in named]
+
+
+def _in_vocabulary(models: list[Array], own: Array, rows: int) -> Array:
+    """A model's rows in another vocabulary: those that it lacks are the base's (the first's), or of who has them."""
+    owners = [next(m for m in (own, *models) if len(m) > row) for row in range(rows)]
+    return np.stack([owner[row] for row, owner in enumerate(owners)])
 
 
 def dtype_of(case: Case) -> str:
@@ -67,13 +83,8 @@ def _vocabulary(job: Job) -> bool:
     return "embed_tokens" in job.name or "lm_head" in job.name
 
 
-def _array(family: Family, model: str, tensor: str, rows: int | None = None) -> Array:
-    """A model's tensor; with `rows` in the base's vocabulary: rows of its own are left out, missing ones the base's."""
-    own = as_float64(family.models[model][tensor])
-    if rows is None or len(own) == rows:
-        return own
-    base = as_float64(family.models[family.base][tensor])
-    return np.concatenate([own[:rows], base[len(own) :]])
+def _array(family: Family, model: str, tensor: str) -> Array:
+    return as_float64(family.models[model][tensor])
 
 
 def as_float64(tensor: Tensor) -> Array:

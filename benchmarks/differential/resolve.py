@@ -79,10 +79,11 @@ def _slices(config: Mapping[str, Any], spec: Spec, depth: int) -> tuple[list[Map
 
 
 def _name(model: Any) -> str:
-    """A model as written: its name, `{path: name}` or `{model: either}`."""
-    while isinstance(model, Mapping):
-        model = model.get("model", model.get("path"))
-    return model
+    """A model as written: its name, `{path: name}` or `{model: either, lora: either}`."""
+    if not isinstance(model, Mapping):
+        return model
+    found = _name(model.get("model", model.get("path")))
+    return f"{found}+{_name(model['lora'])}" if "lora" in model else found
 
 
 class _Reader:

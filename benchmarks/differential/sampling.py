@@ -24,7 +24,10 @@ from differential.tools import Mergekit, Ours, Outcome
 LEVEL = 0.01 / 60  # of one test: there are some sixty a method, and one run in a hundred is to be wrong by chance
 # Fewer entries than this and mergekit's L1 rescaling is far from 1/density.
 LARGE = 300
-_RESCALES: Sequence[tuple[Any, Any]] = ((False, False), ("l1", True), (True, True))  # ours, mergekit's
+# Ours and mergekit's `rescale`. Dividing by the density and restoring the L1 norm have the same mean where all entries
+# have one density; DELLA divides each by its own probability, and mergekit scales all entries alike.
+_SAME: Sequence[tuple[Any, Any]] = ((False, False), ("l1", True))
+_RESCALES = {"dare_linear": (*_SAME, (True, True)), "dare_ties": (*_SAME, (True, True))}
 
 
 @dataclass
@@ -49,7 +52,7 @@ def sample(
         case = replace(case, config=_fixed(case, single=number == 0))
         first = seed + number * seeds
         drawn: dict[tuple[str, Any], Sequence[Outcome]] = {}
-        for own, other in _RESCALES:
+        for own, other in _RESCALES.get(method, _SAME):
             for tool, rescale in ((ours, own), (mergekit, other)):
                 if (tool.name, rescale) not in drawn:
                     shared = {**(case.config.get("parameters") or {}), "rescale": rescale}

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ for line in sys.stdin:
     try:
         config = MergeConfiguration.model_validate(yaml.safe_load(asked["text"]))
         options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=asked["whole"],
-                               random_seed=asked["seed"])
+                               random_seed=asked["seed"], lora_merge_cache=asked["adapted"])
         run_merge(config, asked["output"], options)
         answer = {"error": None}
     except Exception as error:
@@ -61,6 +61,15 @@ class Outcome:
     tensors: Mapping[str, Tensor]
     error: str | None = None
     config: Mapping[str, Any] | None = None  # the output's config.json
+    tokens: Mapping[str, int] = field(default_factory=dict)  # of its tokenizer.json
+
+    def in_order_of(self, other: Outcome) -> Outcome:
+        """The same with its tokens' rows where the other has them. (mergekit numbers a union anew in every run.)"""
+        if self.tokens == other.tokens or self.tokens.keys() != other.tokens.keys():
+            return self
+        rows = [self.tokens[token] for token in sorted(other.tokens, key=lambda token: other.tokens[token])]
+        placed = {n: t[rows] if _is_by_token(n) else t for n, t in self.tensors.items()}
+        return replace(self, tensors=placed, tokens=other.tokens)
 
 
 class Ours:
@@ -91,6 +100,7 @@ class Mergekit:
             raise FileNotFoundError(f"there is no {python}\n{INSTALL}")
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         env.pop("PYTHONPATH", None)
+        self._adapted = tempfile.TemporaryDirectory()  # where it keeps bases with their adapters
         self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [found, "-c", _DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env
@@ -103,7 +113,7 @@ class Mergekit:
     def run(self, text: str, seed: int | None = None, whole: bool = False) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             output = str(Path(folder) / "out")
-            asked = {"text": text, "output": output, "seed": seed, "whole": whole}
+            asked = {"text": text, "output": output, "seed": seed, "whole": whole, "adapted": self._adapted.name}
             assert self._process.stdin
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
@@ -126,6 +136,7 @@ class Mergekit:
         with contextlib.suppress(OSError):
             self._process.kill()
         self._process.wait()
+        self._adapted.cleanup()
 
     def __enter__(self) -> Mergekit:
         return self
@@ -138,5 +149,15 @@ def _read(folder: Path) -> Outcome:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
-    config = folder / "config.json"
-    return Outcome(tensors, config=json.loads(config.read_text()) if config.is_file() else None)
+    config, tokenizer = (_json(folder / name) for name in ("config.json", "tokenizer.json"))
+    tokens = dict(tokenizer["model"]["vocab"]) if tokenizer and isinstance(tokenizer["model"]["vocab"], dict) else {}
+    tokens |= {token["content"]: token["id"] for token in (tokenizer or {}).get("added_tokens", [])}
+    return Outcome(tensors, config=config, tokens=tokens)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+def _is_by_token(tensor: str) -> bool:
+    return "embed_tokens" in tensor or "lm_head" in tensor

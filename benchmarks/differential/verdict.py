@@ -82,6 +82,7 @@ def judge(case: Case, ours: Ours, mergekit: Mergekit | None) -> Result:
         seed = case.number if METHODS[case.method].random else None
         theirs = mergekit.run(text, seed)
         single = mergekit.run(case.text(dtype="float32", out_dtype=result.dtype), seed)
+        theirs, single = theirs.in_order_of(own), single.in_order_of(own)
         _refusals(result, own, theirs)
     if result.failures:
         return result
@@ -94,7 +95,8 @@ def judge(case: Case, ours: Ours, mergekit: Mergekit | None) -> Result:
         return result
     result.entries = sum(tensor.models[0].size for tensor in tensors)
     if defined(case.method):
-        apart = [_covered(case.method, tensor, SINGLE) for tensor in tensors]
+        alone = mergekit is None
+        apart = [_covered(case.method, tensor, EXACT if alone else SINGLE, ours=alone) for tensor in tensors]
         result.apart = sum(int(where.sum()) for where in apart)
         result.ours = _errors(result.dtype, own, tensors, apart)
         _check_ours(result, own, tensors)

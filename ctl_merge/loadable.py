@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ctl_merge.architecture import empty_model, origins
+from ctl_merge.architecture import empty_model, origins, tied_parameters
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import few
 from ctl_merge.errors import CheckpointError, MismatchError
@@ -40,7 +40,8 @@ def check_stack(plan: Plan, first: FileCheckpoint) -> Plan:
             f"at its new depth a {config['architectures'][0]} has no place for {few(odd)}: layers that differ from the "
             "others cannot stand anywhere in the stack"
         )
-    lacking = [name for name, _ in model.named_parameters() if name not in found]
+    tied = tied_parameters(model)
+    lacking = [name for name, _ in model.named_parameters() if name not in found and tied.get(name) not in found]
     return (
         _warned(plan, f"the stack lacks {few(lacking)}: transformers will make them up at random") if lacking else plan
     )

@@ -52,7 +52,7 @@ def unused(mixture: Mixture, base: ModelRef, checkpoints: Checkpoints) -> Iterat
             yield f"of {ref}, {len(left)} tensors are not used (attention, norms, embeddings): {few(left, 2)}"
     if base not in {expert.ref for expert in mixture.everyone}:
         left = [name for name in checkpoints[base].tensors if NETWORK in name]
-        yield f"of the base {base}, {len(left)} feed-forward tensors are not used: it is no expert"
+        yield f"of {base}, {len(left)} feed-forward tensors are not used: it is no expert"
 
 
 def hints(mixture: Mixture, base: FileCheckpoint) -> Iterator[str]:

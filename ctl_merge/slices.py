@@ -165,7 +165,8 @@ class _Cutter:
         runs = ", ".join("+".join(f"{s.ref}[{s.layers[0]}:{s.layers[1]}]" for s in p.models if s.layers)
                          for p in self.slices)  # fmt: skip
         total = sum(part.layers or 0 for part in self.slices)
-        return [f"{own.stack} has {total} layers instead of {own.depth}: {runs}"]
+        instead = f" instead of {own.depth}" if total != own.depth else ""
+        return [f"{own.stack} has {total} layers{instead}: {runs}"]
 
     def parts(self, changes: Mapping[Path, object]) -> Iterator[Part]:
         offset = 0

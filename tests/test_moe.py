@@ -466,7 +466,7 @@ def test_the_plan_tells_what_is_done(dense_models: Any) -> None:
     assert "a Mixtral (MixtralForCausalLM): 3 experts, 2 for each token" in told
     assert "at the last token of 6 prompts" in told
     assert f"of {folder}/2, 21 tensors are not used (attention, norms, embeddings): lm_head.weight" in told
-    assert f"of the base {folder}/base, 9 feed-forward tensors are not used" in told
+    assert f"of {folder}/base, 9 feed-forward tensors are not used" in told
     assert "3 experts, not a power of two: llama.cpp does not run such a model" in summary["warnings"]
     state = load_file(folder / "base" / "model.safetensors")
     each, network = (sum(t.nbytes for n, t in state.items() if keep(n)) for keep in (bool, lambda n: ".mlp." in n))

@@ -339,3 +339,10 @@ def test_a_probe_refuses_a_stack_and_takes_slices_that_stay_in_place(family: Any
     moved = Merge(parse(text + f"  - sources: [{one % (1, 3)}, {other % (1, 3)}]\n", tmp_path))
     with pytest.raises(RecipeError, match="its slices move layers"):
         roles(moved, None)
+
+
+def test_a_head_that_is_tied_is_not_missing(models: Callable[[str], Path]) -> None:
+    slices = "slices: [{sources: [{model: a, layer_range: [0, 2]}]}, {sources: [{model: b, layer_range: [1, 2]}]}]"
+    opened = Merge(parse(f"merge_method: passthrough\n{slices}\n", models("gemma2")))
+    assert not opened.plan.warnings
+    assert opened.plan.decisions[0] == "model.layers has 3 layers: a[0:2], b[1:2]"

@@ -164,6 +164,7 @@ def test_a_recipe_alone_is_the_command_merge(
         (["absent.yaml"], "there is no file 'absent.yaml'"),
         (["mehtods"], "there is no file 'mehtods' (did you mean the command `methods`?)"),
         (["shema"], "(did you mean the command `schema`?)"),
+        (["chek", "recipe.yaml"], "(did you mean the command `check`?)"),
         ([".."], "there is no file '..'"),
         (["methods", "--jsno"], "No such option"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ from typer.core import TyperGroup
 
 import ctl_merge
 from ctl_merge.cli import check, compare, merge, methods, probe, schema
+from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
 
@@ -19,6 +22,9 @@ class RecipeFirst(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version", *self.commands}
         if args and args[0] not in own and not args[0].startswith(("--install-", "--show-")):
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            if near and not os.path.exists(args[0]):
+                raise typer.BadParameter(f"there is no file {args[0]!r} (did you mean the command `{near[0]}`?)")
             args = ["merge", *args]
         return super().parse_args(ctx, args)
 

@@ -13,10 +13,6 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON
 
 
 def require_recipe(path: Path) -> None:
-    """Refuse a RECIPE that is no file, which may be a misspelt verb. Raises typer.BadParameter."""
-    import difflib
-
+    """Refuse a RECIPE that is no file. Raises typer.BadParameter."""
     if not path.is_file():
-        near = difflib.get_close_matches(str(path), VERBS, n=1)
-        hint = f" (did you mean the command `{near[0]}`?)" if near else ""
-        raise typer.BadParameter(f"there is no file {str(path)!r}{hint}", param_hint="RECIPE")
+        raise typer.BadParameter(f"there is no file {str(path)!r}", param_hint="RECIPE")

@@ -7,25 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctl_merge.compatibility import MERGEKIT, differences
+from ctl_merge.chat_template import TEMPLATES
+from ctl_merge.compatibility import MERGEKIT, Row, differences
 from ctl_merge.document import Document
 from ctl_merge.errors import RecipeError
+from ctl_merge.mixture import Expert, Mixture
+from ctl_merge.moe_words import gates
 from ctl_merge.recipe import Recipe, Slice, Source, load_recipe
+from ctl_merge.recipe_tokenizer import TokenSetting
+from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting
+
+Section = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Checked:
     """`sections`: (title, lines). `problem`: why the file is no recipe, None where it is one."""
 
-    sections: tuple[tuple[str, tuple[str, ...]], ...]
+    sections: tuple[Section, ...]
     problem: str | None
 
 
 def check(path: str | Path) -> Checked:
     """Explain a recipe file without looking at its models. Raises RecipeError where it is no YAML at all."""
     documents = [document for document in Document.load(Path(path)) if isinstance(document.data, Mapping)]
-    apart = [f"{row.subject}: {row.note}" for d in documents for row in differences(d.data)]
+    apart = [_difference(row) for document in documents for row in differences(document.data)]
     against = ((f"against mergekit {MERGEKIT}", tuple(dict.fromkeys(apart))),) if apart else ()
     try:
         recipe = load_recipe(path)
@@ -33,6 +40,10 @@ def check(path: str | Path) -> Checked:
         return Checked(against, str(error))
     steps = [section for name, step in _ordered(recipe) for section in _sections(step, f"step {name}: ")]
     return Checked((*steps, *_sections(recipe, ""), *against), None)
+
+
+def _difference(row: Row) -> str:
+    return f"{row.subject}{', refused' if row.verdict == 'refused' else ''}: {row.note}"
 
 
 def _ordered(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -44,29 +55,79 @@ def _ordered(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     yield from found.items()
 
 
-def _sections(recipe: Recipe, before: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    method = recipe.method
-    yield f"{before}{method.name}", (method.summary, *_base(recipe))
-    if not recipe.slices:
-        yield f"{before}what goes in", tuple(_models(recipe.models, recipe))
-    for number, part in enumerate(recipe.slices, 1):
-        what = f"slice {number}" if part.layers else "module"
-        name = f" of {part.module}" if part.module and part.layers else f" {part.module}" if part.module else ""
-        yield f"{before}{what}{name}", (*_base_of(part), *_models(part.models, recipe, part.settings))
+def _sections(recipe: Recipe, before: str) -> Iterator[Section]:
+    yield f"{before}{recipe.method.name}", (recipe.method.summary, *_method(recipe))
+    for title, lines in _inputs(recipe):
+        yield f"{before}{title}", tuple(lines)
     yield f"{before}what comes out", tuple(_outcome(recipe))
     if recipe.warnings:
         yield f"{before}mind", recipe.warnings
 
 
-def _base(recipe: Recipe) -> Iterator[str]:
-    if recipe.base and recipe.method.space == "task_vectors":
-        yield f"task vectors are differences from {recipe.base}"
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, Iterator[str]]]:
+    if recipe.mixture:
+        yield "experts", (_expert(number, expert) for number, expert in enumerate(recipe.mixture.experts))
+        if recipe.mixture.shared:
+            yield "used for every token", (_expert(None, expert) for expert in recipe.mixture.shared)
+        return
+    if not recipe.slices:
+        yield "what goes in", _models(recipe.models, recipe)
+    for name, parts in _by_module(recipe.slices).items():
+        of = f" of {name}" if name else ""
+        if all(part.layers and len(part.models) == 1 and not part.base for part in parts):
+            yield f"layers{of}", _stacked(parts, recipe)
+            continue
+        begin = 0
+        for part in parts:
+            end = begin + (part.layers or 0)
+            title = f"layer{_s(begin, end)} {_span(begin, end)}{of}" if part.layers else f"module {name}"
+            yield title, (line for lines in (_base_of(part), _models(part.models, recipe, part)) for line in lines)
+            begin = end
+
+
+def _by_module(slices: tuple[Slice, ...]) -> dict[str | None, list[Slice]]:
+    names = dict.fromkeys(part.module for part in slices)
+    return {name: [part for part in slices if part.module == name] for name in names}
+
+
+def _stacked(parts: list[Slice], recipe: Recipe) -> Iterator[str]:
+    """Slices of one model each, a line for each."""
+    begin = 0
+    for part in parts:
+        end = begin + (part.layers or 0)
+        yield f"{_span(begin, end)}: {next(_models(part.models, recipe, part))}"
+        begin = end
+
+
+def _expert(number: int | None, expert: Expert) -> str:
+    prompts = ", ".join(
+        f"{len(texts)} {what} prompt{'s' if len(texts) > 1 else ''}"
+        for texts, what in ((expert.positive, "positive"), (expert.negative, "negative"))
+        if texts
+    )
+    told = [prompts] if prompts else []
+    if expert.noise_scale:
+        told.append(f"noise of standard deviation {expert.noise_scale:g}")
+    if expert.residual_scale != 1.0:
+        told.append(f"output times {expert.residual_scale:g}")
+    name = f"{_name(expert.ref)}{': ' if told else ''}{', '.join(told)}"
+    return name if number is None else f"{number}: {name}"
+
+
+def _method(recipe: Recipe) -> Iterator[str]:
+    if recipe.base and recipe.method.space == "task_vectors" and not recipe.slices:
+        yield f"task vectors are differences from {_name(recipe.base)}"
     shared = {name: s for name, s in recipe.settings.items() if not recipe.method.parameters[name].per_model}
     if shared:
         yield ", ".join(f"{name} {_said(setting)}" for name, setting in shared.items())
     left = {n: p.default for n, p in recipe.method.parameters.items() if not p.required and not _set(recipe, n)}
     if left:
         yield "left at their defaults: " + ", ".join(f"{name} {_plain(value)}" for name, value in left.items())
+    if recipe.data:
+        whose = "its own model's" if recipe.data.inputs == "expert" else "the base's"
+        yield f"measured on {recipe.data.sequences} windows of {recipe.data.length} tokens of each text"
+        if recipe.method.statistic == "gram":
+            yield f"what a layer reads is {whose} activations"
 
 
 def _set(recipe: Recipe, name: str) -> bool:
@@ -74,34 +135,43 @@ def _set(recipe: Recipe, name: str) -> bool:
     return any(name in settings for part in parts for settings in (part.settings, *(s.settings for s in part.models)))
 
 
-def _tokenizer(recipe: Recipe) -> str:
-    source, first = recipe.tokenizer.source, recipe.refs[0]
-    if source is None:
-        return f"{first}'s; an error where vocabularies differ"
-    if source == "union":
-        return f"{first}'s, with the tokens that only others have"
-    owner = first if source == "base" else source
-    return f"{owner}'s; rows of tokens that only others have are left out"
-
-
 def _base_of(part: Slice) -> Iterator[str]:
     if part.base:
         yield f"task vectors are differences from {_source(part.base)}"
 
 
-def _models(sources: tuple[Source, ...], recipe: Recipe, outer: Mapping[str, Setting] | None = None) -> Iterator[str]:
+def _models(sources: tuple[Source, ...], recipe: Recipe, part: Slice | None = None) -> Iterator[str]:
     own = [name for name, parameter in recipe.method.parameters.items() if parameter.per_model]
+    inner = part.settings if part else {}
+    shared = {name: s for name, s in inner.items() if name not in own and s != recipe.settings.get(name)}
+    common = [str(text) for text in ([recipe.data.texts] if recipe.data else []) if text]
     for source in sources:
-        settings = {**(outer or recipe.settings), **source.settings}
-        told = ", ".join(f"{name} {_said(settings[name])}" for name in own if name in settings)
-        yield f"{_source(source)}{': ' if told else ''}{told}"
+        settings = {**(inner or recipe.settings), **source.settings}
+        told = [f"{name} {_said(settings[name])}" for name in own if name in settings]
+        texts = [f"{spec.source}:{','.join(spec.columns)}" for spec in source.texts] or common
+        told += [f"measured on {', '.join(texts)}"] if recipe.data and texts else []
+        is_base = recipe.method.space == "weights" and recipe.method.base == "required" and source.ref == recipe.base
+        yield f"{_source(source)}{', the base' if is_base else ''}{': ' if told else ''}{', '.join(told)}"
+    if shared:
+        yield ", ".join(f"{name} {_said(setting)}" for name, setting in shared.items())
 
 
 def _source(source: Source) -> str:
-    if source.layers is None:
-        return str(source.ref)
-    first, end = source.layers
-    return f"{source.ref}, layers {first} to {end - 1}" if end - first > 1 else f"{source.ref}, layer {first}"
+    ref = source.ref
+    name = _name(ref) if ref.adapter is None else f"{_name(ref.bare)} with the adapter {ref.adapter}"
+    return name if source.layers is None else f"{name}, layer{_s(*source.layers)} {_span(*source.layers)}"
+
+
+def _name(ref: ModelRef) -> str:
+    return f"step {ref}" if ref.step else str(ref)
+
+
+def _s(begin: int, end: int) -> str:
+    return "s" if end - begin > 1 else ""
+
+
+def _span(begin: int, end: int) -> str:
+    return f"{begin} to {end - 1}" if end - begin > 1 else str(begin)
 
 
 def _said(setting: Setting) -> str:
@@ -116,21 +186,62 @@ def _said(setting: Setting) -> str:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "by itself"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _outcome(recipe: Recipe) -> Iterator[str]:
-    first = recipe.refs[0]
-    kept = f"each tensor's own in {first}" if recipe.dtype is None else recipe.dtype
-    yield f"dtype: {kept}; arithmetic is float64, rounded once"
-    yield f"config of {first}"
-    yield f"tokenizer: {_tokenizer(recipe)}"
+    first = _name(recipe.refs[0])
+    yield f"dtype: {recipe.dtype or f'each tensor as {first} has it'}; arithmetic is float64, rounded once"
+    if recipe.mixture:
+        yield from _mixture(recipe.mixture, first, recipe.refs[0])
+    else:
+        yield f"config of {first}"
+        yield from _vocabulary(recipe, first)
     total = sum(part.layers or 0 for part in recipe.slices if part.module in (None, recipe.slices[0].module))
     if total:
         yield f"{total} layers"
     if recipe.missing != "error":
-        yield {"base": f"tensors that a model lacks are {first}'s", "skip": "tensors that a model lacks are left out"}[
-            recipe.missing
-        ]
-    if recipe.method.random:
+        whose = {"base": f"are {first}'s", "skip": "are left out"}[recipe.missing]
+        yield f"tensors that a model lacks {whose}"
+    if recipe.method.random or (recipe.mixture and _draws(recipe.mixture)):
         yield f"random numbers by seed {recipe.seed}, model, tensor and entry: the same in every run"
+
+
+def _mixture(mixture: Mixture, first: str, base: ModelRef) -> Iterator[str]:
+    family = mixture.architecture or "the first architecture that fits"
+    yield f"{family}: {len(mixture.experts)} experts, {mixture.experts_per_token} for each token"
+    yield f"gates: {gates(mixture, base)}"
+    yield f"attention, norms, embeddings, head, tokenizer and chat template: {first}'s"
+
+
+def _draws(mixture: Mixture) -> bool:
+    return not mixture.from_prompts or any(expert.noise_scale for expert in mixture.everyone)
+
+
+def _vocabulary(recipe: Recipe, first: str) -> Iterator[str]:
+    setting = recipe.tokenizer
+    source = setting.source
+    if source is None:
+        yield f"tokenizer: {first}'s; an error where vocabularies differ"
+    elif source == "union":
+        yield f"tokenizer: {first}'s, with the tokens that only others have"
+    else:
+        owner = first if isinstance(source, str) else _name(source)
+        yield f"tokenizer: {owner}'s; rows of tokens that only others have are left out"
+    for token, own in setting.tokens.items():
+        yield f"row of {token!r}: {_row(own)}{', in every model' if own.force else ', in models that lack it'}"
+    if setting.pad_to_multiple_of:
+        yield f"rows of the embedding: the tokens, rounded up to a multiple of {setting.pad_to_multiple_of}"
+    template = setting.chat_template
+    if template:
+        known = next((name for name, text in TEMPLATES.items() if text == template), "the recipe's own")
+        yield f"chat template: {'what most models have' if template == 'auto' else known}"
+
+
+def _row(own: TokenSetting) -> str:
+    if own.default:
+        return "as for any other token"
+    token = "" if own.token is None else f" of {own.token!r}" if isinstance(own.token, str) else f" {own.token}"
+    return "zeros" if own.zero else f"row{token} of {own.model}"

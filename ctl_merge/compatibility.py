@@ -1,20 +1,43 @@
 """mergekit 0.1.5 and we: what differs, key by key.
 
-The table in the README and `ctl-merge check` are made from these rows. Verdicts: `same`; `more exact`: the same up to
-rounding, where ours is nearer to the definition; `ours`: another result or none there, on purpose; `refused`: an error
-here.
+The table in the README and `ctl-merge check` are made from these rows. Verdicts: `same`: nothing but rounding differs;
+`more exact`: nearer to the definition here; `ours`: another result, or none there; `refused`: an error here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from ctl_merge.traits import (
+    Data,
+    Trait,
+    a_merge,
+    a_mixture,
+    adapters,
+    anywhere,
+    below_tokenizer,
+    both,
+    gradients,
+    key,
+    lacks_its_base,
+    method,
+    nothing,
+    parameter,
+    parameters_unknown_to_the_method,
+    rescales,
+    revision_beside_a_model,
+    shared_below_a_model,
+    tokenizer,
+    unknown_keys,
+    value,
+    without_base,
+)  # fmt: skip
 
 MERGEKIT = "0.1.5"
 
 Verdict = Literal["same", "more exact", "ours", "refused"]
-Data = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,205 +47,197 @@ class Row:
     subject: str
     verdict: Verdict
     note: str
-    concerns: Callable[[Data], bool]
+    concerns: Trait
 
 
 def differences(data: Data) -> list[Row]:
-    """The rows that concern a document, those in which nothing differs left out."""
-    return [row for row in (*KEYS, *METHODS) if row.verdict != "same" and row.concerns(data)]
+    """The rows that concern a document, those in which nothing differs left out, refusals first."""
+    found = [row for row in ROWS if row.verdict != "same" and row.concerns(data)]
+    return sorted(found, key=lambda row: row.verdict != "refused")
 
 
 def markdown(rows: Iterable[Row]) -> str:
     """For the README."""
-    lines = ["| | against mergekit | |", "|---|---|---|"]
+    lines = ["| | | ctl-merge, and mergekit where it differs |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {row.subject} | {row.verdict} | {row.note} |" for row in rows)])
 
 
-# ---- what a document has
-
-
-def _key(*names: str) -> Callable[[Data], bool]:
-    return lambda data: any(data.get(name) is not None for name in names)
-
-
-def _method(*names: str) -> Callable[[Data], bool]:
-    return lambda data: data.get("merge_method") in names
-
-
-def _always(data: Data) -> bool:
-    return isinstance(data.get("merge_method"), str)
-
-
-def _never(data: Data) -> bool:
-    """For the README only: no document tells whether it matters."""
-    return False
-
-
-def _walk(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key in a document with its value, however deep."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key), inner
-            yield from _walk(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _walk(inner)
-
-
-def _has(name: str) -> Callable[[Data], bool]:
-    return lambda data: any(key == name for key, _ in _walk(data))
-
-
-def _adapters(data: Data) -> bool:
-    return any(
-        key == "lora" or (key in ("model", "base_model") and isinstance(value, str) and "+" in value)
-        for key, value in _walk(data)
-    )
-
-
-def _gradient(data: Data) -> bool:
-    return any(key == "parameters" and _lists(value) for key, value in _walk(data))
-
-
-def _lists(parameters: Any) -> bool:
-    values = parameters.values() if isinstance(parameters, Mapping) else ()
-    return any(isinstance(v, list) or (key == "value" and isinstance(v, list)) for p in values for key, v in _items(p))
-
-
-def _items(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for item in value:
-            yield from _walk(item)
-    elif isinstance(value, Mapping):
-        yield from _walk(value)
-    else:
-        yield "", value
-
-
-def _shared_below(data: Data) -> bool:
-    """Whether a model has parameters that its method takes for all models together."""
-    shared = {"t", "lambda", "normalize", "rescale", "epsilon", "select_topk"}
-    listed = [model for key, models in _walk(data) if key in ("models", "sources") for model in _dicts(models)]
-    return any(name in shared for model in listed for name in model.get("parameters") or ())
-
-
-def _dicts(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
-
-
-def _no_base(data: Data) -> bool:
-    return _always(data) and data.get("base_model") is None
-
+_RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 
 KEYS: tuple[Row, ...] = (
+    Row("`models`, `base_model`, `parameters`", "same", "precedence, gradients, filters", nothing),
     Row(
-        "arithmetic",
-        "more exact",
-        "float64, rounded once to the output's dtype; mergekit computes most methods in the "
-        "dtype of the files or of `dtype`",
-        _always,
-    ),
-    Row("`models`, `base_model`, `parameters`", "same", "precedence, gradients, filters as there", _always),
-    Row(
-        "gradients over layers",
-        "same",
-        "embeddings, final norm and head have the first value, as there: the head too, "
-        "although it is the last to be used",
-        _gradient,
+        "arithmetic", "more exact",
+        "float64, rounded once; mergekit computes in `dtype`, or in the dtype of the files", a_merge,
     ),
     Row(
-        "shared parameters under a model",
-        "refused",
-        "mergekit does not read `t`, `lambda`, `normalize` under a model and says nothing",
-        _shared_below,
+        "`dtype`", "ours", "of the result only; there of the arithmetic too. `out_dtype` wins in both",
+        both(a_merge, key("dtype")),
     ),
     Row(
-        "unknown keys and parameters",
-        "refused",
-        "mergekit ignores them: a typo changes the merge and nobody is told",
-        _never,
+        "gradients over layers", "same", "embeddings, final norm **and head** have the first value", gradients,
     ),
     Row(
-        "`slices`",
-        "same",
-        "the config follows: depth, lists with an entry for each layer, lists of layers, kinds of "
-        "attention (mergekit sets the depth only)",
-        _key("slices"),
+        "no `base_model`", "ours", "config and tokenizer are the first model's; there an arbitrary one's",
+        lambda data: without_base(data) and not lacks_its_base(data),
+    ),
+    Row("a method that needs a base, without one", "refused", "by mergekit 0.1.5 too", lacks_its_base),
+    Row(
+        "shared parameters (`t`, `lambda`, …) under a model", "refused",
+        "mergekit does not read them there, and says nothing: move them to the recipe's `parameters`",
+        shared_below_a_model,
     ),
     Row(
-        "`modules`",
-        "same",
-        "by mergekit's names or by the beginning of tensors' names; every tensor must be in one",
-        _key("modules"),
+        "parameters that the method lacks", "refused", "mergekit ignores them: remove them",
+        parameters_unknown_to_the_method,
     ),
-    Row("a slice's base that is not among its sources", "same", "an error in both", _key("slices")),
+    Row("unknown keys", "refused", "mergekit ignores them, so that a typo changes the merge", unknown_keys),
+    Row("shares outside [0, 1] (`density`, `gamma`, `select_topk`)", "refused", "mergekit clamps them", nothing),
+    Row("`int8_mask`", "same", "has no effect on the result", nothing),
+    Row("tensors that mergekit's architecture tables lack", "ours", "merged by name; there they are dropped", nothing),
+    Row("tensors that only some models have", "refused", "unless `missing` is `base` or `skip`", nothing),
     Row(
-        "`revision` beside a source's model",
-        "refused",
-        "mergekit ignores it and takes the main branch; write `model: org/name@revision`",
-        _has("revision"),
+        "`slices`", "ours",
+        "every setting of the config that follows from a layer's number is adapted; mergekit sets the depth",
+        anywhere("slices"),
     ),
-    Row("`residual_weight`", "refused", "mergekit reads it and does nothing with it", _has("residual_weight")),
+    Row("`residual_weight`", "refused", "mergekit reads it and does nothing with it", anywhere("residual_weight")),
     Row(
-        "`dtype`",
-        "ours",
-        "the dtype of the result; there also that of the arithmetic. `out_dtype` wins in both",
-        _key("dtype"),
-    ),
-    Row("`int8_mask`", "same", "without effect on the result", _has("int8_mask")),
-    Row(
-        "config and tokenizer without `base_model`",
-        "ours",
-        "of the first model listed; there of one from an unordered set, another one from run to run",
-        _no_base,
+        "`revision` beside a model", "refused", "mergekit ignores it: write `model: org/name@revision`",
+        revision_beside_a_model,
     ),
     Row(
-        "`model+adapter`, `lora`",
-        "more exact",
-        "added in float64 as tensors are read: no merged model is made and written for each adapter, or rounded "
-        "before the merge; a head that is tied to an adapted embedding is untied, as the adapter was trained",
-        _adapters,
+        "`modules`", "ours", "every tensor must be in one; mergekit drops the others", key("modules"),
     ),
     Row(
-        "several documents, `name`",
-        "same",
-        "as mergekit-multi, but steps are read lazily: nothing intermediate is written or rounded",
-        _key("name"),
+        "adapters (`model+adapter`, `lora`)", "more exact",
+        "added in float64 as tensors are read; mergekit first writes a merged model, rounded, for each", adapters,
     ),
     Row(
-        "tensors that an architecture table lacks",
-        "ours",
-        "merged by the names in the files; mergekit drops what its table does not list, or refuses the architecture",
-        _always,
+        "several documents", "more exact", "steps are read lazily; mergekit-multi writes each, rounded",
+        both(a_merge, key("name")),
     ),
-    Row("tensors that only some models have", "refused", "unless the recipe says `missing: base` or `skip`", _never),
     Row(
-        "`genome` (mergekit-evolve)",
-        "refused",
-        "write the parameters that it found, or `ctl-merge probe` to see what to change",
-        _key("genome"),
+        "`genome` (mergekit-evolve)", "refused", "it describes a search: write the parameters that it found",
+        key("genome"),
     ),
-)
+)  # fmt: skip
+
+VOCABULARY: tuple[Row, ...] = (
+    Row(
+        "vocabularies that differ, no tokenizer key", "refused", "mergekit looks at the numbers of rows only",
+        nothing,
+    ),
+    Row(
+        "`union`: tokens of a BPE core", "ours",
+        "join the core with their merges, so that they are used; there they become literal text, which is never met",
+        tokenizer("union"),
+    ),
+    Row("`union`: ids of new tokens", "ours", "by model, then id; there in any order", tokenizer("union")),
+    Row(
+        "`union`: cores of different kinds, or Unigram", "refused",
+        "unless only added tokens differ; mergekit adds the rest as text", nothing,
+    ),
+    Row(
+        "rows without a token (padding)", "ours", "kept, unless `pad_to_multiple_of` is set; mergekit cuts them off",
+        lambda data: tokenizer("base", "union", "model")(data) and not below_tokenizer("pad_to_multiple_of")(data),
+    ),
+    Row(
+        "`tokenizer: tokens`", "ours", "a token without `source` follows the default rule, an error there",
+        below_tokenizer("tokens"),
+    ),
+    Row(
+        "tokenizer files with `base` or a model", "ours", "copied byte for byte, with its special ids; there re-saved",
+        tokenizer("base", "model"),
+    ),
+    Row(
+        "`chat_template: auto`", "ours", "the most common, the first where counts are equal; there an arbitrary one",
+        value("chat_template", "auto"),
+    ),
+    Row(
+        "`chat_template` by name", "ours",
+        "as its authors document it; mergekit's differs in blanks, newlines or the end",
+        value("chat_template", "alpaca", "llama3", "mistral", "exaone"),
+    ),
+)  # fmt: skip
 
 METHODS: tuple[Row, ...] = (
+    Row("`linear`, `task_arithmetic`, `passthrough`, `slerp`, `ram`", "same", "the same sums and angles", nothing),
     Row(
-        "`linear`, `task_arithmetic`, `passthrough`",
-        "more exact",
-        "the same sums",
-        _method("linear", "task_arithmetic"),
-    ),
-    Row("`slerp`", "more exact", "one angle a tensor, as there", _method("slerp")),
-    Row(
-        "`ties`",
-        "more exact",
-        "entries that equal the cut are all kept; mergekit keeps exactly k, in an order that its sort does not fix",
-        _method("ties"),
+        "`ties`", "more exact", "all entries that equal the cut are kept; there exactly k, in no fixed order",
+        both(method("ties"), parameter("density")),
     ),
     Row(
-        "`dare_linear`, `dare_ties`",
-        "ours",
-        "`rescale: true` divides by the density, as the paper does (`l1` is "
-        "mergekit's); masks depend on seed, model and entry alone, not on the order of the run",
-        _method("dare_linear", "dare_ties"),
+        "masks of `dare_linear`, `dare_ties`, `della`, `della_linear`", "ours",
+        "random by seed, model, tensor and entry: the same in every run; there by one generator in order of use",
+        method(*_RANDOM),
     ),
-)
+    Row(
+        "`rescale: true` of the same four", "ours",
+        "divides each entry by its probability, as the papers do; mergekit restores the L1 norm: write `rescale: l1`",
+        both(method(*_RANDOM), rescales),
+    ),
+    Row(
+        "ranks of `della`, `della_linear`", "ours", "equal magnitudes share their rank; there a sort orders them",
+        method("della", "della_linear"),
+    ),
+    Row(
+        "`breadcrumbs`, `breadcrumbs_ties`", "more exact", "all entries that equal a cut are kept",
+        method("breadcrumbs", "breadcrumbs_ties"),
+    ),
+    Row(
+        "weights that sum to 0, with `normalize`", "refused", "mergekit does not divide then", nothing,
+    ),
+    Row(
+        "`sce`", "ours",
+        "weighted by energy however small; mergekit weights equally where Σ mean d² < 1e-6, as in most finetunes",
+        method("sce"),
+    ),
+    Row("`ramplus_tl`", "more exact", "its ratio is float64; there float32", method("ramplus_tl")),
+    Row("`nearswap`", "more exact", "for t below 1e-6 too", method("nearswap")),
+    Row(
+        "`arcee_fusion`", "more exact", "exact quartiles; mergekit samples tensors above 10⁶ entries, without a seed",
+        method("arcee_fusion"),
+    ),
+    Row(
+        "`nuslerp`", "more exact", "vectors shorter than 1e-7 keep their angle", method("nuslerp"),
+    ),
+    Row(
+        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there",
+        method("multislerp"),
+    ),
+    Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),
+    Row("`model_stock`", "more exact", "for short task vectors; `clamp` is ours", method("model_stock")),
+    Row(
+        "`consensus`, `iso_c`, `iso_cts`, `localize_and_stitch`, `metagpt`, `pcb`, `tsv`, `wudi`", "ours",
+        "mergekit has none of them",
+        method("consensus", "iso_c", "iso_cts", "localize_and_stitch", "metagpt", "pcb", "tsv", "wudi"),
+    ),
+)  # fmt: skip
+
+_FROM_PROMPTS = both(a_mixture, lambda data: data.get("gate_mode", "hidden") in ("hidden", "hidden_last", "hidden_avg"))
+
+MIXTURES: tuple[Row, ...] = (
+    Row(
+        "gates from hidden states", "more exact", "float32, each prompt by itself; there bfloat16, padded",
+        _FROM_PROMPTS,
+    ),
+    Row(
+        "`gate_mode: hidden_avg`", "ours", "the mean over the prompt's tokens; there padding counts too",
+        both(a_mixture, value("gate_mode", "hidden_avg")),
+    ),
+    Row(
+        "random gates and noise", "ours", "by the seed: the same in every run",
+        both(a_mixture, lambda data: anywhere("noise_scale")(data) or "random" in str(data.get("gate_mode"))),
+    ),
+    Row("sliding windows of attention", "ours", "kept; mergekit drops them for Mixtral and Qwen MoE", a_mixture),
+    Row("names of Mixtral's tensors", "ours", "the Hub's; there those of transformers 5, fused", a_mixture),
+    Row("biases for which the mixture has no place", "refused", "mergekit drops them for Mixtral", nothing),
+    Row(
+        "DeepSeek MoE", "refused", "transformers has no class for it",
+        both(a_mixture, lambda data: str(data.get("architecture")).lower().startswith("deepseek")),
+    ),
+    Row("all experts one model", "ours", "a warning; an error there", nothing),
+)  # fmt: skip
+
+ROWS = (*KEYS, *VOCABULARY, *METHODS, *MIXTURES)

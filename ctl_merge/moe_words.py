@@ -27,7 +27,12 @@ def structure(mixture: Mixture, family: Family, base: ModelRef) -> Iterator[str]
         what = "shared expert" if number >= len(mixture.experts) else f"expert {number}"
         if changed:
             yield f"{what} ({expert.ref}): {', '.join(changed)}"
-    yield f"gates: {_GATES[mixture.gate_mode].format(base=base, count=_prompts(mixture))}"
+    yield f"gates: {gates(mixture, base)}"
+
+
+def gates(mixture: Mixture, base: ModelRef) -> str:
+    """Of what the router's weights are made."""
+    return _GATES[mixture.gate_mode].format(base=base, count=_prompts(mixture))
 
 
 _GATES = {

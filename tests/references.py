@@ -61,10 +61,14 @@ def task_arithmetic(
 
 def ties(
     base: Array, models: Array, noise: Array | None, *, weight: Sequence[float], density: Sequence[float],
-    normalize: bool = True, lambda_: float = 1.0, elect: str = "weighted", divide: str = "weights", trim: str = "",
+    normalize: bool = True, rescale: bool = False, lambda_: float = 1.0, elect: str = "weighted",
+    divide: str = "weights", trim: str = "",
 ) -> Array:  # fmt: skip
     """arXiv 2306.01708 on one vector: for `trim: model` call it on all tensors, flattened and concatenated."""
     kept = np.stack([keep_largest(delta, share) for delta, share in zip(models - base, density, strict=True)])
+    if rescale:
+        norms = [(np.abs(delta).sum(), np.abs(left).sum()) for delta, left in zip(models - base, kept, strict=True)]
+        kept = np.stack([left * (b / a if a else 1.0) for left, (b, a) in zip(kept, norms, strict=True)])
     return base + lambda_ * elect_and_merge(kept, weight, elect, divide if normalize else "none")
 
 
@@ -177,6 +181,8 @@ ROWS: Mapping[str, Row] = {
             {"weight": _W, "density": (0.4, 0.6, 0.0), "elect": "count", "divide": "weights"},
             {"weight": _W, "density": (0.4, 0.6, 0.8), "elect": "count", "divide": "none"},
             {"weight": _W, "density": (0.5, 0.5, 0.5), "normalize": False},
+            {"weight": _SIGNED, "density": (0.2, 0.7, 1.0), "rescale": True, "lambda": 0.7},
+            {"weight": _W, "density": (0.3, 0.6, 1.0), "rescale": True, "trim": "model", "elect": "unweighted"},
         ),
         average={"weight": (0.7, 0.4, 0.3), "density": (1.0, 1.0, 1.0)},
         exempt={"cancel": _ELECTION},

@@ -13,7 +13,7 @@ import ctl_merge
 PACKAGE = Path(ctl_merge.__file__).parent
 
 ROWS = [row.split() for row in (
-    "__init__ errors sizes companions model_config compatibility methods.parameters methods.noise probing.grams "
+    "__init__ errors sizes companions model_config methods.parameters methods.noise probing.grams "
     "probing.lockstep probing.texts probing.record probing.raster methods.matrices probing.intervals "
     "probing.schema findings probing.__init__ cli.arguments dispatch",
     "methods.combine architecture header hub tokenizer document output probing.metrics probing.wording "
@@ -31,11 +31,11 @@ ROWS = [row.split() for row in (
     "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
     "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter evidence",
     "probing.section methods.builtin probing.observer probing.page moe_schema prefix_evidence",
-    "recipe schema probing.run probing.blocks probing.costs probing.statistics",
-    "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "
+    "recipe schema probing.run probing.blocks probing.costs probing.statistics traits",
+    "source_vocabularies slices correspondence probing.parents probing.ranks probing.placement compatibility "
     "probing.scaling probing.archive",
     "vocabulary probing.report moe_words",
-    "plan probing.loaded",
+    "plan probing.loaded check",
     "merged tying card loadable",
     "estimate manifest moe",
     "summary",

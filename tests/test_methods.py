@@ -83,6 +83,13 @@ def test_ties_with_weights_by_hand():
     assert call("ties", TIES_ROWS, **own, normalize=False, lambda_=0.5) == [1.5, -4.0, -2.0, 0.0]
 
 
+def test_ties_rescaled_by_hand():
+    """Of 1, -3, 2, 2 half is kept: -3 and both 2, times 8/7; a density of 1 changes nothing."""
+    rows = [[1.0, -3.0, 2.0, 2.0], [8.0, 0.0, 0.0, 0.0]]
+    own = {"weight": (7.0, 1.0), "density": (0.5, 1.0), "rescale": True, "divide": "none"}
+    assert call("ties", rows, **own) == [8.0, -24.0, 16.0, 16.0]
+
+
 def test_ties_elections_by_hand():
     """Untrimmed: the second column's mass is -1 - 4 + 5 = 0, which counts as +, its majority of signs is -."""
     own: dict[str, Any] = {"weight": (1.0,) * 3, "density": (1.0,) * 3}

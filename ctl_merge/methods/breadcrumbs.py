@@ -15,11 +15,10 @@ from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.order import kth_largest, order_statistics
 from ctl_merge.methods.parameters import Density, Fraction, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import Scope, merge_method
-from ctl_merge.methods.rescale import l1_ratio, restore_l1
+from ctl_merge.methods.rescale import RestoreNorm, l1_ratio, restore_l1
 from ctl_merge.methods.sparsify import above, magnitudes
 
 Gamma = Annotated[Fraction, Field(description="share of the task vector's entries, the largest, that is dropped")]
-RestoreNorm = Annotated[bool, Field(description="scale what is kept to the tensor's L1 norm before")]
 
 
 def band_ranks(numel: int, *, density: Tensor, gamma: Tensor, **_: object) -> Tensor:

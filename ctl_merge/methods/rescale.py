@@ -17,6 +17,7 @@ Rescale = Annotated[
     bool | Literal["l1"],
     Field(description="true: divide what is kept by its probability (the paper); l1: to the L1 norm before (mergekit)"),
 ]
+RestoreNorm = Annotated[bool, Field(description="scale what is kept to the L1 norm before")]
 
 
 def _where_asked_for(parameters: Parameters) -> Scope | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ctl_merge.methods.agreement import election, merge_agreeing
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import Measure, Scope, merge_method
-from ctl_merge.methods.sparsify import MAGNITUDE_CUT, trim
+from ctl_merge.methods.rescale import RestoreNorm, l1_ratio, restore_l1
+from ctl_merge.methods.sparsify import MAGNITUDE_CUT, trim, trim_scope
 
 Trim = Annotated[
     Literal["tensor", "model"],
@@ -27,11 +28,23 @@ Divide = Annotated[
 ]
 
 
+def _kept(deltas: Tensor, *, density: Tensor, cut: Tensor | None = None, **_: object) -> Tensor:
+    return trim(deltas, density, cut)
+
+
+def _norm_scope(parameters: Parameters) -> Scope | None:
+    """Where nothing is trimmed, the norm is what it was."""
+    return trim_scope(parameters) if parameters["rescale"] else None
+
+
 def _count_signs(
-    deltas: Tensor, *, weight: Tensor, density: Tensor, elect: str, cut: Tensor | None = None, **_: object
-):
+    deltas: Tensor, *, weight: Tensor, density: Tensor, elect: str, rescale: bool, cut: Tensor | None = None,
+    l1_ratio: Tensor | None = None, **_: object,
+) -> Tensor:  # fmt: skip
     """Elected signs, positive minus negative: (models, n) -> (1,)."""
-    return election(trim(deltas, density, cut), weight, elect).sign().sum(dtype=torch.float64).view(1)
+    kept = trim(deltas, density, cut)
+    kept = restore_l1(deltas, kept, l1_ratio) if rescale else kept
+    return election(kept, weight, elect).sign().sum(dtype=torch.float64).view(1)
 
 
 def _majority(balance: Tensor, numel: int, **_: object) -> Tensor:
@@ -44,7 +57,11 @@ def _majority_scope(parameters: Parameters) -> Scope | None:
 
 @merge_method(
     space="task_vectors",
-    measures={**MAGNITUDE_CUT, "majority": Measure(_count_signs, _majority, _majority_scope)},
+    measures={
+        **MAGNITUDE_CUT,
+        **l1_ratio(_kept, _norm_scope),
+        "majority": Measure(_count_signs, _majority, _majority_scope),
+    },
     paper="2306.01708",
 )
 def ties(
@@ -53,11 +70,13 @@ def ties(
     weight: PerModel[Weight],
     density: PerModel[Density] = 1.0,
     normalize: Normalize = True,
+    rescale: RestoreNorm = False,
     lambda_: Scale = 1.0,
     trim: Trim = "tensor",
     elect: Elect = "weighted",
     divide: Divide = "weights",
     cut: Tensor | None = None,
+    l1_ratio: Tensor | None = None,
     majority: Tensor | None = None,
 ) -> Tensor:
     """Trim each task vector, elect a sign per entry, average the entries that agree.
@@ -66,11 +85,14 @@ def ties(
     magnitudes are kept, and all that equal the k-th. Defaults are mergekit's: N counts a tensor, the sign is that of
     the weighted sum (zero counts as +), the divisor is the sum of the agreeing weights, λ scales the result. The
     paper's (arXiv 2306.01708) is `trim: model`, `elect: unweighted`, `divide: count`: N counts the whole model, and a
-    vote of zero takes the sign that most entries elected. `normalize: false` is `divide: none`.
+    vote of zero takes the sign that most entries elected. `normalize: false` is `divide: none`. `rescale` restores the
+    L1 norm that the scope of `trim` had before.
 
-    `cut` (models, 1), `majority` (1,): measured over the scope of `trim`; `cut` is computed from `deltas` if missing.
+    `cut`, `l1_ratio` (models, 1), `majority` (1,): measured over the scope of `trim`; the first two are computed from
+    `deltas` if missing.
     """
     kept = _trim(deltas, density, cut)
+    kept = restore_l1(deltas, kept, l1_ratio) if rescale else kept
     return lambda_ * merge_agreeing(
         kept, weight, elect=elect, divide=divide if normalize else "none", majority=majority
     )

@@ -6,14 +6,14 @@ is judged: 2⁻²¹ for mergekit in float32, 2⁻⁴⁵ for ours in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from differential.reference import Wanted
+from differential.reference import Array, Wanted
 
 Mask = NDArray[np.bool_]
 
@@ -32,46 +32,62 @@ def _nowhere(tensor: Wanted) -> Mask:
     return np.zeros(tensor.models.shape[1:], dtype=bool)
 
 
-def _at_the_cut(tensor: Wanted, rounding: float) -> Mask:
-    """Where a model's magnitude equals the k-th, and others do too, so that exactly k is a choice among equals."""
-    found = _nowhere(tensor)
-    for delta, density in zip(tensor.deltas, tensor.job.own["density"], strict=True):
-        if 0 < density < 1:
-            magnitude = np.abs(delta).astype(np.float32)
-            k = max(1, int(density * magnitude.size))
-            cut = np.sort(magnitude, axis=None)[-k]
-            if (magnitude >= cut).sum() > k:
-                found |= magnitude == cut
-    return found
+def _bands(tensor: Wanted) -> Iterator[tuple[Array, Array]]:
+    """Each model's magnitudes in float32, and those of them that are kept, largest first: a trim has no outliers."""
+    own = tensor.job.own
+    outliers = own.get("gamma", (0.0,) * len(tensor.models))
+    for delta, density, gamma in zip(tensor.deltas, own["density"], outliers, strict=True):
+        magnitude = np.abs(delta).astype(np.float32)
+        kept = int(density * magnitude.size)
+        kept = kept if "gamma" in own or density == 0 else max(1, kept)
+        dropped = min(int(gamma * magnitude.size), magnitude.size - kept) if density < 1 else 0
+        yield magnitude, np.sort(magnitude, axis=None)[::-1][dropped : dropped + kept]
 
 
 def _at_an_edge(tensor: Wanted, rounding: float) -> Mask:
-    """As `_at_the_cut`, for both ends of a band of magnitudes; with `rescale` a choice there scales all entries."""
+    """Where a magnitude equals the least that is kept, or the largest, and others do too: which are kept is a choice.
+
+    With `rescale` the choice scales all entries.
+    """
     found = _nowhere(tensor)
-    for delta, density, gamma in zip(tensor.deltas, *(tensor.job.own[k] for k in ("density", "gamma")), strict=True):
-        magnitude = np.abs(delta).astype(np.float32)
-        kept = int(density * magnitude.size)
-        dropped = min(int(gamma * magnitude.size), magnitude.size - kept)
-        inside = np.sort(magnitude, axis=None)[::-1][dropped : dropped + kept]
-        if 0 < density < 1 and kept:
-            for edge in {inside[0], inside[-1]}:
-                if (magnitude == edge).sum() > (inside == edge).sum():
-                    found |= magnitude == edge
-    return np.full_like(found, found.any()) if tensor.job.shared["rescale"] else found
+    for magnitude, kept in _bands(tensor):
+        for edge in {kept[0], kept[-1]} if 0 < kept.size < magnitude.size else ():
+            if edge > 0 and (magnitude == edge).sum() > (kept == edge).sum():
+                found |= magnitude == edge
+    return np.full_like(found, found.any()) if tensor.job.shared.get("rescale") else found
 
 
 def _vote_cancels(tensor: Wanted, rounding: float) -> Mask:
     """Where weighted entries of some of the models sum to nothing but rounding, so that rounding elects the sign."""
-    weights = tensor.job.own.get("weight", (1.0,) * len(tensor.models))
-    if tensor.job.shared.get("rescale") is True:
-        weights = tuple(w / max(p, 1e-300) for w, p in zip(weights, tensor.job.own["density"], strict=True))
-    ballots = np.stack([w * d for w, d in zip(weights, tensor.deltas, strict=True)])
+    return _cancels(tensor, rounding, _l1_factors(tensor) if tensor.job.shared.get("rescale") else None)
+
+
+def _drawn_vote_cancels(tensor: Wanted, rounding: float) -> Mask:
+    """The same where `rescale` divides what is kept by its probability."""
+    densities = np.maximum(tensor.job.own["density"], 1e-300)
+    return _cancels(tensor, rounding, 1 / densities if tensor.job.shared["rescale"] is True else None)
+
+
+def _cancels(tensor: Wanted, rounding: float, factors: Array | None) -> Mask:
+    weights = np.array(tensor.job.own.get("weight", (1.0,) * len(tensor.models)))
+    weights = weights if factors is None else weights * factors
+    ballots = weights.reshape(-1, *[1] * (tensor.deltas.ndim - 1)) * tensor.deltas
     found = _nowhere(tensor)
     for count in range(2, len(ballots) + 1):
         for chosen in combinations(ballots, count):
             mass = np.abs(chosen).sum(0)
             found |= (np.abs(np.sum(chosen, axis=0)) <= rounding * mass) & (mass > 0)
     return found
+
+
+def _l1_factors(tensor: Wanted) -> Array:
+    """By what restoring the L1 norm multiplies each trimmed task vector, where equal magnitudes are kept together."""
+    found = []
+    for magnitude, kept in _bands(tensor):
+        inside = (magnitude <= kept[0]) & (magnitude >= kept[-1]) if kept.size else np.zeros(magnitude.shape, bool)
+        after = magnitude[inside].sum(dtype=np.float64)
+        found.append(magnitude.sum(dtype=np.float64) / after if after else 1.0)
+    return np.array(found)
 
 
 def _short_rows(tensor: Wanted, rounding: float) -> Mask:
@@ -135,17 +151,20 @@ def _divergence_is_noise(tensor: Wanted, rounding: float) -> Mask:
 
 REASONS: tuple[Reason, ...] = (
     Reason(
-        "equal magnitudes at the cut: we keep all of them, mergekit as many as fit", frozenset({"ties"}), _at_the_cut
-    ),
-    Reason(
         "votes that cancel: rounding elects the sign",
-        frozenset({"ties", "breadcrumbs_ties", "dare_ties", "della", "sce"}),
+        frozenset({"ties", "breadcrumbs_ties", "sce"}),
         _vote_cancels,
         both=True,
     ),
     Reason(
-        "equal magnitudes at the edges of the band: we keep all of them, mergekit as many as fit",
-        frozenset({"breadcrumbs", "breadcrumbs_ties"}),
+        "votes that cancel, in some draw: rounding elects the sign",
+        frozenset({"dare_ties", "della"}),
+        _drawn_vote_cancels,
+        both=True,
+    ),
+    Reason(
+        "equal magnitudes at the cut: we keep all of them, mergekit as many as fit",
+        frozenset({"ties", "breadcrumbs", "breadcrumbs_ties"}),
         _at_an_edge,
     ),
     Reason(

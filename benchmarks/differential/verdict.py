@@ -178,7 +178,7 @@ def _check_ours(result: Result, own: Outcome, tensors: Sequence[Wanted]) -> None
         assert value is not None
         distance = _distance(own, tensor, value)
         beyond = (distance > HALF * unit(value, result.dtype) + EXACT * _scale(tensor, value)) & ~left_out
-        wrong[tensor.job.name] = (distance / unit(_largest(tensor), result.dtype))[beyond]
+        wrong[tensor.job.name] = distance[beyond] / unit(_largest(tensor), result.dtype)[beyond]
     _add(result, "ctl-merge is not the definition", wrong, "units in the last place")
 
 
@@ -218,7 +218,7 @@ def _check_theirs(result: Result, own: Outcome, single: Outcome, tensors: Sequen
         for text, where in explained(result.case.method, tensor, SINGLE).items():
             result.reasons[text] += int((beyond & where).sum())
             beyond &= ~where
-        wrong[tensor.job.name] = (distance / _scale(tensor, value))[beyond] * 2**24
+        wrong[tensor.job.name] = distance[beyond] / _scale(tensor, value)[beyond] * 2**24
     _add(result, "mergekit in float32 is not the definition", wrong, "units of float32")
 
 

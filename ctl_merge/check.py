@@ -10,7 +10,8 @@ from typing import Any
 from ctl_merge.compatibility import MERGEKIT, differences
 from ctl_merge.document import Document
 from ctl_merge.errors import RecipeError
-from ctl_merge.recipe import Recipe, Slice, Source, load_recipe
+from ctl_merge.recipe import Recipe, Slice, Source
+from ctl_merge.recipe_file import load_recipe
 from ctl_merge.settings import Setting
 
 

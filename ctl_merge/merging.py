@@ -32,7 +32,8 @@ from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
-from ctl_merge.recipe import Recipe, load_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size, parse_size
 from ctl_merge.step import StepCheckpoint

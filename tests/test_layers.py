@@ -30,7 +30,7 @@ ROWS = [row.split() for row in (
     "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
     "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter",
     "probing.section methods.builtin probing.observer probing.page moe_schema",
-    "recipe schema probing.run probing.blocks probing.costs probing.statistics",
+    "recipe_check recipe schema probing.run probing.blocks probing.costs probing.statistics",
     "source_vocabularies slices check correspondence probing.parents probing.ranks probing.placement "
     "probing.scaling probing.archive",
     "vocabulary probing.report moe_words",

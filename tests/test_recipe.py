@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator
 
 from ctl_merge.errors import RecipeError
 from ctl_merge.methods import registry
-from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.reference import ModelRef
 from ctl_merge.schema import recipe_schema

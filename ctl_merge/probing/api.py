@@ -25,7 +25,9 @@ from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.scaling import SCALES, scaled
 from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.texts import default_texts
-from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
+from ctl_merge.recipe_schema import ProbeSchema
 from ctl_merge.reference import ModelRef
 from ctl_merge.roles import roles, short_names
 from ctl_merge.stacks import find_blocks, text_sites

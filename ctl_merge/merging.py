@@ -40,7 +40,8 @@ from ctl_merge.step import StepCheckpoint
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
-from ctl_merge.writer import INDEX, ShardWriter, plan_shards, pool, write_index
+from ctl_merge.workers import pool
+from ctl_merge.writer import INDEX, ShardWriter, plan_shards, write_index
 
 logger = logging.getLogger("ctl_merge")
 

@@ -33,7 +33,7 @@ from ctl_merge.roles import roles, short_names
 from ctl_merge.stacks import find_blocks, text_sites
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
-from ctl_merge.writer import pool
+from ctl_merge.workers import pool
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from ctl_merge.adapter_config import AdapterConfig
-from ctl_merge.architecture import natural
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import MERGEABLE, TensorSpec
+from ctl_merge.layers import natural
 from ctl_merge.low_rank import LowRank
 from ctl_merge.parameter_names import ParameterNames, Place
 

@@ -13,7 +13,8 @@ from ctl_merge.document import Document
 from ctl_merge.errors import RecipeError
 from ctl_merge.mixture import Expert, Mixture
 from ctl_merge.moe_words import gates
-from ctl_merge.recipe import Recipe, Slice, Source, load_recipe
+from ctl_merge.recipe import Recipe, Slice, Source
+from ctl_merge.recipe_file import load_recipe
 from ctl_merge.recipe_tokenizer import TokenSetting
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ctl_merge.architecture import block_index
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.findings import find_flags, say_findings, say_flags
 from ctl_merge.header import dtype_name
+from ctl_merge.layers import block_index
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.merging import Merge
 from ctl_merge.reference import ModelRef

@@ -209,9 +209,13 @@ METHODS: tuple[Row, ...] = (
     Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),
     Row("`model_stock`", "more exact", "for short task vectors; `clamp` is ours", method("model_stock")),
     Row(
-        "`consensus`, `iso_c`, `iso_cts`, `localize_and_stitch`, `metagpt`, `pcb`, `tsv`, `wudi`", "ours",
+        "`consensus`, `fisher`, `iso_c`, `iso_cts`, `localize_and_stitch`, `lot`, `metagpt`, `pcb`, `regmean`, `tsv`, "
+        "`wudi`", "ours",
         "mergekit has none of them",
-        method("consensus", "iso_c", "iso_cts", "localize_and_stitch", "metagpt", "pcb", "tsv", "wudi"),
+        method(
+            "consensus", "fisher", "iso_c", "iso_cts", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv",
+            "wudi",
+        ),
     ),
 )  # fmt: skip
 

@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ctl_merge.architecture import ModuleMap, block_index, natural, ties_embeddings
+from ctl_merge.architecture import ModuleMap, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec
+from ctl_merge.layers import block_index, natural
 from ctl_merge.model_config import vocab_size
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import Input
+from ctl_merge.token_rows import Input
 
 # Buffers that models compute from their config: older checkpoints store them, and no reader needs them.
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.masked_bias$|embeddings\.position_ids$")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,3 +108,8 @@ def checked_device(device: Any) -> str:
         there = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
         raise DeviceError(f"there is no device {device!r} here; there are: {there}")
     return f"{wanted.type}:{wanted.index or 0}"
+
+
+def physical_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ctl_merge.architecture import origins
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint
+from ctl_merge.devices import physical_memory
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import CheckpointError
 from ctl_merge.methods.registry import Statistic
@@ -45,16 +46,12 @@ class Texts:
 
 
 class TextEvidence:
-    """A statistic of models on texts, by model and tensor. Thread-safe.
-
-    `placed` says where a checkpoint's model is to run.
-    """
+    """A statistic of models on texts, by model and tensor. Thread-safe."""
 
     def __init__(
-        self, kind: Statistic, texts: Texts, checkpoints: Mapping[ModelRef, FileCheckpoint],
-        placed: Callable[[Checkpoint], Placement] = lambda checkpoint: Placement(),
+        self, kind: Statistic, texts: Texts, checkpoints: Mapping[ModelRef, FileCheckpoint]
     ) -> None:  # fmt: skip
-        self.kind, self.texts, self.checkpoints, self.placed = kind, texts, checkpoints, placed
+        self.kind, self.texts, self.checkpoints = kind, texts, checkpoints
         self._taken: dict[ModelRef, Taken] = {}
         self._lock = threading.Lock()
 
@@ -80,8 +77,13 @@ class TextEvidence:
         sets = token_sets(ref, self.texts, checkpoint)
         if self.kind == "fisher":  # a gradient needs the whole model
             return _fishers(load_weights(checkpoint), sets, checkpoint)
-        placement = self.placed(checkpoint)
-        return _grams(load_weights(checkpoint, placement), sets, checkpoint, placement.device)
+        return _grams(load_weights(checkpoint, _placed(checkpoint)), sets, checkpoint)
+
+
+def _placed(checkpoint: Checkpoint) -> Placement:
+    """In memory, or read block by block where it would take more than half of that."""
+    whole = 4 * sum(spec.numel for spec in checkpoint.tensors.values())
+    return Placement() if whole <= physical_memory() // 2 else Placement("cpu", {"": "disk"})
 
 
 def token_sets(ref: ModelRef, texts: Texts, checkpoint: FileCheckpoint) -> list[TokenSet]:
@@ -162,12 +164,12 @@ def watching(model: Any, layers: Mapping[str, tuple[str, bool]], taken: Taken) -
 
 
 @torch.inference_mode()
-def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint, device: str) -> Taken:
+def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> Taken:
     """Σ x xᵀ over all tokens for each linear layer."""
     taken = Taken()
     with watching(model, linear_layers(model, checkpoint), taken) as finished:
         for ids in batches(sets):
-            forward(model, ids.to(device))[0]()
+            forward(model, ids)[0]()
             taken.count += ids.numel()
             finished()
     return taken

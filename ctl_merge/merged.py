@@ -20,7 +20,7 @@ from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import Input, RowReader
+from ctl_merge.token_rows import Input, RowReader
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
 DEVICE_CHUNK = 32 * CHUNK

@@ -35,15 +35,16 @@ from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
-from ctl_merge.probing.placement import place
-from ctl_merge.recipe import Recipe, load_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size, parse_size
 from ctl_merge.step import StepCheckpoint
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
-from ctl_merge.writer import INDEX, ShardWriter, plan_shards, pool, write_index
+from ctl_merge.workers import pool
+from ctl_merge.writer import INDEX, ShardWriter, plan_shards, write_index
 
 logger = logging.getLogger("ctl_merge")
 
@@ -112,7 +113,7 @@ class Merge:
         texts = Texts(own, data.sequences, data.length, base)
         if data.inputs == "merged":
             return PrefixEvidence(texts, self.checkpoints, lambda: self.merged)
-        return TextEvidence(kind, texts, self.checkpoints, lambda c: place(c, "auto", self.max_memory))
+        return TextEvidence(kind, texts, self.checkpoints)
 
     def _open(self, ref: ModelRef) -> FileCheckpoint:
         if ref.step is None:

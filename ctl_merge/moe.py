@@ -13,12 +13,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ctl_merge.architecture import natural
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, Input, correspond, few
 from ctl_merge.errors import MismatchError
 from ctl_merge.gates import PromptGates
 from ctl_merge.header import TensorSpec, dtype_code
+from ctl_merge.layers import natural
 from ctl_merge.loadable import check_loads
 from ctl_merge.made import MadeCheckpoint, MadeRef, Maker, normal, random_gate, zeros
 from ctl_merge.mixture import Expert, Mixture, scales

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
@@ -11,11 +10,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from ctl_merge.mixture import GATE_MODES, RANDOM, Expert, GateMode, Mixture
 from ctl_merge.moe_families import named, names, unknown
+from ctl_merge.problems import Place, Problems, nearest
 from ctl_merge.recipe_schema import Dtype
 from ctl_merge.reference import ModelRef
-
-Path_ = tuple[str | int, ...]
-Problems = list[tuple[Path_, str]]
 
 _MODEL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -66,7 +63,7 @@ class MixtureSchema(BaseModel):
 class MixtureChecker:
     """Turns a document into a mixture; `ref` parses a model, `problems` and `warnings` get what there is to say."""
 
-    def __init__(self, ref: Callable[[Path_, Any], ModelRef | None], problems: Problems, warnings: list[str]) -> None:
+    def __init__(self, ref: Callable[[Place, Any], ModelRef | None], problems: Problems, warnings: list[str]) -> None:
         self._parse, self.problems, self.warnings = ref, problems, warnings
 
     def check(self, data: Mapping[str, Any]) -> tuple[MixtureSchema, ModelRef, Mixture] | None:
@@ -93,7 +90,7 @@ class MixtureChecker:
                 self.problems.append((path, _said(path, problem["type"], problem["msg"], problem["input"])))
             return None
 
-    def _ref(self, path: Path_, raw: Any) -> ModelRef | None:
+    def _ref(self, path: Place, raw: Any) -> ModelRef | None:
         before = len(self.problems)
         found = self._parse(path, raw) if isinstance(raw, str | dict) else None
         if found is None and len(self.problems) == before:
@@ -154,21 +151,16 @@ class MixtureChecker:
             )
 
 
-def _said(path: Path_, kind: str, message: str, value: Any) -> str:
+def _said(path: Place, kind: str, message: str, value: Any) -> str:
     """A problem of the schema in words."""
     name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         known = MixtureSchema.model_fields if len(path) == 1 else ExpertSchema.model_fields
-        return f"unknown key {name!r}{_nearest(name, known)}; there are: {', '.join(known)}"
+        return f"unknown key {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
     if kind == "missing":
         return f"`{name}` is missing"
     if kind == "model_type":
         return f"an expert is a mapping with `source_model` and `positive_prompts`, not {value!r}"
     if name == "gate_mode":
-        return f"no gate_mode {value!r}{_nearest(str(value), GATE_MODES)}; there are: {', '.join(GATE_MODES)}"
+        return f"no gate_mode {value!r}{nearest(str(value), GATE_MODES)}; there are: {', '.join(GATE_MODES)}"
     return f"`{'.'.join(map(str, path))}`: {message[:1].lower()}{message[1:]} (it is {value!r})"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ctl_merge.architecture import ModuleMap, block_index, stacked, ties_embeddings
+from ctl_merge.architecture import ModuleMap, stacked, ties_embeddings
 from ctl_merge.header import TensorSpec
+from ctl_merge.layers import block_index
 from ctl_merge.model_config import vocab_size
 
 

@@ -7,19 +7,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ctl_merge.architecture import ModuleMap, layer_places, natural, ties_embeddings
+from ctl_merge.architecture import ModuleMap, ties_embeddings
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, correspond
-from ctl_merge.depth import Path
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import MERGEABLE, TensorSpec, dtype_code
+from ctl_merge.layers import layer_places, natural
 from ctl_merge.methods import Method, Parameter
 from ctl_merge.model_config import vocab_size, with_changes
 from ctl_merge.recipe import Recipe, Source
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import Input
+from ctl_merge.restacked_config import Path
 from ctl_merge.slices import Part, Stacked, cut
 from ctl_merge.source_vocabularies import Table
+from ctl_merge.token_rows import Input
 from ctl_merge.vocabulary import OutputVocabulary, plan_vocabulary
 
 

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ctl_merge.chat_template import TEMPLATES, is_literal
+from ctl_merge.problems import Place, Problems
 from ctl_merge.reference import ModelRef
 
-Path_ = tuple[str | int, ...]
-Problems = list[tuple[Path_, str]]
 MODEL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}
 
 
@@ -87,7 +86,7 @@ class TokenizerChecker:
     """
 
     def __init__(
-        self, ref: Callable[[Path_, Any], ModelRef | None], models: Iterable[ModelRef] | None, problems: Problems
+        self, ref: Callable[[Place, Any], ModelRef | None], models: Iterable[ModelRef] | None, problems: Problems
     ) -> None:  # fmt: skip
         self._parse, self.problems = ref, problems
         self.models = None if models is None else list(models)
@@ -107,10 +106,10 @@ class TokenizerChecker:
             pad_to_multiple_of=own.get("pad_to_multiple_of"), chat_template=self._template(data.get("chat_template")),
         )  # fmt: skip
 
-    def _source(self, path: Path_, raw: Any) -> Literal["base", "union"] | ModelRef | None:
+    def _source(self, path: Place, raw: Any) -> Literal["base", "union"] | ModelRef | None:
         return raw if raw in ("base", "union") else self._ref(path, raw)
 
-    def _ref(self, path: Path_, raw: Any, among: Iterable[ModelRef] | None = None) -> ModelRef | None:
+    def _ref(self, path: Place, raw: Any, among: Iterable[ModelRef] | None = None) -> ModelRef | None:
         before = len(self.problems)
         if isinstance(raw, dict) and not raw.keys() <= {"model", "path", "revision"}:
             unknown = ", ".join(sorted(map(str, raw.keys() - {"model", "path", "revision"})))
@@ -163,7 +162,7 @@ class TokenizerChecker:
         return raw
 
 
-def schema_problem(path: Path_, kind: str, message: str, value: Any) -> str:
+def schema_problem(path: Place, kind: str, message: str, value: Any) -> str:
     """What a problem of the schema below `tokenizer` is called."""
     schema: type[BaseModel] = TokenSchema if path[1:2] == ("tokens",) else TokenizerSchema
     return _message({"loc": path, "type": kind, "msg": message, "input": value}, schema)

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ctl_merge.architecture import block_index, precede_blocks
+from ctl_merge.architecture import precede_blocks
 from ctl_merge.checkpoint import FileCheckpoint
-from ctl_merge.depth import Path, Run, restacked
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import TensorSpec
+from ctl_merge.layers import block_index
 from ctl_merge.model_config import with_changes
 from ctl_merge.recipe import Recipe, Slice, Source
 from ctl_merge.reference import ModelRef
+from ctl_merge.restacked_config import Path, Run, restacked
 
 # What mergekit calls the parts of multi-part models, and how their tensors' names begin.
 _MODULES = {

@@ -13,8 +13,8 @@ from ctl_merge.companions import companions
 from ctl_merge.errors import MismatchError
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import Input
 from ctl_merge.stored import companion_folder, read_json
+from ctl_merge.token_rows import Input
 from ctl_merge.tokenizer import TokenizerFiles, Vocabulary, compare, completed
 
 

@@ -9,7 +9,7 @@ import torch
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
 from ctl_merge.plan import Plan
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import Input
+from ctl_merge.token_rows import Input
 
 
 def settle_ties(plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> Plan:

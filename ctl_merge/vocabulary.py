@@ -16,8 +16,8 @@ from ctl_merge.errors import MismatchError
 from ctl_merge.model_config import fit_vocabulary
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.rows import MEAN, NONE, PADDING, ZERO, RowMap, align
 from ctl_merge.source_vocabularies import SourceVocabularies, Table
+from ctl_merge.token_rows import MEAN, NONE, PADDING, ZERO, RowMap, align
 from ctl_merge.tokenizer import TokenizerFiles, added_entry, written
 from ctl_merge.tokenizer_files import TOKENIZER, NewTokens, check_cores, extended
 

@@ -8,24 +8,20 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
 from ctl_merge.header import TensorSpec, build_header, total_bytes
 from ctl_merge.output import disk_errors
+from ctl_merge.workers import pool
 
 METADATA = {"format": "pt"}
 JOURNAL = "journal"
 INDEX = "model.safetensors.index.json"
 
-T = TypeVar("T")
-R = TypeVar("R")
 Progress = Callable[[int], object]
 
 
@@ -152,31 +148,6 @@ class ShardWriter:
                 found = zlib.crc32(data, found)
                 left -= len(data)
         return left == 0 and found == crc
-
-
-@contextmanager
-def pool(workers: int) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterator[R]]]:
-    """A `map` over threads that yields results in order and holds at most a few ahead; the first error ends it.
-
-    Each thread computes with one torch thread: the work is parallel over tensors already.
-    """
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,))
-    threads = torch.get_num_threads()
-
-    def mapped(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        waiting: list[Future[R]] = []
-        for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) > 4 * workers:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
-
-    try:
-        yield mapped
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -20,9 +20,9 @@ def made_up_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = merging.TextEvidence
 
-    def make(kind: Any, texts: Any, checkpoints: Any, placed: Any) -> Any:
+    def make(kind: Any, texts: Any, checkpoints: Any) -> Any:
         if all(spec.source != MADE_UP for specs in texts.specs.values() for spec in specs):
-            return real(kind, texts, checkpoints, placed)
+            return real(kind, texts, checkpoints)
         return MadeUp(kind, {name: spec.shape for c in checkpoints.values() for name, spec in c.tensors.items()})
 
     monkeypatch.setattr(merging, "TextEvidence", make)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ctl_merge
-from ctl_merge.architecture import ModuleMap, block_index, layer_places
+from ctl_merge.architecture import ModuleMap
+from ctl_merge.layers import block_index, layer_places
 
 WEIGHTS = "model.safetensors"
 WEIGHT = (0.6, 0.3)  # of the two experts

@@ -23,9 +23,9 @@ from ctl_merge.compare_table import render
 from ctl_merge.errors import CtlMergeError, RecipeError
 from ctl_merge.findings import percent, signed
 from ctl_merge.merging import Merge
-from ctl_merge.recipe import parse_recipe
+from ctl_merge.recipe_file import parse_recipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.writer import pool
+from ctl_merge.workers import pool
 
 FAMILY = Path(__file__).parents[2] / "shared" / "models"
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"

@@ -14,7 +14,7 @@ from ctl_merge.errors import DeviceError
 from ctl_merge.estimate import memory_bound
 from ctl_merge.header import TensorSpec
 from ctl_merge.merging import Merge
-from ctl_merge.recipe import parse_recipe
+from ctl_merge.recipe_file import parse_recipe
 
 SPECS = {
     name: TensorSpec("F32", (size,))

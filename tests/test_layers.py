@@ -12,40 +12,85 @@ import ctl_merge
 
 PACKAGE = Path(ctl_merge.__file__).parent
 
-ROWS = [row.split() for row in (
-    "__init__ errors sizes companions model_config methods.parameters methods.noise probing.grams "
-    "probing.lockstep probing.texts probing.record probing.raster methods.matrices probing.intervals "
-    "probing.schema findings probing.__init__ cli.arguments dispatch",
-    "methods.combine architecture header hub tokenizer document output probing.metrics probing.wording "
-    "probing.svg reference methods.registry settings probing.rows probing.turns compare_table adapter_config "
-    "probing.forward",
-    "methods.agreement depth probing.data probing.depth probing.waterfall probing.alphas probing.losses "
-    "methods.linear methods.passthrough methods.angles methods.table methods.tsv methods.iso methods.wudi "
-    "methods.__init__ checkpoint chat_template tokenizer_files devices methods.fisher methods.regmean "
-    "methods.order methods.rescale probing.advice mixture stacks methods.ram methods.metagpt methods.nearswap "
-    "methods.consensus low_rank parameter_names",
-    "probing.verdict methods.sparsify probing.curves probing.coefficients probing.patches methods.task_arithmetic "
-    "methods.dare methods.slerp methods.nuslerp methods.multislerp methods.karcher methods.model_stock rows "
-    "recipe_tokenizer writer model probing.null stored step probing.comparisons made moe_families methods.della "
-    "methods.sce methods.arcee_fusion adapter_changes",
-    "probing.terminal methods.ties weights probing.figures recipe_schema pickled probing.tables gates "
-    "methods.breadcrumbs methods.localize_and_stitch methods.pcb adapter evidence",
-    "probing.section methods.builtin probing.observer probing.page moe_schema prefix_evidence",
-    "recipe schema probing.run probing.blocks probing.costs probing.statistics traits",
-    "source_vocabularies slices correspondence probing.parents probing.ranks probing.placement compatibility "
-    "probing.scaling probing.archive",
-    "vocabulary probing.report moe_words",
-    "plan probing.loaded check",
-    "merged tying card loadable",
-    "estimate manifest moe",
-    "summary",
-    "merging",
-    "roles cli.terminal",
-    "probing.api compare cli.check cli.methods cli.schema",
-    "cli.merge cli.probe cli.compare",
-    "cli.__init__",
-    "__main__",
-)]  # fmt: skip
+# The pipeline, stage by stage; the modules of one row do not import each other.
+STAGES = {
+    "what everything uses": ("__init__ errors sizes",),
+    "methods: pure functions of tensors": (
+        "methods.matrices methods.noise methods.parameters",
+        "methods.combine",
+        "methods.agreement methods.registry",
+        "methods.__init__ methods.angles methods.consensus methods.fisher methods.iso methods.linear "
+        "methods.metagpt methods.nearswap methods.order methods.passthrough methods.ram methods.regmean "
+        "methods.rescale methods.table methods.tsv methods.wudi",
+        "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
+        "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
+        "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.builtin",
+    ),
+    "checkpoints in folders, on the Hub, with an adapter": (
+        "adapter_config companions header hub layers model_config output reference tokenizer workers",
+        "architecture chat_template checkpoint devices low_rank tokenizer_files",
+        "parameter_names stacks stored writer",
+        "adapter_changes pickled",
+        "adapter",
+    ),
+    "recipes": (
+        "document mixture probing.__init__ probing.rows problems settings",
+        "moe_families recipe_tokenizer",
+        "recipe_schema",
+        "moe_schema recipe recipe_words",
+        "json_schema recipe_inputs",
+        "recipe_check",
+        "recipe_file",
+    ),
+    "plans: what happens to each tensor": (
+        "restacked_config token_rows",
+        "correspondence slices source_vocabularies",
+        "vocabulary",
+        "plan",
+        "tying",
+    ),
+    "models that run, and texts for them": (
+        "dispatch probing.forward probing.turns",
+        "model probing.data",
+        "evidence gates loadable",
+        "prefix_evidence",
+    ),
+    "mixtures of experts": (
+        "made moe_words",
+        "moe",
+    ),
+    "merges: read, written, described": (
+        "card merged step traits",
+        "compatibility estimate manifest",
+        "check",
+        "summary",
+        "merging",
+    ),
+    "comparisons in weight space": (
+        "findings weights",
+        "compare_table roles",
+        "compare",
+    ),
+    "the probe": (
+        "probing.grams probing.intervals probing.lockstep probing.null probing.parents probing.raster "
+        "probing.record probing.schema probing.texts",
+        "probing.metrics probing.svg probing.wording",
+        "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
+        "probing.coefficients probing.comparisons probing.curves probing.observer probing.patches probing.verdict",
+        "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
+        "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
+        "probing.report",
+        "probing.api probing.loaded",
+    ),
+    "the command line": (
+        "cli.arguments cli.terminal",
+        "cli.check cli.compare cli.merge cli.methods cli.probe cli.schema",
+        "cli.__init__",
+        "__main__",
+    ),
+}
+ROWS = [row.split() for stage in STAGES.values() for row in stage]
 # Imports within a function that point down, each the one door to a set that grows.
 DOORS = {("stored", "pickled"), ("stored", "adapter"), ("methods.registry", "methods.builtin")}
 

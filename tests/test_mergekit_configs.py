@@ -13,7 +13,7 @@ from ctl_merge import merging, stored
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.errors import CtlMergeError
 from ctl_merge.merging import Merge
-from ctl_merge.recipe import load_recipe
+from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
 
 CONFIGS = Path(__file__).parent.parent.parent / "shared" / "mergekit_configs"

@@ -29,10 +29,10 @@ import ctl_merge
 from ctl_merge import gates, writer
 from ctl_merge.compare import compare
 from ctl_merge.errors import CheckpointError, DataError, MismatchError, RecipeError
+from ctl_merge.json_schema import recipe_schema
 from ctl_merge.made import normal
 from ctl_merge.merging import Merge
-from ctl_merge.recipe import load_recipe, parse_recipe
-from ctl_merge.schema import recipe_schema
+from ctl_merge.recipe_file import load_recipe, parse_recipe
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "mergekit_configs"
 WORDS = ["code python loop sort", "math sum prime proof", "chat hello friend the a of and", "beyond all"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import ctl_merge
 from ctl_merge.document import Document
-from ctl_merge.recipe import RecipeSchema
+from ctl_merge.recipe_schema import RecipeSchema
 
 TEXT = readme.README.read_text("utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE)

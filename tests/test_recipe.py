@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from ctl_merge.errors import CheckpointError, RecipeError
+from ctl_merge.json_schema import recipe_schema
 from ctl_merge.methods import registry
-from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.reference import ModelRef
-from ctl_merge.schema import recipe_schema
 
 MERGEKIT = Path(__file__).parents[2] / "shared" / "mergekit_configs"
 

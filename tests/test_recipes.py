@@ -36,7 +36,7 @@ from stand_ins import (
 
 from ctl_merge.errors import MismatchError
 from ctl_merge.merging import Merge
-from ctl_merge.recipe import load_recipe, parse_recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size
 

@@ -178,7 +178,7 @@ def test_one_slice_of_all_layers_is_the_merge_of_the_whole_models(
 
 
 def test_lists_with_an_entry_for_each_layer_follow_and_kinds_are_written_out(tmp_path: Path) -> None:
-    from ctl_merge.depth import Run, restacked
+    from ctl_merge.restacked_config import Run, restacked
 
     gemma = {"model_type": "gemma2", "num_hidden_layers": 4, "architectures": ["Gemma2ForCausalLM"]}
     changes = restacked(gemma, [Run(gemma, 0, 2), Run(gemma, 0, 3)], "model.layers", 4)

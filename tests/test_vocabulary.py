@@ -23,10 +23,10 @@ import ctl_merge
 from ctl_merge.chat_template import TEMPLATES
 from ctl_merge.compare import compare
 from ctl_merge.errors import MismatchError, RecipeError
+from ctl_merge.json_schema import recipe_schema
 from ctl_merge.merging import Merge, MergeResult
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.roles import roles
-from ctl_merge.schema import recipe_schema
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Merged = Callable[..., MergeResult]

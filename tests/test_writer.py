@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint
 from ctl_merge.header import TensorSpec
-from ctl_merge.writer import INDEX, JOURNAL, Shard, ShardWriter, plan_shards, pool, write_at, write_index
+from ctl_merge.workers import pool
+from ctl_merge.writer import INDEX, JOURNAL, Shard, ShardWriter, plan_shards, write_at, write_index
 
 CODES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",

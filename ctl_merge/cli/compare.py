@@ -39,7 +39,7 @@ def compare(
     from ctl_merge.compare_table import render
     from ctl_merge.merging import Merge
     from ctl_merge.reference import ModelRef
-    from ctl_merge.writer import pool
+    from ctl_merge.workers import pool
 
     opened = Merge(recipe, num_workers=num_workers)
     warn(opened.plan.warnings)

@@ -25,13 +25,15 @@ from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.scaling import SCALES, scaled
 from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.texts import default_texts
-from ctl_merge.recipe import ProbeSchema, Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
+from ctl_merge.recipe_schema import ProbeSchema
 from ctl_merge.reference import ModelRef
 from ctl_merge.roles import roles, short_names
 from ctl_merge.stacks import find_blocks, text_sites
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
-from ctl_merge.writer import pool
+from ctl_merge.workers import pool
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"

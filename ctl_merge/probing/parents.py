@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from ctl_merge.errors import CtlMergeError, ProbeError, RecipeError
-from ctl_merge.recipe import Recipe, load_recipe, parse_recipe
+from ctl_merge.recipe import Recipe
+from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
 
 RECIPES = ("ctl_merge_recipe.yaml", "mergekit_config.yml")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.devices import accelerators, by_prefix, checked_device, parse_max_memory, parse_table
+from ctl_merge.devices import accelerators, by_prefix, checked_device, parse_max_memory, parse_table, physical_memory
 from ctl_merge.dispatch import ITEMSIZE, Placement, held_bytes
 from ctl_merge.errors import DeviceError
 from ctl_merge.model import open_model
@@ -176,8 +175,3 @@ def memory(
         "feature_bytes_in_memory": max((own.feature_bytes for own in observed.values()), default=0),
         "logit_bytes_in_memory": max((own.logit_bytes for own in observed.values()), default=0),
     }  # fmt: skip
-
-
-def physical_memory() -> int:
-    """Bytes of main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

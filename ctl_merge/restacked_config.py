@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ctl_merge.architecture import DEPTH_KEYS, typed_config
+from ctl_merge.architecture import typed_config
 from ctl_merge.errors import MismatchError
+from ctl_merge.layers import DEPTH_KEYS
 
 # Lists with an entry for each layer. `layer_types` is how transformers says which layers have which attention.
 _PER_LAYER = re.compile(r"layer|block|rope|attention|attn|mlp|window|type|pattern|head|intermediate", re.IGNORECASE)

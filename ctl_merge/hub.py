@@ -4,8 +4,7 @@ A revision is pinned to its commit once, by `resolve`; everything after that ask
 while a merge is planned or runs changes nothing. Files come through huggingface_hub and lie in its cache. Where the Hub
 cannot be reached, what the cache holds of the revision stands in for it.
 
-Every failure that the user can do something about is a HubError. Its text is ours, not that of the HTTP client, which
-may quote signed addresses or the token.
+Every failure that the user can do something about is a HubError.
 """
 
 import glob
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctl_merge.errors import HubError
+from ctl_merge.hub_errors import NO_HUB, explain, failures, out_of_reach
 from ctl_merge.sizes import format_size
 
 logger = logging.getLogger("ctl_merge")
@@ -29,33 +29,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 UNSAFE_PATH = re.compile(r"[\x00-\x1f\x7f]|(^|/)\.{0,2}(/|$)")  # control characters, an absolute path, "..", "//"
 UNSAFE_REVISION = re.compile(UNSAFE_PATH.pattern + r"|\.\.|[\s~^:?*\[\\]")  # git allows none of these in a name either
-
-LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
-BAD_TOKEN = f"the token holds characters that cannot be sent. Check it: {LOG_IN}."
-BROKEN = "no connection to the Hub, or it broke ({kind}), and the local cache has no copy. Check it and run again."
-NO_HUB = "what answers is not a Hub. Check HF_ENDPOINT, the proxy and the network's login page, then run again."
-# What went wrong and what to do next, by the class of the exception, else by the HTTP status. Classes go by name, as
-# huggingface_hub 1 stands on httpx and 2 on httpx2.
-EXPLANATIONS: dict[str | int, str] = {
-    "GatedRepoError": f"the repository is gated. Request access at {{page}}, then {LOG_IN}.",
-    "RepositoryNotFoundError": f"no such repository, or a private one. Check the name; if it is private, {LOG_IN}.",
-    "RevisionNotFoundError": "no such branch, tag or commit. See which there are at {page}.",
-    "RemoteEntryNotFoundError": "the repository has no such file. See what it has at {page}/tree/main.",
-    "OfflineModeIsEnabled": "not in the local cache, and offline mode is on. Unset HF_HUB_OFFLINE and run again.",
-    "LocalProtocolError": BAD_TOKEN,
-    "UnicodeError": BAD_TOKEN,
-    "TransportError": BROKEN,
-    "ConnectionError": BROKEN,
-    "TimeoutError": BROKEN,
-    "FileMetadataError": NO_HUB,
-    "JSONDecodeError": NO_HUB,
-    "KeyError": NO_HUB,
-    "TypeError": NO_HUB,
-    401: f"the Hub does not accept the token. If it has expired, {LOG_IN}.",
-    403: f"the Hub refuses access. See {{page}}, and that the token may read it: {LOG_IN}.",
-    404: f"not found. Check the name at {{page}}; if the repository is private, {LOG_IN}.",
-    429: "too many requests. Wait a few minutes and run again.",
-}
 
 
 @dataclass(frozen=True)
@@ -109,11 +82,11 @@ def resolve(repo_id: str, revision: str | None = None) -> HubSnapshot:
         info = HfApi().model_info(
             repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
-    except _failures() as error:
-        if _out_of_reach(error) and (snapshot := _from_cache(repo_id, revision)):
+    except failures() as error:
+        if out_of_reach(error) and (snapshot := _from_cache(repo_id, revision)):
             logger.warning("%s: the Hub is out of reach; the local cache has commit %s", where, snapshot.commit)
             return snapshot
-        raise HubError(f"{where}: {_explain(error, repo_id)}") from error
+        raise HubError(f"{where}: {explain(error, repo_id)}") from error
     if not COMMIT.fullmatch(str(info.sha)):
         raise HubError(f"{where}: {NO_HUB}")
     files = []
@@ -144,8 +117,8 @@ def read_range(snapshot: HubSnapshot, path: str, start: int, stop: int) -> bytes
                 data = file.read(stop - start)
         else:
             data = _request_range(snapshot, path, start, stop)
-    except _failures() as error:
-        raise HubError(f"{snapshot}, {path}: {_explain(error, snapshot.repo_id)}") from error
+    except failures() as error:
+        raise HubError(f"{snapshot}, {path}: {explain(error, snapshot.repo_id)}") from error
     if len(data) != stop - start:
         raise HubError(f"{snapshot}, {path}: {len(data)} bytes came instead of {stop - start}. Run again.")
     return data
@@ -176,10 +149,10 @@ def download(snapshot: HubSnapshot, paths: Iterable[str]) -> Path:
         patterns = [glob.escape(path) for path in missing]
         try:
             folder = Path(snapshot_download(snapshot.repo_id, revision=snapshot.commit, allow_patterns=patterns))
-        except _failures() as error:
+        except failures() as error:
             left = sorted(set(missing) - cached(snapshot, missing)) or missing
             where = ", ".join([str(snapshot), *left[:1]]) + (f" and {len(left) - 1} more" if len(left) > 1 else "")
-            raise HubError(f"{where}: {_explain(error, snapshot.repo_id)}") from error
+            raise HubError(f"{where}: {explain(error, snapshot.repo_id)}") from error
     for path, size in wanted.items():
         found = _size(folder / path)
         if found is None:
@@ -305,44 +278,3 @@ def _note_revision(snapshot: HubSnapshot, folder: Path) -> None:
         partial.replace(ref)
     except OSError as error:  # a cache that cannot be written still serves what it has
         logger.debug("%s: cannot note the commit in the cache: %s", snapshot, error)
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What huggingface_hub raises when a request or a transfer fails."""
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
-
-    # hf_xet raises RuntimeError; the last three come of answers that are not in the Hub's form.
-    return (HTTPError, EntryNotFoundError, OSError, RuntimeError, ValueError, KeyError, TypeError)
-
-
-def _names(error: BaseException) -> list[str]:
-    return [kind.__name__ for kind in type(error).__mro__]
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status that the Hub answered with; 0 if there was no answer."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0))
-
-
-def _out_of_reach(error: BaseException) -> bool:
-    """Whether the Hub did not answer, or only with its own failure, so that a copy in the cache may stand in."""
-    reason = next((name for name in _names(error) if name in EXPLANATIONS), "")
-    return reason in ("TransportError", "OfflineModeIsEnabled") or _status(error) >= 500
-
-
-def _explain(error: BaseException, repo_id: str) -> str:
-    """What went wrong and what to do next."""
-    if "LocalEntryNotFoundError" in _names(error) and error.__cause__:
-        error = error.__cause__  # the request that failed before the client looked into its cache
-    status = _status(error)
-    for key in (*_names(error), status):
-        if key in EXPLANATIONS:
-            return EXPLANATIONS[key].format(page=f"https://huggingface.co/{repo_id}", kind=type(error).__name__)
-    if status >= 500:
-        return f"the Hub itself fails (HTTP {status}). Run again later; https://status.huggingface.co may tell more."
-    if status:
-        return f"the Hub refuses the request (HTTP {status})."
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"the local cache cannot be used: {error.strerror}. Free space there or set HF_HOME elsewhere."
-    kind = type(error).__name__
-    return f"the transfer failed or was not whole ({kind}). Run again; if it fails again, with HF_HUB_DISABLE_XET=1."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import recipe_text, write_checkpoint
-from hub_server import HubServer, use_hub
+from hub_server import HubServer
 from safetensors.torch import save_file
 
 import ctl_merge
@@ -51,13 +50,6 @@ def metadata(card: str) -> dict[str, Any]:
 
 def section(card: str, title: str) -> str:
     return card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        use_hub(monkeypatch, server, tmp_path)
-        yield server
 
 
 @pytest.fixture

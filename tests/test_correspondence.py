@@ -28,17 +28,6 @@ Merged = Callable[..., MergeResult]
 
 
 @pytest.fixture
-def merged(tmp_path: Path) -> Merged:
-    """Merge the experts with half of each one's task vector; the keywords are further keys of the recipe."""
-
-    def run(base: Path, *experts: Path, output: str = "merged", machine: Any = None, **keys: Any) -> MergeResult:
-        recipe = recipe_text("task_arithmetic", [(path, {"weight": 0.5}) for path in experts], base, **keys)
-        return ctl_merge.merge(ctl_merge.parse_recipe(recipe), tmp_path / output, **(machine or {}))
-
-    return run
-
-
-@pytest.fixture
 def llamas(tmp_path: Path) -> tuple[Path, Path]:
     """A base and its finetune, with heads of their own."""
     return saved_pair(tmp_path, "llama")

@@ -6,12 +6,11 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub_server import TOKEN, HubServer, hub_environment, use_hub
+from hub_server import TOKEN, HubServer, hub_environment
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from ctl_merge import hub
@@ -19,13 +18,6 @@ from ctl_merge.errors import HubError
 
 WEIGHTS = "model.safetensors"
 ROOT = Path(hub.__file__).parent.parent
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer() as server:
-        use_hub(monkeypatch, server, tmp_path)
-        yield server
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions header hub layers model_config output reference tokenizer workers",
-        "architecture chat_template checkpoint devices low_rank tokenizer_files",
-        "parameter_names stacks stored writer",
+        "adapter_config companions header hub_errors layers model_config output reference tokenizer workers",
+        "architecture chat_template devices hub tokenizer_files",
+        "checkpoint stacks",
+        "low_rank parameter_names stored writer",
         "adapter_changes pickled",
         "adapter",
     ),

@@ -32,17 +32,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 Merged = Callable[..., MergeResult]
 
 
-@pytest.fixture
-def merged(tmp_path: Path) -> Merged:
-    """Merge the experts with half of each one's task vector; the keywords are further keys of the recipe."""
-
-    def run(base: Path, *experts: Path, output: str = "merged", machine: Any = None, **keys: Any) -> MergeResult:
-        recipe = recipe_text("task_arithmetic", [(path, {"weight": 0.5}) for path in experts], base, **keys)
-        return ctl_merge.merge(ctl_merge.parse_recipe(recipe), tmp_path / output, **(machine or {}))
-
-    return run
-
-
 def state(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 

@@ -157,7 +157,7 @@ def test_slices_are_numbered_anew_and_scopes_have_their_order():
     assert second.base == ("base", "model.layers.1.mlp.weight") and second.inputs == (
         ("a", "model.layers.2.mlp.weight"),
     )
-    assert second.own == {"weight": (1.0,), "density": (0.5,)} and second.shared == {"lambda": 3.0, "normalize": True}
+    assert second.own == {"weight": (1.0,), "density": (0.5,)} and second.shared["lambda"] == 3.0
     assert jobs["model.layers.0.self_attn.weight"].own == {"weight": (0.0,), "density": (1.0,)}
     assert jobs["model.layers.0.self_attn.weight"].shared["lambda"] == 2.0
     third = jobs["model.layers.2.mlp.weight"]

@@ -83,6 +83,12 @@ def _models(folder: Path) -> None:
         write(folder / "biased" / model, {**tensors, bias: torch.full((20,), 0.5)}, {**config, "attention_bias": True})
     broken = odd["a"][name].clone()
     broken[0, 0] = torch.nan
+    same = {**odd["a"], name: odd["base"][name]}
+    for copy in ("same", "again", "more"):
+        write(folder / copy, same, config)
+    narrow = {m: {n: t.half() for n, t in tensors.items()} for m, tensors in (("narrow", odd["base"]), ("tuned", same))}
+    for model, tensors in narrow.items():
+        write(folder / model, tensors, {**config, "torch_dtype": "float16"})
     write(folder / "nan", {**odd["a"], name: broken}, config)
     write(folder / "large", {**odd["a"], name: odd["a"][name] * 1e6}, config)
     write(folder / "short", {n: t for n, t in odd["a"].items() if n != name}, config)
@@ -144,6 +150,12 @@ def probes(folder: Path) -> list[Probe]:
         Probe("a tied base, one finetune with a head of its own", "a head, and tied", "a head, and untied",
               {"merge_method": "task_arithmetic", "base_model": base, "models": [own("headed", weight=1.0)]},
               seen=_head),
+        Probe("`multislerp` in float16, a tensor that one model did not change", "NaN in the result", "a finite result",
+              {"merge_method": "multislerp", "base_model": str(folder / "narrow"), "models": [own("tuned", weight=1.0),
+               own(a, weight=1.0)], "dtype": "float16"}, seen=_nonfinite),
+        Probe("`multislerp` of three models, a tensor that none changed", REFUSED, ACCEPTED,
+              {"merge_method": "multislerp", "base_model": base, "models": [own(m, weight=w) for m, w in
+               ((str(folder / "same"), 1.0), (str(folder / "again"), 0.5), (str(folder / "more"), 0.7))]}),
         Probe("a gradient of whole numbers: `max_iter: [5, 10]`", REFUSED, ACCEPTED,
               {"merge_method": "karcher", "models": [own(a), own(b)], "parameters": {"max_iter": [5, 10]}}),
         Probe("`rescale: true` in `ties`", ACCEPTED, REFUSED,

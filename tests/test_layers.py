@@ -39,7 +39,7 @@ ROWS = [row.split() for row in (
     "estimate manifest moe",
     "summary",
     "merging",
-    "roles cli.terminal",
+    "roles cli.terminal probing.windows",
     "probing.api compare cli.check cli.methods cli.schema",
     "cli.merge cli.probe cli.compare",
     "cli.__init__",

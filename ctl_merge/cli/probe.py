@@ -47,7 +47,9 @@ def probe(
         Path | None, typer.Option("--output", "-o", help="Folder for the report.", metavar="FOLDER")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Windows of each data set. Default: 64.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. Default: 256.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
     chat: Annotated[
         bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
@@ -87,7 +89,7 @@ def probe(
     from ctl_merge.probing import api
 
     options = api.Options(
-        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
+        sequences=sequences or 64, length=length, batch=batch, device_map=device_map, max_memory=max_memory,
         blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -66,7 +66,7 @@ class Session:
         self.models, self.parents = models, 1 + len(subject.parents)
         self.observer = Observer(subject, riders, tensors_below(models[BASE], subject.base.tensors, sites[BASE]))
         self.streamed = any(parameter.is_meta for parameter in models[BASE].parameters())
-        self.lockstep = Lockstep(sites, self.observer.on_inputs, self._on_outputs)
+        self.lockstep = Lockstep(sites, self._on_inputs, self._on_outputs)
         self.feature_bytes = self.logit_bytes = 0
 
     def __enter__(self) -> Session:
@@ -77,7 +77,24 @@ class Session:
         for config in self.caching:
             config.use_cache = True
 
+    def _check_layout(self, site: str, hidden: Tensor) -> None:
+        """Refuse features that are not (B, T, H), as a token's could not be told from another's."""
+        model, strata = self.models[BASE], self.observer.strata
+        count, length = strata.shape[0], strata.shape[-1]
+        lengths = (length // 2, length - length // 2) if model.config.is_encoder_decoder else (length,)
+        if hidden.ndim != 3 or hidden.shape[0] != count or hidden.shape[1] not in lengths:
+            expected = " or ".join(str((count, n, "H")).replace("'", "") for n in dict.fromkeys(lengths))
+            raise ProbeError(
+                f"{type(model).__name__} cannot be probed: the features at {site} are laid out {tuple(hidden.shape)}, "
+                f"not {expected} (sequences, tokens, dimensions)"
+            )
+
+    def _on_inputs(self, site: str, hidden: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self._check_layout(site, hidden[BASE])
+        return self.observer.on_inputs(site, hidden)
+
     def _on_outputs(self, site: str, visits: Mapping[str, Visit]) -> dict[str, Tensor]:
+        self._check_layout(site, visits[BASE].outputs["block"])
         found = self.observer.on_outputs(site, visits)
         brought = sum(t.nbytes for v in visits.values() for t in (*v.outputs.values(), *v.ghost.values()))
         self.feature_bytes = max(self.feature_bytes, brought)
@@ -147,7 +164,10 @@ def _forbid_cache(model: Any) -> list[Any]:
 
 
 def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(tokens.ids), size):
+    count, length = tokens.ids.shape
+    if min(size, count) == length:  # a square batch would not show features laid out (T, B, H)
+        size = length - 1
+    for start in range(0, count, size):
         yield tokens.ids[start : start + size], tokens.strata[start : start + size]
 
 
@@ -156,18 +176,29 @@ def _forward(model: Any, ids: Tensor) -> tuple[Callable[[], Tensor], Tensor | No
 
     A window is the source and the target, half each, of an encoder-decoder.
     """
+    check_text(model, ids.shape[1])
     config = model.config
-    if model.main_input_name != "input_ids":
-        raise ProbeError(f"{type(model).__name__} does not read text: it reads {model.main_input_name}")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and ids.shape[1] > limit:
-        raise ProbeError(f"windows of {ids.shape[1]} tokens exceed the context of {limit}: use --length {limit}")
     if config.is_encoder_decoder:
         half = ids.shape[1] // 2
         source, target = ids[:, :half], ids[:, half:]
         return (lambda: model(input_ids=source, decoder_input_ids=target).logits), target
     predicts = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     return (lambda: _logits(model(input_ids=ids))), ids if predicts else None
+
+
+def context(model: Any) -> int | None:
+    """The most tokens that the model takes, where its config says so."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 1 else None
+
+
+def check_text(model: Any, length: int) -> None:
+    """Refuse windows that the model does not read. Raises ProbeError."""
+    if model.main_input_name != "input_ids":
+        raise ProbeError(f"{type(model).__name__} does not read text: it reads {model.main_input_name}")
+    limit = context(model)
+    if limit is not None and length > limit:
+        raise ProbeError(f"windows of {length} tokens exceed the context of {limit}: use --length {limit}")
 
 
 def _logits(output: Any) -> Tensor:

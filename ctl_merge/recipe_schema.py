@@ -90,7 +90,7 @@ class ProbeSchema(BaseModel):
     chat: bool = Field(False, description="columns are user and assistant turns: use the tokenizer's template")
     special_tokens: bool = Field(False, description="put each window between the tokenizer's special tokens")
     patch: bool = Field(False, description="also replace each block's features by the linear ones")
-    null: bool = Field(False, description="also probe a random task vector of the same size")
+    null_vector: bool = Field(False, description="also probe a random task vector of the same size")
     scaling: bool = Field(False, description="also scale the task vectors down, to see where linearity must hold")
     base: str | None = Field(None, description="the model that the others come from, where the recipe names none")
 

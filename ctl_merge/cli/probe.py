@@ -27,6 +27,18 @@ class ManyModels(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before an hour of probing. Raises OutputError."""
+    import os
+
+    from ctl_merge.errors import OutputError
+
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise OutputError(f"--output {folder}: {nearest} {reason}: choose another folder")
+
+
 def probe(
     recipes: Annotated[
         list[Path] | None,
@@ -84,6 +96,8 @@ def probe(
 ) -> None:
     """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
     configure()
+    if output is not None:
+        _check_folder(output)
     for recipe in recipes or []:
         require_recipe(recipe)
     from ctl_merge.probing import api

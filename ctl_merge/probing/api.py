@@ -34,7 +34,8 @@ from ctl_merge.writer import pool
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"
 _DEFAULTS = ProbeSchema.model_validate({})
-_FLAGS = ("chat", "special_tokens", "patch", "null", "scaling")  # of Options, and of a recipe's `probe:`
+# Options by their names in a recipe's `probe:`, where `null` would be no text in YAML.
+_FLAGS = {flag: flag for flag in ("chat", "special_tokens", "patch", "scaling")} | {"null": "null_vector"}
 
 
 def probe(
@@ -114,7 +115,7 @@ def _section_of(opened: Merge, trust_remote_code: bool) -> tuple[ProbeSchema, Op
 
 def _with_flags(options: Options, section: ProbeSchema) -> Options:
     """The options, and what the recipe's `probe:` section asks for besides."""
-    return replace(options, **{flag: getattr(options, flag) or getattr(section, flag) for flag in _FLAGS})
+    return replace(options, **{flag: getattr(options, flag) or getattr(section, key) for flag, key in _FLAGS.items()})
 
 
 def _section_base(recipe: Recipe) -> str | None:

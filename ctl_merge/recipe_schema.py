@@ -86,7 +86,13 @@ class ProbeSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
     sequences: int = Field(default=64, ge=1, description="windows of each data set")
-    length: int = Field(default=256, ge=2, description="tokens of a window")
+    length: int | None = Field(default=None, ge=2, description="tokens of a window; unset: 256, or a shorter context")
+    chat: bool = Field(False, description="columns are user and assistant turns: use the tokenizer's template")
+    special_tokens: bool = Field(False, description="put each window between the tokenizer's special tokens")
+    patch: bool = Field(False, description="also replace each block's features by the linear ones")
+    null_vector: bool = Field(False, description="also probe a random task vector of the same size")
+    scaling: bool = Field(False, description="also scale the task vectors down, to see where linearity must hold")
+    base: str | None = Field(None, description="the model that the others come from, where the recipe names none")
 
 
 class RecipeSchema(BaseModel):

@@ -30,7 +30,8 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
     if chosen is None:
         raise RecipeError(
             f"{recipe.name}: {recipe.method.name} names no base model, and task vectors are differences from one. "
-            "Give the model that all others were trained from: --base org/name or a folder"
+            "Give the model that all others were trained from: --base org/name or a folder, or `probe: {base: …}` "
+            "in the recipe"
         )
     same = [ref for ref in recipe.refs if _state(ref) == _state(chosen)]
     chosen = same[0] if same else chosen

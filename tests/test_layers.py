@@ -81,7 +81,7 @@ STAGES = {
         "probing.coefficients probing.comparisons probing.curves probing.observer probing.patches probing.verdict",
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
-        "probing.report",
+        "probing.report probing.windows",
         "probing.api probing.loaded",
     ),
     "the command line": (

@@ -45,6 +45,10 @@ def merge(
         bool,
         typer.Option("--probe", help="Probe the merge too, as the recipe's `probe:` says; the card tells the result."),
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="With --probe: run code that comes with the model. Read it before."),
+    ] = False,
     as_json: JsonFlag = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
@@ -64,11 +68,15 @@ def merge(
         _show_plan(opened.summary(), as_json)
         return
     warn(opened.plan.warnings)
+    if probe_too:
+        from ctl_merge.probing.api import check_opened
+
+        check_opened(opened, trust_remote_code)  # before hours of writing
     try:
         result = opened.write(
             output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
             meter=meter(quiet),
-            attach=_probe_attached(opened, meter(quiet)) if probe_too else None,
+            attach=_probe_attached(opened, meter(quiet), trust_remote_code) if probe_too else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
@@ -79,14 +87,14 @@ def merge(
         _show_result(result)
 
 
-def _probe_attached(opened: Any, told: Meter) -> Callable[[Path], str]:
+def _probe_attached(opened: Any, told: Meter, trust_remote_code: bool) -> Callable[[Path], str]:
     """Probes the merge and puts the report into the output's folder."""
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing import api
         from ctl_merge.probing.section import markdown
 
-        report = api.probe_opened(opened, told)
+        report = api.probe_opened(opened, told, trust_remote_code)
         report.save(folder / "probe")
         section = markdown(report.data, folder / "probe")
         more = "The whole report, with figures and statistics, is in the folder [probe](probe)."

@@ -27,6 +27,18 @@ class ManyModels(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before an hour of probing. Raises OutputError."""
+    import os
+
+    from ctl_merge.errors import OutputError
+
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise OutputError(f"--output {folder}: {nearest} {reason}: choose another folder")
+
+
 def probe(
     recipes: Annotated[
         list[Path] | None,
@@ -47,7 +59,9 @@ def probe(
         Path | None, typer.Option("--output", "-o", help="Folder for the report.", metavar="FOLDER")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Windows of each data set. Default: 64.")] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. Default: 256.")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
     chat: Annotated[
         bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
@@ -82,12 +96,14 @@ def probe(
 ) -> None:
     """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
     configure()
+    if output is not None:
+        _check_folder(output)
     for recipe in recipes or []:
         require_recipe(recipe)
     from ctl_merge.probing import api
 
     options = api.Options(
-        sequences=sequences or 64, length=length or 256, batch=batch, device_map=device_map, max_memory=max_memory,
+        sequences=sequences or 64, length=length, batch=batch, device_map=device_map, max_memory=max_memory,
         blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +10,19 @@ from typing import Any
 import torch
 
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.errors import CheckpointError, DataError, HubError, ProbeError, RecipeError
+from ctl_merge.errors import CheckpointError, HubError, ProbeError, RecipeError
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.model import load_weights, open_model, return_freed_memory
 from ctl_merge.probing import ranks
-from ctl_merge.probing.data import TokenSet, cut, load_tokenizer, load_tokens
+from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.null import Combination, SignFlipped
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.parents import parents_of
 from ctl_merge.probing.placement import Options, memory, place, placed
 from ctl_merge.probing.report import ProbeReport, rebuild
-from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.scaling import SCALES, scaled
 from ctl_merge.probing.statistics import Statistics
-from ctl_merge.probing.texts import default_texts
+from ctl_merge.probing.windows import token_sets
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.recipe_schema import ProbeSchema
@@ -37,6 +35,9 @@ from ctl_merge.workers import pool
 
 ALPHAS = (0.1, 0.25, 0.5, 0.75, 0.9)
 MERGED = "merged"
+_DEFAULTS = ProbeSchema.model_validate({})
+# Options by their names in a recipe's `probe:`, where `null` would be no text in YAML.
+_FLAGS = {flag: flag for flag in ("chat", "special_tokens", "patch", "scaling")} | {"null": "null_vector"}
 
 
 def probe(
@@ -82,16 +83,54 @@ def probe_recipes(
     base: str | None = None, meter: Meter = no_meter,
 ) -> ProbeReport:  # fmt: skip
     """Probe recipe files; what is not given here comes from the first one's `probe:` section."""
-    section = load_recipe(paths[0]).probe
-    if section:
-        options = replace(options, sequences=sequences or section.sequences, length=length or section.length)
-    return probe(list(paths), data or (section.data if section else []), base=base, options=options, meter=meter)
+    recipe = load_recipe(paths[0])
+    section = recipe.probe or _DEFAULTS
+    how = replace(
+        _with_flags(options, section), sequences=sequences or section.sequences, length=length or section.length
+    )
+    return probe(list(paths), data or section.data, base=base or _section_base(recipe), options=how, meter=meter)
 
 
-def probe_opened(opened: Merge, meter: Meter = no_meter) -> ProbeReport:
+def probe_opened(opened: Merge, meter: Meter = no_meter, trust_remote_code: bool = False) -> ProbeReport:
     """Probe a merge as its recipe's `probe:` section says."""
-    section = opened.recipe.probe or ProbeSchema()
-    return probe(opened, section.data, sequences=section.sequences, length=section.length, meter=meter)
+    section, options = _section_of(opened, trust_remote_code)
+    return probe(opened, section.data, base=_section_base(opened.recipe), options=options, meter=meter)
+
+
+def check_opened(opened: Merge, trust_remote_code: bool = False) -> None:
+    """Raise what `probe_opened` would refuse before it runs a model; no weight is read."""
+    section, options = _section_of(opened, trust_remote_code)
+    own, _ = roles(opened, _parsed(_section_base(opened.recipe)))
+    placed(options, own)
+    token_sets(opened, own, section.data, options)
+
+
+def _section_of(opened: Merge, trust_remote_code: bool) -> tuple[ProbeSchema, Options]:
+    section = opened.recipe.probe or _DEFAULTS
+    return section, replace(
+        _with_flags(Options(), section),
+        sequences=section.sequences,
+        length=section.length,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _with_flags(options: Options, section: ProbeSchema) -> Options:
+    """The options, and what the recipe's `probe:` section asks for besides."""
+    return replace(options, **{flag: getattr(options, flag) or getattr(section, key) for flag, key in _FLAGS.items()})
+
+
+def _section_base(recipe: Recipe) -> str | None:
+    """The base that the recipe's `probe:` section names, as it is found from the working directory."""
+    named = recipe.probe.base if recipe.probe else None
+    if named is None:
+        return None
+    ref = ModelRef.parse(named, Path(recipe.name).parent)
+    return str(ref.folder) if ref.folder else named
+
+
+def _parsed(base: str | None) -> ModelRef | None:
+    return ModelRef.parse(base) if base else None
 
 
 def probe_merged(
@@ -122,9 +161,10 @@ def probe_merged(
     parents = dict(zip(short_names(refs), (views[ref] for ref in refs), strict=True))
     options = options or Options(**how)
     placed(options, views[root])
+    sets = token_sets(opened, views[root], data, options)
     subject = _subject(views[root], parents, {MERGED: views[own]}, opened.workers, meter)
     riders = [Rider(MERGED, views[own])]
-    return _probe(subject, riders, {MERGED: {}}, opened, data, options, meter)
+    return _probe(subject, riders, {MERGED: {}}, opened, sets, options, meter)
 
 
 def load_model(
@@ -167,15 +207,16 @@ def _run(
     for merge in merges.values():
         merge.fetch()
     opened = merges[main]
-    own, parents = roles(opened, ModelRef.parse(base) if base else None)
+    own, parents = roles(opened, _parsed(base))
     placed(options, own)
+    sets = token_sets(opened, own, data, options)
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
     subject = _subject(own, parents, lazy, opened.workers, meter)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]
     if any(spec.dtype in ("BF16", "F16") for spec in opened.merged.tensors.values()):
         place = list(lazy).index(main)
         riders.append(Rider(f"{main}/written", opened.merged, ghost=False, as_written=True, weights_of=place))
-    return _probe(subject, riders, {**notes, main: {**notes[main], "main": True}}, opened, data, options, meter)
+    return _probe(subject, riders, {**notes, main: {**notes[main], "main": True}}, opened, sets, options, meter)
 
 
 def _subject(
@@ -194,10 +235,9 @@ def _subject(
 
 
 def _probe(
-    subject: Subject, riders: list[Rider], notes: dict[str, dict[str, Any]], opened: Merge, data: str | Sequence[str],
+    subject: Subject, riders: list[Rider], notes: dict[str, dict[str, Any]], opened: Merge, sets: Sequence[TokenSet],
     options: Options, meter: Meter,
 ) -> ProbeReport:  # fmt: skip
-    sets = _token_sets(opened, data, options)
     main = next((name for name, own in notes.items() if own.get("main")), next(iter(notes)))
     place = list(subject.merges).index(main)
     if options.null and subject.parents:
@@ -218,7 +258,7 @@ def _probe(
             own = [Rider(main, family.merges[main], ghost=False)]
             nearer[scale] = ranks.observed(family, own, sets, running, told, several)
     settings = {
-        "sequences": options.sequences, "length": options.length, "special_tokens": options.special_tokens,
+        "sequences": options.sequences, "length": sets[0].ids.shape[1], "special_tokens": options.special_tokens,
         "chat": options.chat, "compute": "float32", "statistics": "float64",
         "torch": torch.__version__, **memory(running, subject, riders, observed),
     }  # fmt: skip
@@ -236,18 +276,3 @@ def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:
         Rider(f"{main}/null", merged, ghost=False, weights_of=place),
         Rider(f"{main}/null-parent", flipped, ghost=False, weights_of=place),
     ]
-
-
-def _token_sets(opened: Merge, data: str | Sequence[str], options: Options) -> list[TokenSet]:
-    with tempfile.TemporaryDirectory() as folder:
-        opened.write_companions(Path(folder))
-        tokenizer = load_tokenizer(Path(folder), str(opened.recipe.refs[0]), options.trust_remote_code)
-    specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
-    twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})
-    if twice:
-        raise DataError(f"several data sets are called {twice[0]}: name them, as in {twice[0]}2=FILE")
-    size = options.sequences, options.length
-    if not specs:
-        ids = {name: tokenizer(t, add_special_tokens=False)["input_ids"] for name, t in default_texts().items()}
-        return [cut(name, own, tokenizer, *size, special=options.special_tokens) for name, own in ids.items()]
-    return [load_tokens(spec, tokenizer, *size, options.chat, options.special_tokens) for spec in specs]

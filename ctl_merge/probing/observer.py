@@ -167,7 +167,9 @@ class Observer:
         names = [*self.names, *(rider.name for rider in kept)]
         features = [*(outputs[name] for name in names), *ghosts.values()]
         if features[0].ndim != 3 or any(f.shape != features[0].shape for f in features):
-            return  # not a sequence of vectors: no residual stream
+            return  # a part's output that is not a sequence of vectors
+        if len(features[0]) != len(self.strata) or features[0].shape[1] > self.strata.shape[-1]:
+            return
         length = features[0].shape[1]  # an encoder reads the first tokens of a window, a decoder after it the last
         strata = self.strata[..., :length] if "encoder" in site.split(".") else self.strata[..., -length:]
         strata = strata.to(features[0].device)

@@ -18,10 +18,13 @@ from ctl_merge.probing.run import Observations, Rider, Running, Subject, shares_
 from ctl_merge.sizes import format_size
 from ctl_merge.stacks import every_block, find_blocks
 
+LENGTH = 256
+
 
 @dataclass(frozen=True)
 class Options:
-    """How a probe is made. `sequences` windows of `length` tokens of each data set.
+    """How a probe is made. `sequences` windows of `length` tokens of each data set: if None, 256 or
+    the model's context where that is shorter.
 
     `device_map`: cpu, cuda:N, disk (weights are read block by block, so that memory does not grow with depth), JSON
     `{"module": device}`, or auto (the default): as many blocks as half the memory holds on the accelerators, then in
@@ -34,7 +37,7 @@ class Options:
     """
 
     sequences: int = 64
-    length: int = 256
+    length: int | None = None
     batch: int = 8
     device_map: str | None = None
     max_memory: str | None = None

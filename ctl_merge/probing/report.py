@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.output import disk_errors
 from ctl_merge.probing import archive
 from ctl_merge.probing.blocks import site_rows
 from ctl_merge.probing.costs import best_parent, loss_report
@@ -38,17 +39,19 @@ class ProbeReport:
         return json.dumps(_plain(self.data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Write probe.json, report.html, the figures and the statistics into a folder."""
+        """Write probe.json, report.html, the figures and the statistics into a folder. Raises OutputError."""
         from ctl_merge.probing.figures import write_figures
         from ctl_merge.probing.page import render_page
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         plain = json.loads(self.to_json())
-        (folder / "probe.json").write_text(self.to_json(), "utf-8")
-        (folder / "report.html").write_text(render_page(plain), "utf-8")
-        write_figures(plain, folder / "figures")
-        archive.save(self.statistics, folder / archive.FILE)
+        page = render_page(plain)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "probe.json").write_text(self.to_json(), "utf-8")
+            (folder / "report.html").write_text(page, "utf-8")
+            write_figures(plain, folder / "figures")
+            archive.save(self.statistics, folder / archive.FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeReport:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.dispatch import Placement, twin
-from ctl_merge.errors import DeviceError
+from ctl_merge.errors import DeviceError, ProbeError
 from ctl_merge.model import load_weights, return_freed_memory
 from ctl_merge.probing.data import STRATA, TokenSet
 from ctl_merge.probing.forward import forward
@@ -67,7 +67,7 @@ class Session:
         self.models, self.parents = models, 1 + len(subject.parents)
         self.observer = Observer(subject, riders, tensors_below(models[BASE], subject.base.tensors, sites[BASE]))
         self.streamed = any(parameter.is_meta for parameter in models[BASE].parameters())
-        self.lockstep = Lockstep(sites, self.observer.on_inputs, self._on_outputs)
+        self.lockstep = Lockstep(sites, self._on_inputs, self._on_outputs)
         self.feature_bytes = self.logit_bytes = 0
 
     def __enter__(self) -> Session:
@@ -78,7 +78,24 @@ class Session:
         for config in self.caching:
             config.use_cache = True
 
+    def _check_layout(self, site: str, hidden: Tensor) -> None:
+        """Refuse features that are not (B, T, H), as a token's could not be told from another's."""
+        model, strata = self.models[BASE], self.observer.strata
+        count, length = strata.shape[0], strata.shape[-1]
+        lengths = (length // 2, length - length // 2) if model.config.is_encoder_decoder else (length,)
+        if hidden.ndim != 3 or hidden.shape[0] != count or hidden.shape[1] not in lengths:
+            expected = " or ".join(str((count, n, "H")).replace("'", "") for n in dict.fromkeys(lengths))
+            raise ProbeError(
+                f"{type(model).__name__} cannot be probed: the features at {site} are laid out {tuple(hidden.shape)}, "
+                f"not {expected} (sequences, tokens, dimensions)"
+            )
+
+    def _on_inputs(self, site: str, hidden: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self._check_layout(site, hidden[BASE])
+        return self.observer.on_inputs(site, hidden)
+
     def _on_outputs(self, site: str, visits: Mapping[str, Visit]) -> dict[str, Tensor]:
+        self._check_layout(site, visits[BASE].outputs["block"])
         found = self.observer.on_outputs(site, visits)
         brought = sum(t.nbytes for v in visits.values() for t in (*v.outputs.values(), *v.ghost.values()))
         self.feature_bytes = max(self.feature_bytes, brought)
@@ -148,5 +165,8 @@ def _forbid_cache(model: Any) -> list[Any]:
 
 
 def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(tokens.ids), size):
+    count, length = tokens.ids.shape
+    if min(size, count) == length:  # a square batch would not show features laid out (T, B, H)
+        size = length - 1
+    for start in range(0, count, size):
         yield tokens.ids[start : start + size], tokens.strata[start : start + size]

@@ -1,4 +1,4 @@
-"""B A times a scale, row by row of a stored matrix."""
+"""B A times a scale, row by row."""
 
 from __future__ import annotations
 

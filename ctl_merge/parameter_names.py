@@ -1,4 +1,4 @@
-"""Which file tensors make up a parameter that another version named.
+"""File tensors that make up another version's parameter.
 
 Whoever trained an adapter may have had another transformers than wrote the model's files. A parameter is looked for
 among the names in the files first, then by what they stand for in the model.

@@ -1,4 +1,4 @@
-"""A checkpoint plus an adapter, merged as it is read."""
+"""A checkpoint plus an adapter, applied as tensors are read."""
 
 from __future__ import annotations
 

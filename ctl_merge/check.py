@@ -145,7 +145,8 @@ def _models(sources: tuple[Source, ...], recipe: Recipe, part: Slice | None = No
     own = [name for name, parameter in recipe.method.parameters.items() if parameter.per_model]
     inner = part.settings if part else {}
     shared = {name: s for name, s in inner.items() if name not in own and s != recipe.settings.get(name)}
-    common = [str(text) for text in ([recipe.data.texts] if recipe.data else []) if text]
+    given = recipe.data.texts if recipe.data else []
+    common = [given] if isinstance(given, str) else given
     for source in sources:
         settings = {**(inner or recipe.settings), **source.settings}
         told = [f"{name} {_said(settings[name])}" for name in own if name in settings]

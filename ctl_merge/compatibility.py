@@ -161,6 +161,10 @@ VOCABULARY: tuple[Row, ...] = (
     ),
 )  # fmt: skip
 
+_OURS = (
+    "consensus", "fisher", "iso_c", "iso_cts", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv", "wudi",
+)  # fmt: skip
+
 METHODS: tuple[Row, ...] = (
     Row("`linear`, `task_arithmetic`, `passthrough`, `slerp`, `ram`", "same", "the same sums and angles", nothing),
     Row(
@@ -208,15 +212,7 @@ METHODS: tuple[Row, ...] = (
     ),
     Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),
     Row("`model_stock`", "more exact", "for short task vectors; `clamp` is ours", method("model_stock")),
-    Row(
-        "`consensus`, `fisher`, `iso_c`, `iso_cts`, `localize_and_stitch`, `lot`, `metagpt`, `pcb`, `regmean`, `tsv`, "
-        "`wudi`", "ours",
-        "mergekit has none of them",
-        method(
-            "consensus", "fisher", "iso_c", "iso_cts", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv",
-            "wudi",
-        ),
-    ),
+    Row(", ".join(f"`{name}`" for name in _OURS), "ours", "mergekit has none of them", method(*_OURS)),
 )  # fmt: skip
 
 _FROM_PROMPTS = both(a_mixture, lambda data: data.get("gate_mode", "hidden") in ("hidden", "hidden_last", "hidden_avg"))

@@ -1,4 +1,4 @@
-"""How a recipe names a model, with or without an adapter."""
+"""How a recipe names a model: folder, repository, adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base and parents of a merge, as the merge sees them."""
+"""Base and parents, as their merge sees them."""
 
 from __future__ import annotations
 

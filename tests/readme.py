@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from ctl_merge import compatibility
 from ctl_merge.methods import registry
 from ctl_merge.methods.table import as_rows, markdown
 
@@ -13,22 +15,55 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
 
-def tree() -> str:
-    """Every module with the first line of its docstring, in the order in which they build on each other."""
-    from test_layers import ROW as order
+# The order of the tree: the way that weights take. A module that is not here stands at the end, and a test fails.
+ORDER = """
+    recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
+    reference settings document problems json_schema traits compatibility check
+    checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank step
+    layers architecture parameter_names stacks roles
+    plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
+    moe moe_families moe_words gates made
+    model_config chat_template loadable estimate summary
+    methods/ merged devices evidence prefix_evidence
+    merging writer workers output companions tokenizer_files manifest card sizes
+    model dispatch compare weights findings compare_table probing/
+    cli/ errors
+""".split()
+METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
+PROBING = """
+    rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded parents
+    metrics intervals blocks losses costs record statistics archive schema report api
+    wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
+    alphas figures
+""".split()
+CLI = "arguments terminal merge probe compare check methods schema".split()
+WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
-    package = ROOT / "ctl_merge"
-    lines = {}
-    for path in package.glob("*.py"):
-        lines[order.get(path.stem, 99), path.stem] = [f"    {path.name:<20}{_first_line(path)}"]
-    for folder in (path.parent for path in package.glob("*/__init__.py")):
-        inside = sorted(folder.glob("[!_]*.py"), key=lambda p: order[f"{folder.name}.{p.stem}"])
-        lines[order[f"{folder.name}.__init__"], folder.name] = [
-            f"    {folder.name + '/':<20}{_first_line(folder / '__init__.py')}",
-            *(f"      {path.name:<18} {_first_line(path)}" for path in inside),
-        ]
-    del lines[order["__main__"], "__main__"]
-    return "```\nctl_merge/\n" + "\n".join(line for key in sorted(lines) for line in lines[key]) + "\n```"
+
+def modules(folder: str = "") -> list[str]:
+    """The modules of a folder of the package, and its folders with a slash, by name."""
+    here = ROOT / "ctl_merge" / folder
+    found = [path.stem for path in here.glob("[!_]*.py")]
+    return sorted([*found, *(f"{path.parent.name}/" for path in here.glob("*/__init__.py"))])
+
+
+def tree() -> str:
+    """Every module with the first line of its docstring."""
+    lines = list(_branch("", 4))
+    width = max(len(name) for name, _ in lines) + 1
+    return "```\nctl_merge/\n" + "\n".join(f"{name:<{width}}{text}" for name, text in lines) + "\n```"
+
+
+def _branch(folder: str, indent: int) -> Iterator[tuple[str, str]]:
+    order = {name: place for place, name in enumerate(WITHIN[folder])}
+    for name in sorted(modules(folder), key=lambda name: (order.get(name, len(order)), name)):
+        path = ROOT / "ctl_merge" / folder / name
+        yield (
+            " " * indent + (name if name.endswith("/") else f"{name}.py"),
+            _first_line(path / "__init__.py" if name.endswith("/") else path.with_suffix(".py")),
+        )
+        if name.endswith("/"):
+            yield from _branch(name[:-1], indent + 2)
 
 
 def recipes() -> str:
@@ -51,6 +86,7 @@ def generated() -> str:
     text = README.read_text("utf-8")
     for name, content in (
         ("methods", markdown(as_rows(registry().values()))),
+        ("compatibility", compatibility.markdown(compatibility.ROWS)),
         ("tree", tree()),
         ("recipes", recipes()),
     ):

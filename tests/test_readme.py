@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import readme
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 
 import ctl_merge
+from ctl_merge.cli import app
 from ctl_merge.document import Document
+from ctl_merge.moe_schema import MixtureSchema
 from ctl_merge.recipe_schema import RecipeSchema
 
 TEXT = readme.README.read_text("utf-8")
@@ -30,9 +33,20 @@ def test_generated_parts_are_up_to_date():
 
 def test_every_file_of_the_package_stands_in_the_tree():
     package = readme.ROOT / "ctl_merge"
-    names = {path.name for path in package.rglob("*.py")} - {"__main__.py", "__init__.py"}
-    tree = readme.tree()
-    assert all(f" {name} " in tree for name in names)
+    names = [path.name for path in package.rglob("[!_]*.py")]
+    listed = [line.split()[0] for line in readme.tree().splitlines()[2:-1]]
+    assert sorted(names) == sorted(name for name in listed if not name.endswith("/"))
+
+
+@pytest.mark.parametrize("folder", ["", "probing", "cli"])
+def test_every_module_has_its_place_in_the_tree(folder):
+    """Enter a new one in tests/readme.py, where the weights come by."""
+    assert sorted(readme.WITHIN[folder]) == readme.modules(folder)
+
+
+def test_a_file_of_the_tree_has_at_most_ten_words():
+    lines = readme.tree().splitlines()[2:-1]
+    assert [line for line in lines if len(line.split()) > 11] == []
 
 
 def test_make_targets_exist():
@@ -58,9 +72,24 @@ def test_benchmarks_named_here_exist():
     assert named and all((readme.ROOT / path).is_file() for path in named)
 
 
+def test_the_table_of_keys_has_every_key_of_a_recipe():
+    table = TEXT.partition("| key | meaning |")[2].partition("\n\n")[0]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named == set(RecipeSchema.model_fields)
+
+
+def test_options_named_here_exist():
+    group = get_command(app)
+    known = {option for verb in group.commands.values() for own in verb.params for option in own.opts}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    assert shown - known == {"--sizes"}  # of benchmarks/memory.py
+
+
 def test_the_recipe_shown_is_one():
     for shown in blocks("yaml"):
-        RecipeSchema.model_validate(Document.parse(shown)[0].data)
+        for document in Document.parse(shown):
+            schema = MixtureSchema if "experts" in document.data else RecipeSchema
+            schema.model_validate(document.data)
         ctl_merge.parse_recipe(shown)
 
 

@@ -1,4 +1,4 @@
-"""Model Stock: towards the base as far as task vectors disagree."""
+"""Model Stock: towards the base where task vectors disagree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Least squares on what each linear layer reads: RegMean and LOT."""
+"""RegMean and LOT: least squares on what linear layers read."""
 
 from __future__ import annotations
 

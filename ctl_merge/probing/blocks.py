@@ -1,4 +1,4 @@
-"""The rows of a report: one for each site and merge."""
+"""A report's rows: one for each site and merge."""
 
 from __future__ import annotations
 

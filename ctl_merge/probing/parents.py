@@ -1,4 +1,4 @@
-"""What a merge that lies in a folder was made from."""
+"""What a merge in a folder was made from."""
 
 from __future__ import annotations
 

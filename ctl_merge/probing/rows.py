@@ -1,4 +1,4 @@
-"""Data sets as rows: files, and data sets on the Hub."""
+"""Data sets as rows: from files and from the Hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the deviation grows with the square of the task vectors."""
+"""Where deviations grow with the square of the task vectors."""
 
 from __future__ import annotations
 

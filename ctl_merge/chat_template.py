@@ -1,4 +1,4 @@
-"""Chat templates: known by name, and where a tokenizer keeps them."""
+"""Chat templates: known by name, and where tokenizers keep them."""
 
 from __future__ import annotations
 

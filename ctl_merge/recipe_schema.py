@@ -1,4 +1,4 @@
-"""The keys of a recipe and the types of their values."""
+"""The keys of a recipe, the types of their values."""
 
 from __future__ import annotations
 

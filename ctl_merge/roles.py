@@ -1,4 +1,4 @@
-"""Base and parents of a merge, as the merge sees them."""
+"""A merge's base and parents, as the merge sees them."""
 
 from __future__ import annotations
 

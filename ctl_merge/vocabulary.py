@@ -1,4 +1,4 @@
-"""The output's tokens, and the rows that they have in every model."""
+"""The output's tokens, and their rows in every model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""File tensor <-> module parameter: what transformers knows of a model.
+"""File tensor <-> module parameter, as transformers sees them.
 
 What needs the model's class (renamed or tied parameters, layers, code that a model brings along) asks transformers, in
 this file only, with a model on the meta device.

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, and what to do next.
+"""What went wrong with the Hub, what to do next.
 
 The text is ours, not that of the HTTP client, which may quote signed addresses or the token.
 """

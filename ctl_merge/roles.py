@@ -35,7 +35,7 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
         )
     same = [ref for ref in recipe.refs if _state(ref) == _state(chosen)]
     chosen = same[0] if same else chosen
-    merged = opened.merged if same else _with_model(opened, chosen)
+    merged = opened.merged if same and _goes_in(opened, chosen) else _with_model(opened, chosen)
     refs = [ref for ref in dict.fromkeys(source.ref for source in recipe.models) if ref != chosen]
     if not refs:
         raise RecipeError(f"{recipe.name}: there is no model besides the base {chosen}: no parents")
@@ -62,12 +62,24 @@ def _check_aligned(recipe: Recipe) -> None:
         place += part.layers or 0
 
 
+def _goes_in(opened: Merge, ref: ModelRef) -> bool:
+    """Whether the model is among those of every merged tensor: a base that only gives the config is in none."""
+    merged = (plan for plan in opened.plan.tensors.values() if plan.operation == "merge")
+    return all(any(part.model == ref for part in plan.everyone) for plan in merged)
+
+
 def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:
     """The recipe's models and one more, matched with each other; what is done with them there does not matter."""
     equal = {"weight": Setting(((None, 1.0),))}
-    models = tuple(Source(source.ref, equal) for source in (*opened.recipe.models, Source(ref)))
-    everyone = Merge(replace(opened.recipe, method=registry()["linear"], models=models, settings={}, onlookers=(ref,)))
+    refs = dict.fromkeys((*(source.ref for source in opened.recipe.models), ref))
+    models = tuple(Source(each, equal) for each in refs)
+    linear = {"method": registry()["linear"], "models": models, "settings": {}, "slices": (), "onlookers": (ref,)}
+    everyone = Merge(replace(opened.recipe, **linear))  # type: ignore[arg-type]
     everyone.fetch()
+    if {n: s.shape for n, s in everyone.merged.tensors.items()} != {
+        n: s.shape for n, s in opened.merged.tensors.items()
+    }:
+        raise RecipeError(f"{opened.recipe.name}: the merge has not all tensors of {ref}: they cannot be compared")
     return everyone.merged
 
 

@@ -385,3 +385,19 @@ def test_real_family(experts: tuple[str, ...]) -> None:
     assert all(0.9 < numbers["cosine_to_base"] < 1 for numbers in model["parents"].values())
     assert 0.5 < model["merged"]["explained"] < 0.9
     assert all(signs["conflict"] < signs["chance"] for signs in model["signs"])
+
+
+def test_a_base_that_only_gives_the_config_is_the_base_all_the_same() -> None:
+    """Slices in place by `linear`: no slice has the base among its inputs."""
+    slices = "".join(
+        f"""
+  - sources:
+      - {{model: {QUICKSTART}/cycle, layer_range: [{start}, {start + 3}], parameters: {{weight: {weight}}}}}
+      - {{model: {QUICKSTART}/shift, layer_range: [{start}, {start + 3}], parameters: {{weight: {1 - weight}}}}}"""
+        for start, weight in ((0, 0.75), (3, 0.25))
+    )
+    opened = Merge(parse_recipe(f"merge_method: linear\nbase_model: {QUICKSTART}/base\nslices:{slices}\n"))
+    blocks = {row["name"]: row["parents"] for row in compare(opened).data["blocks"]}
+    for i, expected in enumerate([0.75] * 3 + [0.25] * 3):
+        found = {name: numbers["coefficient"] for name, numbers in blocks[f"model.layers.{i}"].items()}
+        assert found == {"cycle": pytest.approx(expected, abs=1e-3), "shift": pytest.approx(1 - expected, abs=1e-3)}

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 import ctl_merge
 from ctl_merge.cli import app
-from ctl_merge.errors import CtlMergeError
+from ctl_merge.errors import CtlMergeError, OutputError
+from ctl_merge.merging import Merge
+from ctl_merge.probing.api import check_opened, probe_opened
 from ctl_merge.probing.texts import default_texts
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
@@ -232,3 +234,51 @@ def test_a_data_set_belongs_to_the_parent_that_was_trained_on_it(report: ctl_mer
     for name in ("cycle", "shift"):
         assert report.data["sets"][name]["best_parent"]["parent"] == name
         assert report.data["sets"][name]["best_parent"]["margin"]["low"] > 0
+
+
+def test_a_probe_that_cannot_be_made_is_refused_before_a_weight_is_written(tmp_path: Path) -> None:
+    models = "".join(f"  - {{model: {model}, parameters: {{weight: 0.5}}}}\n" for model in (CYCLE, SHIFT))
+    stack = "".join(f"  - sources: [{{model: {m}, layer_range: [0, 4]}}]\n" for m in (CYCLE, SHIFT))
+    average, based = f"merge_method: linear\nmodels:\n{models}", f"{{length: 16, sequences: 2, base: {BASE}"
+    for text, message in {
+        f"merge_method: passthrough\nslices:\n{stack}": "move layers",
+        average: "names no base model.*probe: {base",
+        f"{average}probe: {{base: {BASE}, length: 65}}": "context of 64",
+        f"{average}probe: {{base: {BASE}, data: [nowhere.txt]}}": "there is no file",
+        f"{average}probe: {based}, chat: true, data: [t={tmp_path}/chat.jsonl]}}": "no chat template",
+    }.items():
+        (tmp_path / "chat.jsonl").write_text('{"q": "one", "a": "two"}\n' * 20)
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(CtlMergeError, match=message):
+            CliRunner().invoke(
+                app, [str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "out"), "--probe"], catch_exceptions=False
+            )
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_a_recipe_asks_for_what_the_command_has_options_for(tmp_path: Path) -> None:
+    models = "".join(f"  - {{model: {model}, parameters: {{weight: 0.5}}}}\n" for model in (CYCLE, SHIFT))
+    asked = "sequences: 2, length: 16, special_tokens: true, patch: true, null_vector: true, scaling: true"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"merge_method: linear\nmodels:\n{models}probe: {{base: {BASE}, {asked}}}\n")
+    merged = Merge(path)
+    check_opened(merged)
+    by_section, by_option = (
+        probe_opened(merged),
+        ctl_merge.probe(
+            path, base=BASE, sequences=2, length=16, special_tokens=True, patch=True, null=True, scaling=True
+        ),
+    )
+    assert by_section.to_json() == by_option.to_json()
+    row = by_section.rows[-1]
+    assert row["nonlinearity_null"] > 0 and by_section.data["settings"]["special_tokens"] is True
+
+
+def test_windows_are_as_long_as_a_short_context_unless_a_length_is_asked_for() -> None:
+    assert ctl_merge.probe(RECIPE, sequences=2).data["settings"]["length"] == 64
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is no folder"):
+        CliRunner().invoke(app, ["probe", str(RECIPE), "-o", str(tmp_path / "file" / "x")], catch_exceptions=False)

@@ -542,3 +542,15 @@ def test_a_browser_shows_the_card(tmp_path: Path) -> None:
     page.write_text(f"<!doctype html><meta charset=utf-8>{html}{probe}", "utf-8")
     _, said = open_in_browser(page)
     assert len(said) == 1 and "card 3 true 2 1" in said[0], said
+
+
+def test_a_png_has_letters_without_serifs_where_a_font_has_them() -> None:
+    """resvg draws a family that is not there with serifs."""
+    from ctl_merge.probing import raster
+
+    resvg_py = pytest.importorskip("resvg_py")
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><text y="16" font-family="%s">Rg</text></svg>'
+    draw = [bytes(resvg_py.svg_to_bytes(svg_string=svg % name)) for name in (*raster._FAMILIES, "no such family")]
+    if len(set(draw)) == 1:
+        pytest.skip("no font without serifs is installed")
+    assert bytes(resvg_py.svg_to_bytes(svg_string=svg % raster._family())) != draw[-1]

@@ -15,9 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 import ctl_merge
 from ctl_merge.architecture import empty_model
 from ctl_merge.errors import ProbeError
+from ctl_merge.probing.data import STRATA, TokenSet
+from ctl_merge.probing.loaded import LoadedCheckpoint
+from ctl_merge.probing.observer import Rider, Subject
+from ctl_merge.probing.run import Session, batches
 from ctl_merge.reference import ModelRef
 from ctl_merge.stacks import every_block, find_blocks, tensors_below, text_sites
 from ctl_merge.stored import open_checkpoint
+from ctl_merge.weights import task_grams
 
 NO_TEXT = ("whisper", "vit", "swin", "clip")
 WIDE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY}
@@ -168,3 +173,16 @@ def test_a_model_without_blocks_asks_for_their_path_and_lists_the_choices() -> N
 def test_a_path_that_is_no_list_is_refused_with_the_choices() -> None:
     with pytest.raises(ProbeError, match=r"--blocks model\.layer: .*it has: model\.layers$"):
         find_blocks(build("llama"), "model.layer")
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (8, 8), (2, 2), (1, 5)])
+def test_features_that_are_not_batch_first_are_refused_by_name(shape: tuple[int, int]) -> None:
+    """XLNet's blocks put out (T, B, H); a square batch would hide it."""
+    base, parent, merged = (LoadedCheckpoint(n, older("xlnet")) for n in ("base", "one", "merged"))
+    subject = Subject(base, {"one": parent}, {"merged": merged}, task_grams(base, [parent], [merged]))
+    models = {name: older("xlnet") for name in ("base", "one", "merged")}
+    tokens = torch.randint(3, 60, shape)
+    strata = torch.ones(shape[0], len(STRATA), shape[1], dtype=torch.bool)
+    with Session(subject, [Rider("merged", merged)], models) as session, pytest.raises(ProbeError, match="XLNetLMHead"):
+        for ids, own in batches(TokenSet("random", tokens, strata), 8):
+            session.run(ids, own)

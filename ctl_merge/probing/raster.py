@@ -39,4 +39,6 @@ def _family() -> str | None:
         return bytes(svg_to_bytes(svg_string=svg, sans_serif_family=family))
 
     text = '<text x="2" y="16" font-size="16" font-family="sans-serif">R</text>'
-    return next((family for family in _FAMILIES if drawn(text, family) != drawn("", family)), None)
+    stand_in, nothing = drawn(text, "no such family"), drawn("", "no such family")  # serifs, for a family not there
+    own = next((f for f in _FAMILIES if drawn(text, f) not in (stand_in, nothing)), None)
+    return own or (_FAMILIES[0] if stand_in != nothing else None)

@@ -44,7 +44,7 @@ def observe(
         for tokens in sets:
             if tokens.first is not None:
                 session.calibrate(tokens.first.to(running.placement.device))
-            for ids, strata in _batches(tokens, running.batch):
+            for ids, strata in batches(tokens, running.batch):
                 session.run(ids.to(running.placement.device), strata)
                 told(len(ids))
             found[tokens.name] = replace(session.end(), skipped=tokens.skipped)
@@ -164,7 +164,7 @@ def _forbid_cache(model: Any) -> list[Any]:
     return found
 
 
-def _batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     count, length = tokens.ids.shape
     if min(size, count) == length:  # a square batch would not show features laid out (T, B, H)
         size = length - 1

@@ -125,7 +125,7 @@ def _method(recipe: Recipe) -> Iterator[str]:
     if left:
         yield "left at their defaults: " + ", ".join(f"{name} {_plain(value)}" for name, value in left.items())
     if recipe.data:
-        whose = "its own model's" if recipe.data.inputs == "expert" else "the base's"
+        whose = {"expert": "its own model's", "base": "the base's", "merged": "the merge's"}[recipe.data.inputs]
         yield f"measured on {recipe.data.sequences} windows of {recipe.data.length} tokens of each text"
         if recipe.method.statistic == "gram":
             yield f"what a layer reads is {whose} activations"

@@ -1,4 +1,4 @@
-"""Grams of inputs that come out of the merge itself, block by block."""
+"""Grams of inputs that come out of the merge itself."""
 
 from __future__ import annotations
 

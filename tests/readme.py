@@ -31,7 +31,8 @@ ORDER = """
 """.split()
 METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
 PROBING = """
-    rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded parents
+    rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded
+    parents
     metrics intervals blocks losses costs record statistics archive schema report api
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures

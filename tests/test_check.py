@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -180,22 +179,20 @@ def test_nothing_is_asked_of_the_network_or_the_models(tmp_path: Path, monkeypat
     )
 
 
-def test_the_texts_on_which_models_are_measured_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["ctl_merge.methods.registry"], "_REGISTRY", dict(registry()))
-    import ctl_merge.methods.regmean  # noqa: F401
-
+def test_the_texts_on_which_models_are_measured_are_told(tmp_path: Path) -> None:
     found = sections(
         tmp_path,
         """
-        merge_method: regmean
+        merge_method: lot
+        base_model: org/base
         models:
           - {model: org/a, data: "math=org/set:question,answer@test"}
           - {model: org/b}
         data: {texts: "org/other:text", sequences: 8, length: 32, inputs: base}
         """,
     )
-    assert "measured on 8 windows of 32 tokens of each text" in found["regmean"]
-    assert "what a layer reads is the base's activations" in found["regmean"]
+    assert "measured on 8 windows of 32 tokens of each text" in found["lot"]
+    assert "what a layer reads is the base's activations" in found["lot"]
     assert [line.partition("measured on ")[2] for line in found["what goes in"]] == [
         "org/set:question,answer", "org/other:text",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import recipe_text
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -38,6 +39,7 @@ class TwistedConfig(PretrainedConfig):
 """
 MODELING = """
 import torch
+import yaml
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -244,3 +246,14 @@ def test_a_tokenizer_that_is_code_needs_trust_too(tmp_path: Path) -> None:
         ctl_merge.probe(merge, **SMALL)
     found = ctl_merge.probe(merge, trust_remote_code=True, **SMALL)
     assert found.data["sets"]["cycle"]["sequences"] == 3
+
+
+def test_a_merge_is_probed_with_it_only_if_the_code_is_trusted(folders: list[Path], tmp_path: Path) -> None:
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(json.dumps({**yaml.safe_load(recipe(folders).text), "probe": SMALL}))
+    with pytest.raises(CheckpointError, match=REFUSED):
+        CliRunner().invoke(app, [str(path), "-o", str(out), "--probe"], catch_exceptions=False)
+    assert not ran(folders) and not list(tmp_path.glob("out*"))
+    done = CliRunner().invoke(app, [str(path), "-o", str(out), "--probe", "--trust-remote-code"])
+    assert done.exit_code == 0, done.output
+    assert (out / "probe" / "probe.json").is_file()

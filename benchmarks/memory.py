@@ -77,7 +77,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=sorted(registry()), help="default: all")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made and kept; default: temporary")
     options = parser.parse_args()
-    cases = [(method, "") for method in options.methods or sorted(registry())]
+    without_text = [name for name, method in sorted(registry().items()) if method.statistic is None]
+    cases = [(method, "") for method in options.methods or without_text]
     cases += [("ties", ', "trim": "model"')] if any(method == "ties" for method, _ in cases) else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -158,7 +158,7 @@ def probes(folder: Path) -> list[Probe]:
                ((str(folder / "same"), 1.0), (str(folder / "again"), 0.5), (str(folder / "more"), 0.7))]}),
         Probe("a gradient of whole numbers: `max_iter: [5, 10]`", REFUSED, ACCEPTED,
               {"merge_method": "karcher", "models": [own(a), own(b)], "parameters": {"max_iter": [5, 10]}}),
-        Probe("`rescale: true` in `ties`", ACCEPTED, REFUSED,
+        Probe("`rescale: true` in `ties`", ACCEPTED, ACCEPTED,
               ties(*sparse, parameters={"rescale": True}), ties(*sparse)),
         Probe("`density: 0.5` in `task_arithmetic`, which drops nothing", WITHOUT_EFFECT, REFUSED,
               {**ties(*sparse), "merge_method": "task_arithmetic"}, {**ties(*even), "merge_method": "task_arithmetic"}),

@@ -99,7 +99,7 @@ METHODS: Mapping[str, Spec] = {
         base="input", slack=64.0, norms=True, arcs=True,
     ),
     "task_arithmetic": Spec({**WEIGHT, **LAMBDA, **_normalize(False)}, models=(1, 4)),
-    "ties": Spec({**_TIES, **_normalize(True)}, models=(1, 4)),
+    "ties": Spec({**_TIES, **_normalize(True), "rescale": Knob(_FLAG, False)}, models=(1, 4)),
     "breadcrumbs": Spec({**_TIES, **_CRUMBS, **_normalize(False)}, models=(1, 4)),
     "breadcrumbs_ties": Spec({**_TIES, **_CRUMBS, **_normalize(False)}, models=(1, 4)),
     "sce": Spec({"select_topk": Knob(between(0.1, 1.0), 1.0)}, models=(1, 4)),

@@ -76,7 +76,7 @@ class RecipeChecker:
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
-            slices=() if whole else tuple(parts), steps=self.steps,
+            slices=() if whole else tuple(parts), steps=self.steps, place=self.folder,
         )  # fmt: skip
 
     def _parts(
@@ -214,7 +214,7 @@ class RecipeChecker:
             tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
             allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
             text=self.document.text, name=self.document.name,
-            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture, place=self.folder,
         )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:

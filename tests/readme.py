@@ -25,7 +25,9 @@ ORDER = """
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card sizes
+    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card
+    markdown sizes
+    finished publishing hub_push shard_stream
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -37,7 +39,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal merge probe compare check methods schema".split()
+CLI = "arguments terminal merge push probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

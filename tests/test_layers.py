@@ -28,12 +28,13 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions header hub_errors layers model_config output reference tokenizer workers",
+        "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
+        "tokenizer workers",
         "architecture chat_template devices hub tokenizer_files",
-        "checkpoint stacks",
-        "low_rank parameter_names stored writer",
-        "adapter_changes pickled",
-        "adapter",
+        "checkpoint hub_push stacks",
+        "finished low_rank parameter_names stored writer",
+        "adapter_changes pickled shard_stream",
+        "adapter publishing",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",
@@ -62,8 +63,8 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "card merged step traits",
-        "compatibility estimate manifest",
+        "merged public_recipe step traits",
+        "card compatibility estimate manifest",
         "check",
         "summary",
         "merging",
@@ -86,7 +87,8 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.merge cli.methods cli.probe cli.schema",
+        "cli.check cli.compare cli.methods cli.probe cli.push cli.schema",
+        "cli.merge",
         "cli.__init__",
         "__main__",
     ),

@@ -13,8 +13,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctl_merge.errors import HubError
@@ -71,6 +73,19 @@ class HubSnapshot:
         raise HubError(f"{self}, {path}: {problem}")
 
 
+_pins: ContextVar[Mapping[tuple[str, str], str]] = ContextVar("pins", default={})  # noqa: B039
+
+
+@contextmanager
+def pinned(commits: Mapping[tuple[str, str], str]) -> Iterator[None]:
+    """Within, `resolve` takes a repository's revision to be the commit that stands here, wherever a branch is now."""
+    token = _pins.set(commits)
+    try:
+        yield
+    finally:
+        _pins.reset(token)
+
+
 def resolve(repo_id: str, revision: str | None = None) -> HubSnapshot:
     """Pin a branch, tag or commit (default "main") to its commit and list the files there, in one request.
 
@@ -79,12 +94,13 @@ def resolve(repo_id: str, revision: str | None = None) -> HubSnapshot:
     revision = revision or "main"
     check_names(repo_id, revision)
     where = f"{repo_id}@{revision}"
+    commit = _pins.get().get((repo_id, revision), revision)
     try:
-        return listing(repo_id, revision)
+        return replace(listing(repo_id, commit), revision=revision)
     except failures() as error:
-        if out_of_reach(error) and (snapshot := _from_cache(repo_id, revision)):
+        if out_of_reach(error) and (snapshot := _from_cache(repo_id, commit)):
             logger.warning("%s: the Hub is out of reach; the local cache has commit %s", where, snapshot.commit)
-            return snapshot
+            return replace(snapshot, revision=revision)
         raise HubError(f"{where}: {explain(error, repo_id)}") from error
 
 

@@ -31,6 +31,7 @@ EXPLANATIONS: dict[str | int, str] = {
 }
 BROKEN_OUT = "no connection to the Hub, or it broke ({kind}). Check it and run again: what was sent is not sent again."
 # Where a push differs.
+BAD_CARD = "Invalid metadata in README.md."  # as the client says it
 EXPLANATIONS_OUT: dict[str | int, str] = {
     "LocalTokenNotFoundError": f"a push needs a token that may write: {LOG_IN}.",
     "RepositoryNotFoundError": f"no such repository, or a private one. Check the name, and {LOG_IN}.",
@@ -82,6 +83,8 @@ def explain(error: BaseException, repo_id: str, writing: bool = False) -> str:
     """What went wrong and what to do next."""
     error, status = _root(error), status_of(error)
     known = EXPLANATIONS | EXPLANATIONS_OUT if writing else EXPLANATIONS
+    if str(error).startswith(BAD_CARD):
+        return f"the Hub refuses the metadata of README.md:{str(error).removeprefix(BAD_CARD)}"
     for key in (*_names(error), status):
         if key in known:
             return known[key].format(page=f"https://huggingface.co/{repo_id}", kind=type(error).__name__)

@@ -196,7 +196,7 @@ class Push:
             try:
                 return self._commit(head, difference)
             except failures() as error:
-                if not may_pass(error) and status_of(error) not in (409, 412):
+                if status_of(error) not in (0, 409, 412) and not may_pass(error):
                     raise self._error(error) from error
                 problem = error
                 time.sleep(2**attempt)

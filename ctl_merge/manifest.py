@@ -32,6 +32,7 @@ def build_manifest(
     output: Iterable[Path],
     gone: Mapping[str, Outgoing],
     devices: Mapping[str, str],
+    max_shard_bytes: int,
     hash_with: Map | None,
 ) -> dict[str, Any]:
     """The manifest of a written merge.
@@ -60,6 +61,7 @@ def build_manifest(
         "tensors": tensors, "devices": dict(Counter(devices.values())),
         "decisions": [public.line(line) for line in (*plan.decisions, *method_notes(merged))],
         "warnings": [public.line(line) for line in plan.warnings],
+        "max_shard_bytes": max_shard_bytes,
         "output": [_written(path, gone.get(path.name), hashes) for path in output],
     }  # fmt: skip
 

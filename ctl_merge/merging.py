@@ -254,7 +254,14 @@ class Merge:
         output = [folder / shard.file for shard in self.shards]
         with pool(self.workers) as mapped:
             manifest = build_manifest(
-                self.merged, self.sources, public, output, gone, self.devices, mapped if hash_files else None
+                self.merged,
+                self.sources,
+                public,
+                output,
+                gone,
+                self.devices,
+                self.shard_bytes,
+                mapped if hash_files else None,
             )
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")

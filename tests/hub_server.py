@@ -47,18 +47,19 @@ class Fault:
     whole: bool = False  # ignore the range that was asked for
     lost: bool = False  # do what was asked for, then close the connection without an answer
     after: int = 0  # this many requests go well before
+    action: Callable[[], None] | None = None  # what happens before the answer
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request. `sent`, `received` count the bytes of the bodies, `token` tells whether one was shown."""
+    """One answered request. `sent` counts the bytes of the answer's body, `token` tells whether one was shown."""
 
     method: str
     path: str
     status: int
     sent: int
     token: bool
-    received: int = 0
+    body: bytes = b""
 
 
 class Server(ThreadingHTTPServer):
@@ -79,7 +80,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.connections: list[socket.socket] = []
         self.closing = threading.Event()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._servers = [Server(("127.0.0.1", 0), handler), Server(("127.0.0.1", 0), handler)]
         self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
@@ -116,6 +117,14 @@ class HubServer:
     def fault(self, part: str, **kind: Any) -> None:
         self.faults.append(Fault(part, **kind))
 
+    def before(self, part: str, action: Callable[[], None]) -> None:
+        """Let something happen once, right before a POST to a path that contains `part` is answered."""
+        self.fault(part, method="POST", times=1, action=action)
+
+    def bodies(self, part: str) -> list[Any]:
+        """The JSON that came with POST requests to paths that contain `part`."""
+        return [json.loads(r.body) for r in self.requests if part in r.path and r.method == "POST"]
+
     def take_fault(self, method: str, path: str) -> Fault:
         with self.lock:
             for fault in self.faults:
@@ -134,7 +143,7 @@ class HubServer:
 
     def received(self, part: str = "") -> int:
         """Bytes of bodies that came for paths that contain `part`."""
-        return sum(r.received for r in self.requests if part in r.path)
+        return sum(len(r.body) for r in self.requests if part in r.path)
 
     def sent(self, part: str = "") -> int:
         """Bytes of bodies sent for paths that contain `part`; for a redirected file, its storage path has its name."""
@@ -163,6 +172,8 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
         if not self._receive():
             return None
         self.hub.closing.wait(self.broken.delay)
+        if self.broken.action:
+            self.broken.action()
         if self.broken.body is not None:
             return self.answer(200, self.broken.body, {"Content-Type": "text/html"})
         if self.broken.status is not None:
@@ -227,7 +238,7 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
     def _record(self, status: int, body: bytes | mmap.mmap) -> None:
         path = unquote(urlsplit(self.path).path)
         with self.hub.lock:
-            self.hub.requests.append(Request(self.command, path, status, len(body), bool(self.token), len(self.body)))
+            self.hub.requests.append(Request(self.command, path, status, len(body), bool(self.token), self.body))
 
 
 # One row per call: methods, path, action. The first row that fits answers.

@@ -27,7 +27,7 @@ ORDER = """
     methods/ merged devices evidence prefix_evidence
     merging writer workers output companions tokenizer_files manifest public_recipe local_paths card
     markdown sizes
-    finished publishing hub_push shard_stream
+    finished publishing hub_push shard_stream original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -39,7 +39,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal merge push probe compare check methods schema".split()
+CLI = "arguments terminal merge push reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

@@ -65,9 +65,10 @@ STAGES = {
     "merges: read, written, described": (
         "merged public_recipe step traits",
         "card compatibility estimate manifest",
-        "check",
+        "check original",
         "summary",
         "merging",
+        "reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
@@ -87,7 +88,7 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.methods cli.probe cli.push cli.schema",
+        "cli.check cli.compare cli.methods cli.probe cli.push cli.reproduce cli.schema",
         "cli.merge",
         "cli.__init__",
         "__main__",

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, merge, methods, probe, push, schema
+from ctl_merge.cli import check, compare, merge, methods, probe, push, reproduce, schema
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -39,6 +39,7 @@ app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command()(push.push)
+app.command()(reproduce.reproduce)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

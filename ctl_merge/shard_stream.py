@@ -7,11 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ctl_merge.finished import is_stale, public_files, sha256_of
 from ctl_merge.hub_push import Outgoing, Push, Pushed, stored_there
 from ctl_merge.output import UPLOADED
-from ctl_merge.writer import Shard
+
+if TYPE_CHECKING:
+    from ctl_merge.writer import Shard
 
 
 class ShardStream:

@@ -207,7 +207,8 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
 
     def refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         names = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
-        self.answer(status, b"", names | (headers or {}))
+        body = json.dumps({"error": code or f"HTTP {status}"}).encode()
+        self.answer(status, body, {"Content-Type": "application/json"} | names | (headers or {}))
 
     def answer_json(self, value: object, status: int = 200) -> None:
         self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -118,14 +118,14 @@ def _table(plan: Plan, manifest: dict[str, Any], refs: Iterable[ModelRef]) -> li
     parameters = _described(plan)
     under = {source.get("adapter_on") for source in manifest["sources"]}
     for source, ref in zip(manifest["sources"], refs, strict=True):
-        name = code(source["model"])
+        name = code(source["model"], in_table=True)
         if "commit" in source:
             link = f"https://huggingface.co/{source['model']}/tree/{source['commit']}"
             name = f"[{escaped(source['model'])}]({link}) at `{source['commit'][:12]}`"
         models = [r for r in plan.recipe.refs if ref in (r, r.adapter)]  # which the source is, or is the adapter of
         role = _role(plan, models, source["model"] in under)
         if "adapter_on" in source:
-            role += f", adapter on {code(source['adapter_on'])}"
+            role += f", adapter on {code(source['adapter_on'], in_table=True)}"
         own = (", ".join(parameters[m, n] for m in models if (m, n) in parameters) for n in names)
         lines.append(f"| {name} | {role} |" + "".join(f" {escaped(value)} |" for value in own))
     return lines

@@ -11,9 +11,9 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(_one_line(text), quote=False))
 
 
-def code(text: str) -> str:
-    """Text on one line as code, in tables too."""
-    text = _one_line(text).replace("|", r"\|")
+def code(text: str, in_table: bool = False) -> str:
+    """Text on one line as code."""
+    text = _one_line(text).replace("|", r"\|" if in_table else "|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{space}{text}{space}{fence}"

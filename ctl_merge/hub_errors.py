@@ -64,7 +64,7 @@ def status_of(error: BaseException) -> int:
 
 def _root(error: BaseException) -> BaseException:
     """The request that failed, where the client says something else of it: "not in the cache", "while uploading"."""
-    wrapped = {"LocalEntryNotFoundError", "RuntimeError"} & set(_names(error))
+    wrapped = {"LocalEntryNotFoundError", "RuntimeError", "ValueError"} & set(_names(error))
     return error.__cause__ if wrapped and error.__cause__ else error
 
 
@@ -81,10 +81,10 @@ def may_pass(error: BaseException) -> bool:
 
 def explain(error: BaseException, repo_id: str, writing: bool = False) -> str:
     """What went wrong and what to do next."""
-    error, status = _root(error), status_of(error)
-    known = EXPLANATIONS | EXPLANATIONS_OUT if writing else EXPLANATIONS
     if str(error).startswith(BAD_CARD):
         return f"the Hub refuses the metadata of README.md:{str(error).removeprefix(BAD_CARD)}"
+    error, status = _root(error), status_of(error)
+    known = EXPLANATIONS | EXPLANATIONS_OUT if writing else EXPLANATIONS
     for key in (*_names(error), status):
         if key in known:
             return known[key].format(page=f"https://huggingface.co/{repo_id}", kind=type(error).__name__)

@@ -1,4 +1,4 @@
-"""The Hub, for writing: rights, uploads, one commit.
+"""The Hub, for writing: uploads and one commit.
 
 Large files go first, each on its own, and lie on the Hub without anybody seeing them. One commit then names them all,
 adds the small files and removes what is stale: a repository has all of a push or nothing of it. The commit carries the
@@ -11,38 +11,19 @@ Every failure that the user can do something about is a HubError.
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
+from ctl_merge.destination import TRIES, Destination, ask
 from ctl_merge.errors import HubError
-from ctl_merge.hub import COMMIT, HubFile, HubSnapshot, check_names, listing
+from ctl_merge.hub import HubFile, HubSnapshot, listing
 from ctl_merge.hub_errors import explain, failures, may_pass, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
-
-logger = logging.getLogger("ctl_merge")
-
-TRIES = 4  # of one request, and of the commit
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where a push goes. `private` counts where the repository is created; None is the Hub's own default."""
-
-    repo_id: str
-    revision: str = "main"
-    private: bool | None = None
-    create_pr: bool = False
-    message: str = "Upload merge with ctl-merge"
-
-    def __str__(self) -> str:
-        return self.repo_id if self.revision == "main" else f"{self.repo_id}@{self.revision}"
 
 
 @dataclass(frozen=True)
@@ -107,39 +88,6 @@ class Difference:
         return bool(self.missing or self.stale)
 
 
-def check_rights(destination: Destination) -> Destination:
-    """Make sure that a push to there can be done, and give the destination with its full name.
-
-    Creates the repository, and the branch where there is none, as that is the only sure way to know; asks whether the
-    token may write, without writing. Raises HubError.
-    """
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    check_names(destination.repo_id, destination.revision)
-    if COMMIT.fullmatch(destination.revision):
-        raise HubError(f"{destination}: this is a commit, and a push goes to a branch: name one")
-    api = HfApi()
-    me = _ask(api.whoami, destination.repo_id)
-    if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise HubError(f"{destination}: the token may only read. Make one with the role write, and set HF_TOKEN to it.")
-    if "/" not in destination.repo_id:
-        destination = replace(destination, repo_id=f"{me['name']}/{destination.repo_id}")
-    repo_id, revision, request = destination.repo_id, destination.revision, destination.create_pr
-    _ask(lambda: api.create_repo(repo_id, private=destination.private, exist_ok=True), repo_id)
-    is_private = _ask(lambda: api.model_info(repo_id), repo_id).private
-    if destination.private is not None and is_private is not None and destination.private != is_private:
-        kind, option = ("private", "--no-private") if is_private else ("public", "--private")
-        raise HubError(f"{repo_id} exists and is {kind}: leave out {option}, or change it in the repository's settings")
-    if revision != "main" and not revision.startswith("refs/") and not request:
-        _ask(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    probe = CommitOperationAdd("README.md", b"#")  # small: the Hub is asked how it would be sent, and it is not sent
-    _ask(
-        lambda: api.preupload_lfs_files(repo_id, [probe], revision=revision, create_pr=request, gitignore_content=""),
-        repo_id,
-    )
-    return destination
-
-
 @dataclass
 class Push:
     """Files on their way into one commit at a destination whose rights are checked."""
@@ -187,7 +135,7 @@ class Push:
             if planned and _collide(planned[0], head, self.files, planned[1]):
                 raise HubError(
                     f"{self.destination} moved during the push (to commit {head.commit[:12]}), in files that the push "
-                    "changes. Nothing was committed: look at it, then run again."
+                    "changes: look at it, then run again."
                 )
             if problem is not None and attempt == TRIES:
                 raise self._error(problem) from problem
@@ -217,7 +165,7 @@ class Push:
         """The branch as it is now. `problem`: of a commit whose answer is not known, if there was one."""
         destination = self.destination
         try:
-            return _ask(lambda: listing(destination.repo_id, destination.revision), destination.repo_id)
+            return ask(lambda: listing(destination.repo_id, destination.revision), destination.repo_id)
         except HubError as error:
             if problem is None:
                 raise
@@ -230,7 +178,7 @@ class Push:
         from huggingface_hub import HfApi
 
         repo_id = self.destination.repo_id
-        requests = _ask(
+        requests = ask(
             lambda: list(
                 HfApi().get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open")
             ),
@@ -239,7 +187,7 @@ class Push:
         for request in requests:
             if request.title == self.destination.message and request.git_reference:
                 ref = request.git_reference
-                head = _ask(lambda: listing(repo_id, ref), repo_id)  # noqa: B023
+                head = ask(lambda: listing(repo_id, ref), repo_id)  # noqa: B023
                 if not Difference.of(self.files.values(), head.files, is_stale):
                     return head.commit, request.url
         return None
@@ -264,22 +212,11 @@ def stored_there(destination: Destination, files: Iterable[Outgoing]) -> list[Ou
         return []
     asked = [UploadInfo(size=file.size, sample=b"", sha256=bytes.fromhex(file.sha256)) for file in files]
     revision = None if destination.create_pr else destination.revision
-    found, _, _ = _ask(
+    found, _, _ = ask(
         lambda: post_lfs_batch_info(asked, None, "model", destination.repo_id, revision), destination.repo_id
     )
     there = {item["oid"] for item in found if not item.get("actions")}
     return [file for file in files if file.sha256 in there]
-
-
-def look(destination: Destination) -> HubSnapshot | None:
-    """The repository as it is, None if there is none yet, or none of this branch. Raises HubError."""
-    check_names(destination.repo_id, destination.revision)
-    try:
-        return _ask(lambda: listing(destination.repo_id, destination.revision), destination.repo_id)
-    except HubError as error:
-        if type(error.__cause__).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError"):
-            return None
-        raise
 
 
 def _operation(file: Outgoing) -> CommitOperationAdd:
@@ -300,18 +237,6 @@ def _collide(before: HubSnapshot, after: HubSnapshot, files: Iterable[str], diff
     """Whether a file that the push is about changed between two commits of the branch."""
     was, now = ({file.path: (file.sha256, file.blob) for file in s.files} for s in (before, after))
     return any(was.get(path) != now.get(path) for path in {*files, *difference.stale})
-
-
-def _ask(request: Callable[[], T], repo_id: str) -> T:
-    """What a request that may be repeated gives; failures that may pass are waited out. Raises HubError."""
-    for attempt in range(TRIES):
-        try:
-            return request()
-        except failures() as error:
-            if attempt == TRIES - 1 or not may_pass(error):
-                raise HubError(f"{repo_id}: {explain(error, repo_id, writing=True)}") from error
-            time.sleep(2**attempt)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _git_name(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""A merge that is there, as what it was made from says."""
+"""A merge that is there, and how it was made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recipe as others may read it, without local paths."""
+"""A recipe as others may read it: without local paths."""
 
 from __future__ import annotations
 

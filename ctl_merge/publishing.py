@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.destination import Destination, check_rights, look
 from ctl_merge.errors import HubError, OutputError
 from ctl_merge.finished import is_stale, read_finished
-from ctl_merge.hub_push import Destination, Difference, Push, Pushed, check_rights, look
+from ctl_merge.hub_push import Difference, Push, Pushed
 from ctl_merge.shard_stream import ShardStream
 
 

@@ -1,4 +1,4 @@
-"""A merge made again from its recipe and manifest, and compared."""
+"""A merge made again and compared with the original."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from checkpoints import recipe_text, write_checkpoint
 from hub_server import HubServer
 
-from ctl_merge.hub_push import Destination
+from ctl_merge.destination import Destination
 
 REPO = "org/merged"
 SHARDS = 3

@@ -27,7 +27,7 @@ ORDER = """
     methods/ merged devices evidence prefix_evidence
     merging writer workers output companions tokenizer_files manifest public_recipe local_paths card
     markdown sizes
-    finished publishing hub_push shard_stream original reproduce
+    publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()

@@ -31,10 +31,11 @@ STAGES = {
         "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
         "tokenizer workers",
         "architecture chat_template devices hub tokenizer_files",
-        "checkpoint hub_push stacks",
-        "finished low_rank parameter_names stored writer",
-        "adapter_changes pickled shard_stream",
-        "adapter publishing",
+        "checkpoint destination stacks",
+        "hub_push low_rank parameter_names stored writer",
+        "adapter_changes finished pickled",
+        "adapter shard_stream",
+        "publishing",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",

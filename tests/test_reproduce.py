@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ctl_merge import publishing
 from ctl_merge.card import RECIPE
+from ctl_merge.destination import Destination
 from ctl_merge.errors import CtlMergeError
-from ctl_merge.hub_push import Destination
 from ctl_merge.merging import Merge
 from ctl_merge.original import Original
 from ctl_merge.reproduce import Reproduction, reproduce

@@ -1,4 +1,4 @@
-"""`ctl-merge push FOLDER org/name`: a finished merge goes to the Hub."""
+"""`ctl-merge push`: a finished merge goes to the Hub."""
 
 from __future__ import annotations
 

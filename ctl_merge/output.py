@@ -93,8 +93,10 @@ class OutputFolder:
                     "--overwrite starts again, and loses it"
                 )
         with disk_errors(self.path):
+            marker.write_text("", "utf-8")  # the folder stays ours if this run ends before it is clear
             for left in self.path.iterdir():
-                _remove(left)
+                if left != marker:
+                    _remove(left)
             marker.write_text(fingerprint, "utf-8")
 
     def commit(self) -> None:

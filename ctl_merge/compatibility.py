@@ -29,6 +29,7 @@ from ctl_merge.traits import (
     rescales,
     revision_beside_a_model,
     shared_below_a_model,
+    stacks,
     tokenizer,
     unknown_keys,
     value,
@@ -99,7 +100,7 @@ KEYS: tuple[Row, ...] = (
     Row(
         "`slices`", "ours",
         "every setting of the config that follows from a layer's number is adapted; mergekit sets the depth",
-        anywhere("slices"),
+        stacks,
     ),
     Row("`residual_weight`", "refused", "mergekit reads it and does nothing with it", anywhere("residual_weight")),
     Row(
@@ -190,7 +191,8 @@ METHODS: tuple[Row, ...] = (
         method("breadcrumbs", "breadcrumbs_ties"),
     ),
     Row(
-        "weights that sum to 0, with `normalize`", "refused", "mergekit does not divide then", nothing,
+        "weights that sum to 0, with `normalize`", "refused",
+        "mergekit then does not divide, or (`linear`, `multislerp`) gives infinity or NaN", nothing,
     ),
     Row(
         "`sce`", "ours",
@@ -207,7 +209,7 @@ METHODS: tuple[Row, ...] = (
         "`nuslerp`", "more exact", "vectors shorter than 1e-7 keep their angle", method("nuslerp"),
     ),
     Row(
-        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there",
+        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there, but for two models",
         method("multislerp"),
     ),
     Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),

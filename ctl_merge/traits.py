@@ -50,6 +50,11 @@ def anywhere(name: str) -> Trait:
     return lambda data: any(found == name and inner is not None for found, inner in _walk(data))
 
 
+def stacks(data: Data) -> bool:
+    """Whether layers are put on top of others."""
+    return any(name == "slices" and isinstance(inner, list) and len(inner) > 1 for name, inner in _walk(data))
+
+
 def parameter(name: str, *values: Any) -> Trait:
     """Whether a parameter is set anywhere, to one of the values if there are any."""
 

@@ -104,6 +104,10 @@ KEYS: tuple[Row, ...] = (
     ),
     Row("`residual_weight`", "refused", "mergekit reads it and does nothing with it", anywhere("residual_weight")),
     Row(
+        "`override_architecture` of a model", "refused", "it chooses a table of mergekit's: tensors are known by name",
+        anywhere("override_architecture"),
+    ),
+    Row(
         "`revision` beside a model", "refused", "mergekit ignores it: write `model: org/name@revision`",
         revision_beside_a_model,
     ),
@@ -131,7 +135,7 @@ VOCABULARY: tuple[Row, ...] = (
     ),
     Row(
         "`union`: tokens of a BPE core", "ours",
-        "join the core with their merges, so that they are used; there they become literal text, which is never met",
+        "join the core with their merges; there they become literal text: found inside of words, or, with a blank, never",
         tokenizer("union"),
     ),
     Row("`union`: ids of new tokens", "ours", "by model, then id; there in any order", tokenizer("union")),

@@ -176,6 +176,7 @@ class RecipeChecker:
         if len(lengths) > 1 or lengths[0] <= 0 or min(spans)[0] < 0:
             told = ", ".join(f"[{first}, {end}]" for first, end in spans)
             why = "all sources of a slice have as many layers" if len(lengths) > 1 else "[first, end) holds no layer"
+            why = "layers are counted from 0" if min(spans)[0] < 0 else why
             self.problems.append((at, f"layer_range {told}: {why}"))
             return None
         kept, taken = self.inputs.of_slice(at, method, sources, base)

@@ -176,6 +176,7 @@ class RecipeChecker:
         if len(lengths) > 1 or lengths[0] <= 0 or min(spans)[0] < 0:
             told = ", ".join(f"[{first}, {end}]" for first, end in spans)
             why = "all sources of a slice have as many layers" if len(lengths) > 1 else "[first, end) holds no layer"
+            why = "layers are counted from 0" if min(spans)[0] < 0 else why
             self.problems.append((at, f"layer_range {told}: {why}"))
             return None
         kept, taken = self.inputs.of_slice(at, method, sources, base)
@@ -243,7 +244,8 @@ class RecipeChecker:
             ref = self._parse(text)
             return ref if adapter is None else ref.with_adapter(ModelRef.parse(adapter, self.folder))
         except CheckpointError as error:
-            self.problems.append((path, str(error)))
+            step = ". If another recipe makes it, put that before this one in the file, with a `name` and `---` between"
+            self.problems.append((path, f"{error}{step if text.startswith(('./', '../')) else ''}"))
             return None
 
     def _parse(self, text: str) -> ModelRef:
@@ -277,7 +279,8 @@ class RecipeChecker:
             if parameter is None and name in _WITHOUT_EFFECT:
                 self.warnings.append(_WITHOUT_EFFECT[name])
             elif parameter is None:
-                hint = nearest(str(name), method.parameters) or f"; it has: {', '.join(method.parameters)}"
+                has = f"it has {', '.join(method.parameters)}" if method.parameters else "it has none"
+                hint = nearest(str(name), method.parameters) or f": remove it ({has})"
                 self.problems.append(((*path, name), f"{method.name} has no parameter {name!r}{hint}"))
             elif per_model_only and not parameter.per_model:
                 self.problems.append(

@@ -42,6 +42,8 @@ def _said(path: Place, kind: str, message: str, value: Any) -> str:
             message = "a revision is written after the model's name: `model: org/name@revision`"
         elif name == "residual_weight":
             message = "`residual_weight` has no effect in mergekit, nor here: remove it"
+        elif name == "override_architecture":
+            message = "`override_architecture` chooses one of mergekit's tables of tensors; here is none: remove it"
         elif any(name in method.parameters for method in registry().values()):
             message = f"{name!r} is a parameter: write it under `parameters`"
     elif kind == "model_type" and (path[:1] == ("modules",) or "slices" in path) and "sources" not in path:

@@ -17,7 +17,7 @@ from ctl_merge.layers import depths
 from ctl_merge.methods import Method, registry
 from ctl_merge.model_config import vocab_size
 from ctl_merge.pedigree import Common
-from ctl_merge.problems import did_you_mean
+from ctl_merge.problems import nearest
 from ctl_merge.tokenizer import compare
 
 # How sure the base is, in words.
@@ -100,6 +100,7 @@ def propose(
         raise MismatchError(f"there are no two models to merge: {what}")
     chosen = _method(method, base)
     first, merged = _placed(chosen, base, kept)
+    _check_number(chosen, first, merged)
     proposal = Proposal(
         method=chosen, common=common, base=first, models=merged,
         left_out=tuple((member, odd[member.key]) for member in experts if member.key in odd),
@@ -252,7 +253,7 @@ def _method(name: str | None, base: Member | None) -> Method:
     if name is None:
         return methods["task_arithmetic" if base else "linear"]
     if name not in methods:
-        hint = did_you_mean(name, methods)
+        hint = nearest(name, methods)
         raise RecipeError(f"--method: there is no merge method {name!r}{hint}: see `ctl-merge methods`")
     found = methods[name]
     if found.statistic:
@@ -271,7 +272,17 @@ def _placed(
     """The recipe's base_model, and its models."""
     if method.space == "weights" and method.base == "required":  # one end of an arc, no origin
         return (base, experts) if base and len(experts) == 1 else (experts[0], experts[1:])
-    return (None if method.base == "none" else base), experts
+    return (None if method.space == "weights" else base), experts  # to an average, a base is one more model
+
+
+def _check_number(method: Method, base: Member | None, models: Sequence[Member]) -> None:
+    """Refuse a method that takes more models, or fewer. Raises RecipeError."""
+    least, most = method.models
+    number = len(models) + (method.space == "weights" and base is not None)
+    if number < least or (most is not None and number > most):
+        wanted = f"{least}" if least == most else f"at least {least}"
+        beside = "" if method.space == "weights" else " besides the base"
+        raise RecipeError(f"--method: {method.name} merges {wanted} model{'s' * (wanted != '1')}{beside}, not {number}")
 
 
 def scale(number: int) -> float:

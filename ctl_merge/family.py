@@ -1,4 +1,4 @@
-"""What models are and whom they come from: headers, configs, cards."""
+"""Models by headers, configs, cards: what they are, whence."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,19 +18,22 @@ _CLEARER = 0.15  # by how much the second best corner must be worse
 
 @dataclass(frozen=True)
 class Kinship:
-    """Inner products of the sampled weights of some models, float64 (models, models)."""
+    """Inner products of the sampled weights of some models, float64 (models, models), none of which are all zero.
 
+    `keys`: whose they are.
+    """
+
+    keys: tuple[str, ...]
     gram: np.ndarray
 
     def cosine(self, one: int, other: int) -> float:
-        """Of the weights themselves: near 1 for models of one origin; 0 if either has none."""
-        size = np.sqrt(self.gram[one, one] * self.gram[other, other])
-        return float(self.gram[one, other] / size) if size > 0 else 0.0
+        """Of the weights themselves: near 1 for models of one origin."""
+        return float(self.gram[one, other] / np.sqrt(self.gram[one, one] * self.gram[other, other]))
 
     def distance(self, one: int, other: int) -> float:
         """‖x_one - x_other‖ / ‖x_other‖."""
         square = self.gram[one, one] + self.gram[other, other] - 2 * self.gram[one, other]
-        return float(np.sqrt(max(square, 0.0) / self.gram[other, other])) if self.gram[other, other] > 0 else 0.0
+        return float(np.sqrt(max(square, 0.0) / self.gram[other, other]))
 
     def corner(self, at: int) -> float:
         """The largest cosine between two differences from a model: about 0 if it is the base of the others, 1/2 where
@@ -58,9 +61,10 @@ class Kinship:
         return self.nearest()
 
 
-def sample_kinship(checkpoints: Sequence[Checkpoint]) -> Kinship | None:
-    """Read the beginnings of a few matrices that all models have in one shape; None where they have none."""
-    first, *others = checkpoints
+def sample_kinship(models: Mapping[str, Checkpoint]) -> Kinship | None:
+    """Read the beginnings of a few matrices that all models have in one shape; None where that tells nothing."""
+    checkpoints = list(models.values())
+    first = checkpoints[0]
     common = [
         name
         for name, spec in first.tensors.items()
@@ -70,7 +74,7 @@ def sample_kinship(checkpoints: Sequence[Checkpoint]) -> Kinship | None:
             for c in checkpoints
         )
     ]  # fmt: skip
-    if not common or not others:
+    if not common or len(checkpoints) < 2:
         return None
     chosen = [common[place] for place in sorted({i * len(common) // _TENSORS for i in range(_TENSORS)})]
     gram = torch.zeros(len(checkpoints), len(checkpoints), dtype=torch.float64)
@@ -79,4 +83,5 @@ def sample_kinship(checkpoints: Sequence[Checkpoint]) -> Kinship | None:
         for row, checkpoint in zip(rows, checkpoints, strict=True):
             checkpoint.read_into(name, row)
         gram += rows @ rows.T
-    return Kinship(gram.numpy()) if bool(torch.isfinite(gram).all()) else None
+    known = bool(torch.isfinite(gram).all()) and bool((gram.diagonal() > 0).all())
+    return Kinship(tuple(models), gram.numpy()) if known else None

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from ctl_merge.correspondence import few
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.family import Member
 from ctl_merge.findings import FAR, UNRELATED, percent
-from ctl_merge.header import MERGEABLE, dtype_name
+from ctl_merge.fitting import dtype_to_keep, likeness, most_like, objection, vocabularies_differ
 from ctl_merge.kinship import Kinship
-from ctl_merge.layers import depths
 from ctl_merge.methods import Method, registry
-from ctl_merge.model_config import vocab_size
 from ctl_merge.pedigree import Common
 from ctl_merge.problems import nearest
-from ctl_merge.tokenizer import compare
 
 # How sure the base is, in words.
 CERTAINTY = {
@@ -63,6 +59,11 @@ class Proposal:
         """The model that gives config and tokenizer."""
         return self.base or self.models[0]
 
+    @property
+    def others(self) -> tuple[Member, ...]:
+        """The models besides the first."""
+        return tuple(member for member in self.models if member is not self.first)
+
     def data(self) -> dict[str, Any]:
         """The proposal as plain data."""
         used = {"tokenizer_source": self.tokenizer_source, "missing": self.missing, "dtype": self.dtype}
@@ -85,18 +86,21 @@ def propose(
     members: Sequence[Member], base: Member | None, common: Common, kinship: Kinship | None = None,
     method: str | None = None, notes: Sequence[str] = (),
 ) -> Proposal:  # fmt: skip
-    """Decide base, models, method and parameters. `kinship`: of the base, if there is one, and then the other members.
+    """Decide base, models, method and parameters. `kinship`: of those that fit together, as far as weights are here.
 
     Raises MismatchError where fewer models are left than can be merged, RecipeError where the method does not fit.
     """
     experts = [member for member in members if base is None or member.key != base.key]
-    reference = base or _most_like(experts)
-    odd = {member.key: reason for member in experts if (reason := _objection(reference, member))}
+    reference = base or most_like(experts)
+    odd = {member.key: reason for member in experts if (reason := objection(reference, member))}
     if base is not None and experts and len(odd) == len(experts):
-        raise MismatchError(f"none of the models fits the base {base.name}: " + "; ".join(odd.values()))
+        raise MismatchError(f"none of the models fits the base {base.name}: " + "; ".join(dict.fromkeys(odd.values())))
     kept = tuple(member for member in experts if member.key not in odd)
     if len(kept) < (1 if base else 2):
-        what = "; ".join(odd.values()) or f"{members[0].name} is the only one, and its base is not known: give --base"
+        what = (
+            "; ".join(dict.fromkeys(odd.values()))
+            or f"{members[0].name} is the only one, and its base is not known: give --base"
+        )
         raise MismatchError(f"there are no two models to merge: {what}")
     chosen = _method(method, base)
     first, merged = _placed(chosen, base, kept)
@@ -106,142 +110,42 @@ def propose(
         left_out=tuple((member, odd[member.key]) for member in experts if member.key in odd),
         facts=(), doubts=(*common.doubts, *notes), own={}, shared={}, dtype=None,
     )  # fmt: skip
-    facts, doubts = _weighed(kinship, base, [*([base] if base else []), *experts], kept)
+    facts, doubts = _weighed(kinship, base, kept)
     own, shared = _parameters(chosen, len(merged), base is not None)
     return replace(
-        proposal, own=own, shared=shared, dtype=_dtype(proposal), tokenizer_source=_vocabularies(proposal),
-        facts=(_likeness(proposal), *facts), doubts=(*proposal.doubts, *doubts),
+        proposal, own=own, shared=shared, dtype=dtype_to_keep(proposal.first, proposal.others),
+        tokenizer_source="union" if vocabularies_differ(proposal.first, proposal.others) else None,  # loses no token
+        facts=(likeness(proposal.first, proposal.others), *facts), doubts=(*proposal.doubts, *doubts),
     )  # fmt: skip
-
-
-# ---- what fits together
-
-
-def _most_like(members: Sequence[Member]) -> Member:
-    """The model that fits most of the others, the first of those."""
-    return max(members, key=lambda one: sum(_objection(one, other) is None for other in members))
-
-
-def _objection(first: Member, other: Member) -> str | None:
-    """Why two models cannot be merged, as far as headers and configs tell; vocabularies may differ."""
-    for member in (other, first):
-        if member.config.get("quantization_config"):
-            return f"{member.name} is quantised (its config.json says so): name the unquantised model"
-        low = next((n for n, s in member.tensors.items() if s.dtype[0] == "F" and s.dtype not in MERGEABLE), None)
-        if low:
-            return f"{member.name} is quantised ({low} is {member.tensors[low].dtype}): name the unquantised model"
-    kinds = first.config.get("model_type"), other.config.get("model_type")
-    if kinds[0] != kinds[1]:
-        return f"{other.name} is of another architecture: {kinds[1]!r}, {first.name} is {kinds[0]!r}"
-    deep = [sorted(depths(member.config)) for member in (other, first)]
-    if all(deep) and deep[0] != deep[1]:
-        numbers = [" and ".join(map(str, numbers)) for numbers in deep]
-        return f"{other.name} is of another depth than {first.name}: {numbers[0]} layers and {numbers[1]}"
-    differing = [name for name in first.tensors if _shapes_differ(first, other, name)]
-    if differing:
-        name = differing[0]
-        shapes = [list(member.tensors[name].shape) for member in (other, first)]
-        many = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        return f"{other.name} has other shapes than {first.name}: {name}{many}, {shapes[0]} and {shapes[1]}"
-    return None
-
-
-def _shapes_differ(first: Member, other: Member, name: str) -> bool:
-    """Whether a tensor has shapes that more or fewer tokens do not explain."""
-    if name not in other.tensors:
-        return False
-    one, two = first.tensors[name].shape, other.tensors[name].shape
-    return one != two and not (_is_table(first, name) and _is_table(other, name) and one[1:] == two[1:])
-
-
-def _is_table(member: Member, name: str) -> bool:
-    """Whether a tensor has a row for each token."""
-    shape, tokens = member.tensors[name].shape, vocab_size(member.config)
-    return bool(shape) and len(shape) <= 2 and tokens is not None and shape[0] >= tokens
-
-
-def _vocabularies(proposal: Proposal) -> str | None:
-    """The setting that differing vocabularies need: the union, which loses no token of any model."""
-    first = proposal.first
-    for member in proposal.models:
-        rows = any(
-            member.tensors[n].shape != spec.shape for n, spec in first.tensors.items() if n in member.tensors
-        )  # fmt: skip
-        if rows or compare(first.vocabulary, member.vocabulary).conflicting:
-            return "union"
-    return None
-
-
-def _likeness(proposal: Proposal) -> str:
-    """What the models have in common, in words."""
-    first = proposal.first
-    others = [member for member in proposal.models if member != first]
-    compared = [compare(first.vocabulary, member.vocabulary) for member in others]
-    tokens = "vocabularies differ" if _vocabularies(proposal) else "the same vocabulary"
-    if not all(difference.compared for difference in compared):
-        tokens = "tokenizers that cannot be compared"
-    return f"one architecture ({first.config.get('model_type')}), the same shapes, {tokens}"
-
-
-def missing_tensors(proposal: Proposal) -> list[str]:
-    """Which tensors not all models have, in words."""
-    first, said = proposal.first, []
-    for member in (m for m in proposal.models if m != first):
-        lacking, extra = first.tensors.keys() - member.tensors.keys(), member.tensors.keys() - first.tensors.keys()
-        said += [f"{member.name} lacks {len(lacking)}: {few(lacking, 3)}"] if lacking else []
-        said += [f"{first.name} lacks {len(extra)} of {member.name}: {few(extra, 3)}"] if extra else []
-    return said
-
-
-def _dtype(proposal: Proposal) -> str | None:
-    """The first model's dtype where another one has a different one, so that the recipe says what comes out."""
-    own = _dtypes(proposal.first)
-    if len(own) != 1 or all(_dtypes(member) == own for member in proposal.models):
-        return None
-    return dtype_name(next(iter(own)))
-
-
-def _dtypes(member: Member) -> set[str]:
-    return {spec.dtype for spec in member.tensors.values() if spec.dtype in MERGEABLE}
-
-
-def dtypes_said(members: Iterable[Member]) -> str:
-    """The dtypes of models, in words."""
-    said = {member.name: " and ".join(sorted(map(dtype_name, _dtypes(member)))) for member in members}
-    kinds = list(dict.fromkeys(said.values()))
-    return kinds[0] if len(kinds) == 1 else ", ".join(f"{name} {kind}" for name, kind in said.items())
 
 
 # ---- what the weights say
 
 
-def _weighed(
-    kinship: Kinship | None, base: Member | None, order: Sequence[Member], kept: Sequence[Member]
-) -> tuple[list[str], list[str]]:
-    """Facts and doubts from the sampled weights of `order`."""
+def _weighed(kinship: Kinship | None, base: Member | None, kept: Sequence[Member]) -> tuple[list[str], list[str]]:
+    """Facts and doubts from the sampled weights."""
     if kinship is None:
         return [], []
     facts, doubts = [], []
-    places = {member.key: place for place, member in enumerate(order)}
-    sizes = {m.name: kinship.distance(places[m.key], 0) for m in kept} if base else {}
-    if sizes:
+    place = kinship.keys.index
+    if base is not None:
+        sizes = {member.name: kinship.distance(place(member.key), place(base.key)) for member in kept}
         listed = ", ".join(f"{name} {percent(size)}" for name, size in sizes.items())
-        facts.append(f"distance from {order[0].name} in a sample of the weights, of its norm: {listed}")
-        doubts += [f"{name} equals the base {order[0].name}" for name, size in sizes.items() if size == 0]
+        facts.append(f"distance from {base.name} in a sample of the weights, of its norm: {listed}")
+        doubts += [f"{name} equals the base {base.name} in this sample" for name, size in sizes.items() if size == 0]
         far = [name for name, size in sizes.items() if size > FAR]
-        if far and all(kinship.cosine(places[m.key], 0) >= UNRELATED for m in kept):
+        if far and all(kinship.cosine(place(member.key), place(base.key)) >= UNRELATED for member in kept):
             doubts.append(f"{', '.join(far)}: further from the base than ordinary finetunes; try a smaller lambda")
     for at, one in enumerate(kept):
-        others = [base] if base else kept[at + 1 :]
-        for other in others:
-            cosine = kinship.cosine(places[one.key], places[other.key])
+        for other in [base] if base else kept[at + 1 :]:
+            cosine = kinship.cosine(place(one.key), place(other.key))
             if cosine < UNRELATED:
                 doubts.append(
                     f"{one.name} and {other.name} hardly have one origin: the cosine of their weights is {cosine:.2f}, "
                     "and merges of strangers rarely work"
                 )
-        twins = [o.name for o in kept[at + 1 :] if kinship.distance(places[one.key], places[o.key]) == 0]
-        doubts += [f"{one.name} and {twin} have the same weights" for twin in twins]
+        twins = [o.name for o in kept[at + 1 :] if kinship.distance(place(one.key), place(o.key)) == 0]
+        doubts += [f"{one.name} and {twin} have the same weights in a sample" for twin in twins]
     return facts, doubts
 
 

@@ -1,4 +1,4 @@
-"""A proposed recipe as YAML, with comments that give its reasons."""
+"""A proposed recipe as YAML, with its reasons as comments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 
 import ctl_merge
 from ctl_merge.family import Member
-from ctl_merge.proposal import CERTAINTY, Proposal, dtypes_said, missing_tensors
+from ctl_merge.fitting import dtypes_said, missing_tensors
+from ctl_merge.proposal import CERTAINTY, Proposal
 from ctl_merge.recipe_schema import RecipeSchema
 
 _WIDTH = 100
@@ -98,8 +99,8 @@ def _shared(shared: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _settings(proposal: Proposal) -> Iterator[str]:
-    first, models = proposal.first, proposal.models
-    dtypes = dtypes_said((first, *(member for member in models if member != first)))
+    first = proposal.first
+    dtypes = dtypes_said((first, *proposal.others))
     if proposal.dtype:
         yield from _comment(f"The models' differ ({dtypes}): {first.name}'s is kept.")
         yield f"dtype: {proposal.dtype}"
@@ -113,13 +114,13 @@ def _settings(proposal: Proposal) -> Iterator[str]:
         yield from _comment(f"The vocabularies differ: {what}.")
         yield f"tokenizer_source: {proposal.tokenizer_source}"
     if proposal.missing != "error":
-        listed = "; ".join(missing_tensors(proposal))
+        listed = "; ".join(missing_tensors(first, proposal.others))
         yield from _comment(
             f"Not all models have the same tensors ({listed}): {first.name}'s stand in for what others lack, and what "
             "it lacks is left out. Without this line the recipe is refused."
         )
         yield f"missing: {proposal.missing}"
-    if "output" in RecipeSchema.model_fields and all(member.adapted for member in models):
+    if "output" in RecipeSchema.model_fields and all(member.adapted for member in proposal.models):
         yield from _comment("All models are adapters: the result can be one, too.")
         yield "# output: {lora: {rank: 16}}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ctl_merge.errors import CtlMergeError, MismatchError, OutputError
 from ctl_merge.family import Family, Member
+from ctl_merge.fitting import most_like, objection
 from ctl_merge.kinship import Kinship, sample_kinship
 from ctl_merge.pedigree import Common
 from ctl_merge.plan import Plan, make_plan
@@ -46,40 +47,46 @@ def _base(family: Family, members: list[Member], given: str | None) -> tuple[Mem
         base = _opened(family, members, common)
         if base is None:
             common = replace(common, base=None, confidence="unknown")
-    others = [member for member in members if base is None or member.key != base.key]
-    kinship = _sampled(family, [*([base] if base else []), *others])
-    if base is None and common.confidence == "unknown" and kinship and (centre := kinship.centre()) is not None:
-        base = others[centre]
-        reason = f"{base.name}: the other models differ from it in directions of their own, and from each other more"
-        common = Common(base.key, "by weights", (*common.reasons, reason), common.doubts)
-        return base, common, _sampled(family, [base, *(member for member in others if member is not base)])
-    if base is None and kinship and len(others) > 2:
-        nearest = others[kinship.nearest()].name
-        hint = f"if one of the models is the base of the others, {nearest} is the likeliest by its weights: give --base"
-        common = replace(common, doubts=(*common.doubts, hint))
+    kinship = _sampled(family, base, members)
+    if base is None and common.confidence == "unknown" and kinship:
+        by_key = {member.key: member for member in members}
+        nearest = by_key[kinship.keys[kinship.nearest()]]
+        if kinship.centre() is not None:
+            base = nearest
+            reason = f"{base.name}: the others differ from it in directions of their own, from each other by more"
+            return base, Common(base.key, "by weights", (*common.reasons, reason), common.doubts), kinship
+        if len(kinship.keys) > 2:
+            hint = f"if a model is the base of the others, {nearest.name} is the likeliest by its weights: give --base"
+            common = replace(common, doubts=(*common.doubts, hint))
     return base, common, kinship
 
 
 def _opened(family: Family, members: Sequence[Member], common: Common) -> Member | None:
-    """The stated base; None, with a note of why, where it cannot be had."""
+    """The stated base; None, with a note of why, where it cannot be had or is not what they come from."""
     if common.base is None:
         return None
-    known = next((member for member in members if member.key == common.base), None)
+    name = family.names[common.base]
     try:
-        return known or family.open_stated(common.base)
+        base = next((m for m in members if m.key == common.base), None) or family.open_stated(common.base)
     except CtlMergeError as error:
-        family.notes.append(f"the base {family.names[common.base]} cannot be read, so the recipe has none: {error}")
+        family.notes.append(f"the base {name} cannot be read, so the recipe has none: {error}")
         return None
+    objections = [objection(base, member) for member in members if member.key != base.key]
+    if objections and all(objections):
+        family.notes.append(f"{name} is named as base, but does not fit, so the recipe has none: {objections[0]}")
+        return None
+    return base
 
 
-def _sampled(family: Family, members: Sequence[Member]) -> Kinship | None:
-    """From weights that are here already: nothing is downloaded for it."""
-    checkpoints = [family.checkpoint(member) for member in members]
+def _sampled(family: Family, base: Member | None, members: Sequence[Member]) -> Kinship | None:
+    """From weights that are here already, of the models that fit: nothing is downloaded for it."""
+    reference = base or most_like(members)
+    fitting = [reference, *(m for m in members if m.key != reference.key and objection(reference, m) is None)]
+    checkpoints = {member.key: family.checkpoint(member) for member in fitting}
     try:
-        here = all(source.missing_bytes() == 0 for c in checkpoints for source in c.sources().values())
-        if not here:
+        if any(source.missing_bytes() for c in checkpoints.values() for source in c.sources().values()):
             return None
-        for checkpoint in checkpoints:
+        for checkpoint in checkpoints.values():
             checkpoint.fetch()
         return sample_kinship(checkpoints)
     except CtlMergeError:  # weights that cannot be read are the merge's to report

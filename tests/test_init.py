@@ -137,7 +137,7 @@ def test_reasons_follow_the_chain() -> None:
 def test_inner_products_are_those_of_the_weights(here: Path) -> None:
     weights = [moved(tensors(blocks=1), seed) for seed in range(3)]
     folders = [model(here / str(i), own, num_hidden_layers=1) for i, own in enumerate(weights)]
-    found = sample_kinship([open_checkpoint(ModelRef.parse(str(folder))) for folder in folders])
+    found = sample_kinship({str(folder): open_checkpoint(ModelRef.parse(str(folder))) for folder in folders})
     assert found is not None
     matrices = [name for name, tensor in weights[0].items() if tensor.dim() == 2]
     stacked = np.stack([np.concatenate([own[n].double().numpy().ravel() for n in matrices]) for own in weights])
@@ -148,7 +148,7 @@ def test_inner_products_are_those_of_the_weights(here: Path) -> None:
 
 def gram(*points: list[float]) -> Kinship:
     rows = np.array(points)
-    return Kinship(rows @ rows.T)
+    return Kinship(tuple(map(str, range(len(rows)))), rows @ rows.T)
 
 
 def test_the_corner_of_right_angles_is_the_base() -> None:
@@ -160,7 +160,11 @@ def test_the_corner_of_right_angles_is_the_base() -> None:
     assert gram(x, [9.0, 0, 1, 0], z).corner(0) == pytest.approx(0.5)
     assert gram(at, x).centre() is None  # of two, either could be the other's base
     assert gram(at, at, x).centre() is None
-    assert gram([0.0] * 4, [0.0] * 4, x).centre() is None
+
+
+def test_weights_of_zeros_tell_nothing(here: Path, base: Path) -> None:
+    folders = [base, model(here / "a", {name: torch.zeros_like(tensor) for name, tensor in tensors().items()})]
+    assert sample_kinship({str(folder): open_checkpoint(ModelRef.parse(str(folder))) for folder in folders}) is None
 
 
 # ---- base and confidence, on folders
@@ -199,6 +203,24 @@ def test_a_base_that_nobody_states_is_seen_in_the_weights_of_three(here: Path, b
     assert any(
         line.startswith("distance from base in a sample of the weights, of its norm: a ") for line in found.facts
     )
+
+
+def test_an_odd_model_does_not_hide_what_the_weights_of_the_others_tell(here: Path, base: Path) -> None:
+    model(here / "a"), model(here / "b"), model(here / "wide", tensors(width=16))
+    found = propose_recipe(["wide", "a", "b", "base"])
+    assert (found.common.confidence, found.base and found.base.name) == ("by weights", "base")
+    assert said(found) == [
+        "wide has other shapes than base: model.embed_tokens.weight and 9 more, [32, 16] and [32, 8]"
+    ]
+
+
+def test_a_stated_base_that_does_not_fit_is_no_base(here: Path) -> None:
+    model(here / "base", tensors(width=16))
+    for name in ("a", "b"):
+        model(here / name, card="base_model: ../base")
+    found = propose_recipe(["a", "b"])
+    assert plans(found).base is None
+    assert found.doubts[0].startswith("base is named as base, but does not fit, so the recipe has none: a has other")
 
 
 def test_of_two_models_without_a_word_none_is_the_base(here: Path, base: Path) -> None:
@@ -266,8 +288,8 @@ def test_strangers_and_twins_are_pointed_out(here: Path, base: Path) -> None:
     model(here / "strange", strange), model(here / "twin", tensors())
     found = propose_recipe(["base", "strange", "twin"])
     assert any(doubt.startswith("base and strange hardly have one origin: the cosine") for doubt in found.doubts)
-    assert "base and twin have the same weights" in found.doubts
-    assert "twin equals the base base" in propose_recipe(["twin", "strange"], "base").doubts
+    assert "base and twin have the same weights in a sample" in found.doubts
+    assert "twin equals the base base in this sample" in propose_recipe(["twin", "strange"], "base").doubts
 
 
 # ---- adapters
@@ -560,6 +582,8 @@ def test_a_base_out_of_reach_leaves_a_merge_without_one(server: HubServer, here:
         for line in found.doubts
     )
     plans(found)
+    with pytest.raises(MismatchError, match="a is the only one, .*: give --base; the base org/gone"):
+        propose_recipe(["a"])
 
 
 def test_a_card_out_of_reach_is_told(server: HubServer, published: dict[str, str], here: Path) -> None:

@@ -77,6 +77,7 @@ STAGES = {
     "proposals: a recipe to begin with": (
         "kinship pedigree probing.parents",
         "family",
+        "fitting",
         "proposal",
         "proposal_text",
         "starting",

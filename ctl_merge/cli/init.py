@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def init(
     models: Annotated[
-        list[str], typer.Argument(help="Folders, org/name, org/name@revision, model+adapter.", metavar="MODEL …")
+        list[str], typer.Argument(help="Folders, org/name, org/name@revision, model+adapter.", metavar="MODEL")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.", metavar="FILE")] = Path(
         "recipe.yaml"
@@ -59,7 +59,7 @@ def _sections(proposal: Proposal, output: Path) -> Iterator[tuple[str, list[str]
     data: dict[str, Any] = proposal.data()
     names = [model["name"] for model in data["models"]]
     download = f", {format_size(proposal.nbytes)} to download" if proposal.nbytes else ""
-    yield f"wrote {output}", [f"{data['method']} of {', '.join(names)}", f"its plan is made from headers{download}"]
+    yield f"wrote {output}", [f"{data['method']} of {', '.join(names)}", f"planned from headers alone{download}"]
     yield f"base: {data['base']['name'] or 'none'}", [data["base"]["certainty"], *data["base"]["reasons"]]
     if proposal.facts:
         yield "found", list(proposal.facts)

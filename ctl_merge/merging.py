@@ -20,13 +20,14 @@ import ctl_merge
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
-from ctl_merge.card import RECIPE, build_card, stated_licence
+from ctl_merge.card import RECIPE, build_card
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
+from ctl_merge.front_matter import stated_licence
 from ctl_merge.loadable import check_stack
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint

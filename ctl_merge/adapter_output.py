@@ -42,6 +42,13 @@ class Wanted:
     rows: tuple[int, ...] = ()
 
 
+def completed(wanted: Sequence[Wanted], targets: Targets) -> list[Wanted]:
+    """With all parameters of the modules of which one is stored whole: PEFT loads such modules as a whole."""
+    whole = {own.target.module for own in wanted if own.form == "whole"}
+    others = [own for own in wanted if own.target.module not in whole]
+    return [*others, *(Wanted(target, "whole") for target in targets.parameters if target.module in whole)]
+
+
 class AdapterWriter:
     """Fits what is wanted and writes it into `folder`, a part a file, so that an interrupted run goes on.
 

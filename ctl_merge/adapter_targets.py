@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -20,6 +21,9 @@ from ctl_merge.parameter_names import ParameterNames, Place
 Kind = Literal["linear", "kernel", "embedding", "parameter", "bias", "none"]
 _TIED_BY_PEFT = {"embed_tokens", "lm_head"}  # the leaves of tied modules that PEFT ties again (ensure_weight_tying)
 
+# Layers whose weights Mamba's kernels read past the layers' forward: PEFT refuses LoRA on them.
+_MAMBA, _READ_DIRECTLY = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}, (".out_proj", ".conv1d")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -36,6 +40,8 @@ class Target:
     places: tuple[Place, ...]
     transposed: bool = False
     tied: tuple[str, ...] = ()
+    is_head: bool = False
+    is_norm: bool = False
 
     @property
     def low_rank(self) -> bool:
@@ -54,8 +60,13 @@ class Target:
         return (prod(rest), rows) if self.transposed else (rows, prod(rest))
 
     @property
-    def is_table(self) -> bool:
-        return self.kind == "embedding"
+    def category(self) -> str:
+        """What it is to somebody who wants it stored whole: embeddings, head, norms, biases, or anything else."""
+        if self.kind == "embedding":
+            return "embeddings"
+        if self.kind == "bias":
+            return "biases"
+        return "head" if self.is_head else "norms" if self.is_norm else "all"
 
     @property
     def tied_by_peft(self) -> bool:
@@ -94,16 +105,20 @@ class Targets:
 
     parameters: Sequence[Target]
     other: Sequence[str]
-    modules: frozenset[str] = field(default_factory=frozenset)  # all that have parameters of their own
+    modules: Mapping[str, int] = field(default_factory=dict)  # how many parameters of its own each module has
 
     def of(self, module: str) -> list[Target]:
         return [target for target in self.parameters if target.module == module]
 
-    def can_be_saved(self, module: str) -> bool:
-        """Whether PEFT can store the module whole without taking others along."""
-        inner = any(other.startswith(f"{module}.") for other in self.modules)
-        alike = any(other != module and other.endswith(module) for other in self.modules)
-        return not (inner or alike) and bool(module)
+    def can_be_saved(self, target: Target) -> bool:
+        """Whether PEFT can store the target's module whole, and what is tied to it, without taking others along."""
+        if not target.tied_by_peft and any(self.modules[path] > 1 for path in target.tied):
+            return False  # of what is tied only in part, the rest would be lacking
+        return all(path and not any(map(self._follows(path), self.modules)) for path in (target.module, *target.tied))
+
+    def _follows(self, path: str) -> Callable[[str], bool]:
+        """Whether another module lies below this one, or has a name that PEFT takes for this one's."""
+        return lambda other: other.startswith(f"{path}.") or (other != path and other.endswith(path))
 
 
 def find_targets(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], name: str) -> Targets:
@@ -128,7 +143,7 @@ def find_targets(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], n
         for t in stored.values()
     ]
     used = {place.name for target in parameters for place in target.places}
-    return Targets(parameters, [n for n in tensors if n not in used], frozenset(target.module for target in found))
+    return Targets(parameters, [n for n in tensors if n not in used], Counter(target.module for target in found))
 
 
 def _of_module(names: ParameterNames, path: str, module: nn.Module) -> Iterator[Target]:
@@ -136,7 +151,13 @@ def _of_module(names: ParameterNames, path: str, module: nn.Module) -> Iterator[
         full = f"{path}.{leaf}" if path else leaf
         shape = tuple(parameter.shape)
         kind, transposed = _kind(module, leaf, shape)
-        yield Target(path, full, kind, shape, tuple(names.places(full)), transposed)
+        if kind != "bias" and path.endswith(_READ_DIRECTLY) and names.config.get("model_type") in _MAMBA:
+            kind = "none"
+        if kind == "parameter" and sum(1 for _ in module.parameters()) > sum(1 for _ in module.parameters(False)):
+            kind = "none"  # PEFT's wrapper of a module hides what is wrapped below it when it merges
+        norm = "norm" in type(module).__name__.lower()
+        head = names.modules.is_head(full)
+        yield Target(path, full, kind, shape, tuple(names.places(full)), transposed, is_head=head, is_norm=norm)
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, bool]:

@@ -14,7 +14,7 @@ from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.adapter_changes import Change
 from ctl_merge.adapter_files import Form
 from ctl_merge.adapter_fit import Fit
-from ctl_merge.adapter_output import WEIGHTS, Wanted
+from ctl_merge.adapter_output import WEIGHTS, Wanted, completed
 from ctl_merge.adapter_targets import Target, Targets, find_targets
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.errors import MismatchError, RecipeError
@@ -58,7 +58,7 @@ class LoraOutput:
             if plan.method.statistic:
                 self.lazy.evidence = evidence()
         self.targets = find_targets(plan.specs, self.base.config, self.base.name)
-        self.wanted = list(self._wanted())
+        self.wanted = self._wanted()
 
     @property
     def on_weights(self) -> bool:
@@ -206,23 +206,24 @@ class LoraOutput:
             for _, _, change in self._changes(self.plan.tensors[place.name])
         ]
 
-    def _wanted(self) -> Iterator[Wanted]:
+    def _wanted(self) -> list[Wanted]:
         """Every parameter that is changed, and those that are stored with it."""
         lost = sorted(self.touched & set(self.targets.other))
         if lost:
             raise MismatchError(f"{lost[0]} is changed, and is no parameter of the model's class in transformers")
         forms = {target.parameter: self._form(target) for target in self.targets.parameters if self._of(target)}
-        whole = {t.module for t in self.targets.parameters if forms.get(t.parameter) == "whole"}
-        for module in sorted(whole):
-            if not self.targets.can_be_saved(module):
+        for target in self.targets.parameters:
+            if forms.get(target.parameter) == "whole" and not self.targets.can_be_saved(target):
                 raise MismatchError(
-                    f"{module} is changed in a way that no low rank holds, and PEFT cannot store it whole: merge into "
+                    f"{target.parameter} is changed in a way that no low rank holds, and PEFT cannot store it whole: merge into "
                     "a model (without `output`)"
                 )
-        for target in self.targets.parameters:
-            form = "whole" if target.module in whole else forms.get(target.parameter)
-            if form:
-                yield Wanted(target, form, self._rows(target) if form == "rows" else ())
+        wanted = [
+            Wanted(target, forms[target.parameter], self._rows(target) if forms[target.parameter] == "rows" else ())
+            for target in self.targets.parameters
+            if target.parameter in forms
+        ]
+        return completed(wanted, self.targets)
 
     def _form(self, target: Target) -> Form:
         changes = self._of(target)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "tempfile.mkdtemp"}
+_CHANGES = {f"os.{name}" for name in ("rename", "mkdir", "remove", "rmdir", "link", "symlink", "truncate")}
 _CALLS = ("pwrite", "posix_fallocate", "ftruncate", "fsync", "sendfile")  # of which Python tells no auditor
 _GIVEN_UP = 120.0  # seconds after which a run counts as hanging
 
@@ -48,7 +48,8 @@ class _Watch:
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             path, mode, flags = args
-            if not (flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or (isinstance(mode, str) and set("wax+") & set(mode))):
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not writes and not (isinstance(mode, str) and set("wax+") & set(mode)):
                 return
         elif event in _CHANGES:
             path = args[0]

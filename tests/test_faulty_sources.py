@@ -105,9 +105,7 @@ def test_a_source_that_is_replaced_by_another_of_the_same_size_is_noticed(
     assert not recipe.with_name("merged").exists()
 
 
-def test_a_source_that_is_written_to_during_the_merge_is_noticed(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_is_written_to_during_the_merge_is_noticed(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.preadv
 
     def change_then_read(*args: Any) -> int:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 import ctl_merge
-from ctl_merge.document import Document
-from ctl_merge.errors import RecipeError
 from ctl_merge.markdown import code, escaped, fenced
 from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.public_recipe import PublicRecipe
@@ -52,8 +49,7 @@ def build_card(
             local_note,
             licence_note,
             attached,
-            "## Recipe\n",
-            fenced(public.text, "yaml"),
+            recipe_section(public.text),
             "## How it was made\n",
             *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
@@ -98,6 +94,11 @@ def _filled(value: Any) -> Any:
 def _paper(plan: Plan) -> str:
     paper = plan.method.paper
     return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+
+
+def recipe_section(text: str) -> str:
+    """The recipe, as others may read it."""
+    return f"## Recipe\n\n{fenced(text, 'yaml')}"
 
 
 def _lower(sentence: str) -> str:
@@ -146,15 +147,3 @@ def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:
             key = (source.ref, name)
             found[key] = f"{found[key]}, {value}" if key in found else str(value)
     return found
-
-
-def stated_licence(folder: Path | None) -> str | None:
-    """The licence in the metadata of a model's own card, if it is there."""
-    try:
-        text = (folder / "README.md").read_text("utf-8") if folder else ""
-        before, front, _ = text.split("---", 2)
-        data = Document.parse(front)[0].data
-    except (OSError, ValueError, RecipeError):
-        return None
-    licence = data.get("license") if isinstance(data, dict) and not before.strip() else None
-    return licence if isinstance(licence, str) else None

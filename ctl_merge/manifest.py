@@ -8,6 +8,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.plan import parameter_ranges
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
+from ctl_merge.writer import Shard
 
 Map = Callable[[Callable[[Path], str], Iterable[Path]], Iterator[str]]
 
@@ -29,19 +31,19 @@ def build_manifest(
     merged: MergedCheckpoint,
     checkpoints: Mapping[ModelRef, FileCheckpoint],
     public: PublicRecipe,
-    output: Iterable[Path],
-    gone: Mapping[str, Outgoing],
+    folder: Path,
+    shards: tuple[Shard, ...],
     devices: Mapping[str, str],
-    max_shard_bytes: int,
     hash_with: Map | None,
+    gone: Mapping[str, Outgoing] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The manifest of a written merge.
 
-    output, gone: the weight files, those of `gone` (by name) sent away already. `hash_with` maps a function over files,
+    shards, gone: the weight files, those of `gone` (by name) sent away already. `hash_with` maps a function over files,
     maybe in parallel; None hashes none.
     """
     plan = merged.plan
-    output = list(output)
+    output = [folder / shard.file for shard in shards]
     hashes = _hashes(_to_hash(checkpoints, [path for path in output if path.name not in gone]), hash_with)
     operations = Counter(tensor.operation for tensor in plan.tensors.values())
     tensors = {
@@ -61,7 +63,6 @@ def build_manifest(
         "tensors": tensors, "devices": dict(Counter(devices.values())),
         "decisions": [public.line(line) for line in (*plan.decisions, *method_notes(merged))],
         "warnings": [public.line(line) for line in plan.warnings],
-        "max_shard_bytes": max_shard_bytes,
         "output": [_written(path, gone.get(path.name), hashes) for path in output],
     }  # fmt: skip
 

@@ -92,6 +92,8 @@ def _read(folder: Path, source: str) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{source}: {MANIFEST} cannot be read ({type(error).__name__}): it is damaged") from None
     if manifest.get("format") != 1:
         raise CheckpointError(f"{source}: {MANIFEST} has format {manifest.get('format')!r}: a newer ctl-merge made it")
+    if manifest.get("method") == "extract-lora":
+        raise CheckpointError(f"{source} was extracted: `ctl-merge extract-lora` makes it again, from its sources")
     if not fits:
         raise OutputError(f"{source}: {RECIPE} was changed after the merge: put back the one of {MANIFEST}")
     return recipe.decode(), manifest

@@ -32,15 +32,15 @@ class PublicRecipe:
     texts: Mapping[str, str]  # as the recipe writes a local model -> its name
 
     @classmethod
-    def of(cls, recipe: Recipe, refs: Iterable[ModelRef]) -> PublicRecipe:
-        """`refs`: every model in files that the recipe reads."""
+    def of(cls, recipe: Recipe | None, refs: Iterable[ModelRef]) -> PublicRecipe:
+        """`refs`: every model in files that the recipe reads; without a recipe there are the names alone."""
         refs = list(refs)
         names: dict[Path, str] = {}
         for folder in dict.fromkeys(ref.folder for ref in refs if ref.folder is not None):
             count = sum(other.name == folder.name for other in names)
             names[folder] = f"{count + 1}/{folder.name}" if count else folder.name
         texts = {ref.text: names[ref.folder] for ref in refs if ref.folder is not None}
-        return cls("".join(_pieces(recipe, names)), names, texts)
+        return cls("".join(_pieces(recipe, names)) if recipe else "", names, texts)
 
     def name(self, ref: ModelRef) -> str:
         """What a source is called: its repository, or its folder's name."""

@@ -154,9 +154,9 @@ def _tensors(ref: ModelRef, folder: Path) -> Iterator[Mapping[str, Any]]:
     try:
         before = open_checkpoint(ref)
         before.fetch()
+        after = open_checkpoint(ModelRef(str(folder), folder=folder))
     except CheckpointError:
-        return  # weights that are not there any more
-    after = open_checkpoint(ModelRef(str(folder), folder=folder))
+        return  # weights that are not there any more, or an adapter's
     for name in sorted({*before.tensors, *after.tensors}):
         there, here = before.tensors.get(name), after.tensors.get(name)
         if there is None or here is None:

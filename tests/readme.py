@@ -27,7 +27,9 @@ ORDER = """
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card front_matter sizes
+    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
+    markdown sizes
+    publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -39,7 +41,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal init merge probe compare check methods schema".split()
+CLI = "arguments terminal init merge push reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

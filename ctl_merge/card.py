@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 import ctl_merge
-from ctl_merge.document import Document
-from ctl_merge.errors import RecipeError
 from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.reference import ModelRef
 
@@ -46,8 +43,7 @@ def build_card(
             *_table(plan, manifest, licences),
             licence_note,
             attached,
-            "## Recipe\n",
-            f"{_fence(plan.recipe.text)}yaml\n{plan.recipe.text.rstrip()}\n{_fence(plan.recipe.text)}\n",
+            recipe_section(plan.recipe.text),
             "## How it was made\n",
             *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
@@ -64,6 +60,11 @@ def build_card(
 def _paper(plan: Plan) -> str:
     paper = plan.method.paper
     return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+
+
+def recipe_section(text: str) -> str:
+    """The recipe verbatim."""
+    return f"## Recipe\n\n{_fence(text)}yaml\n{text.rstrip()}\n{_fence(text)}\n"
 
 
 def _fence(text: str) -> str:
@@ -120,15 +121,3 @@ def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:
             key = (source.ref, name)
             found[key] = f"{found[key]}, {value}" if key in found else str(value)
     return found
-
-
-def stated_licence(folder: Path | None) -> str | None:
-    """The licence in the metadata of a model's own card, if it is there."""
-    try:
-        text = (folder / "README.md").read_text("utf-8") if folder else ""
-        before, front, _ = text.split("---", 2)
-        data = Document.parse(front)[0].data
-    except (OSError, ValueError, RecipeError):
-        return None
-    licence = data.get("license") if isinstance(data, dict) and not before.strip() else None
-    return licence if isinstance(licence, str) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,14 @@ README = ROOT / "README.md"
 ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
+    starting family pedigree kinship fitting proposal proposal_text
     checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card sizes
+    merging writer workers output companions tokenizer_files manifest card front_matter sizes
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -37,7 +39,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal merge probe compare check methods schema".split()
+CLI = "arguments terminal init merge probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 
@@ -73,6 +75,28 @@ def recipes() -> str:
     return "\n".join(f"- [{p.relative_to(ROOT)}]({p.relative_to(ROOT)}): {_comment(p)}" for p in found)
 
 
+def against() -> str:
+    """The differential benchmark's results, a row for each method of mergekit's."""
+    found = json.loads((ROOT / "benchmarks/results/against_mergekit.json").read_text("utf-8"))
+    lines = [
+        "| method | cases | rounded once, %: ours, mergekit | worst error: ours, mergekit | entries that differ by rule |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["methods"]:
+        exact = " · ".join(f"{100 * share:.2f}" for share in row["exact"][:2] if share is not None)
+        worst = " · ".join(f"{error:.2g}" if error is not None else "NaN" for error in row["worst"][:2])
+        if row["method"] in found["sampled"]:
+            worst = f"{row['worst'][0]:.2g}, and the same distribution"
+        lines.append(
+            f"| `{row['method']}` | {row['cases']} | {exact} | {worst} | {100 * row['apart'] / row['entries']:.2g} % |"
+        )
+    reasons: dict[str, int] = {}
+    for text, count in found["reasons"].items():
+        reason = text.partition(": ")[2]
+        reasons[reason] = reasons.get(reason, 0) + count
+    return "\n".join([*lines, "", *(f"- {reason} ({count:,} entries)" for reason, count in reasons.items())])
+
+
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return text.partition("\n")[0]
@@ -88,6 +112,7 @@ def generated() -> str:
     for name, content in (
         ("methods", markdown(as_rows(registry().values()))),
         ("compatibility", compatibility.markdown(compatibility.ROWS)),
+        ("against", against()),
         ("tree", tree()),
         ("recipes", recipes()),
     ):

@@ -17,7 +17,8 @@ from hub_server import HubServer
 from safetensors.torch import save_file
 
 import ctl_merge
-from ctl_merge.card import RECIPE, stated_licence
+from ctl_merge.card import RECIPE
+from ctl_merge.front_matter import stated_licence
 from ctl_merge.merging import Merge, MergeResult
 
 CONFIG = '{"model_type": "llama",   "num_hidden_layers": 2, "weird": "\\u00e9"}\n'  # as nobody would format it

@@ -25,6 +25,7 @@ STAGES = {
         "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
         "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.knots",
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
@@ -37,6 +38,7 @@ STAGES = {
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",
+        "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",
         "moe_schema recipe recipe_words",
@@ -73,8 +75,16 @@ STAGES = {
         "compare_table roles",
         "compare",
     ),
+    "proposals: a recipe to begin with": (
+        "kinship pedigree probing.parents",
+        "family",
+        "fitting",
+        "proposal",
+        "proposal_text",
+        "starting",
+    ),
     "the probe": (
-        "probing.grams probing.intervals probing.lockstep probing.null probing.parents probing.raster "
+        "probing.grams probing.intervals probing.lockstep probing.null probing.raster "
         "probing.record probing.schema probing.texts",
         "probing.metrics probing.svg probing.wording",
         "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
@@ -86,7 +96,7 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.merge cli.methods cli.probe cli.schema",
+        "cli.check cli.compare cli.init cli.merge cli.methods cli.probe cli.schema",
         "cli.__init__",
         "__main__",
     ),

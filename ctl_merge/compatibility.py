@@ -243,7 +243,7 @@ MIXTURES: tuple[Row, ...] = (
         "DeepSeek MoE", "refused", "transformers has no class for it",
         both(a_mixture, lambda data: str(data.get("architecture")).lower().startswith("deepseek")),
     ),
-    Row("all experts one model", "ours", "a warning; an error there", nothing),
+    Row("all experts one model", "ours", "a warning; an error there where gates come from prompts", nothing),
 )  # fmt: skip
 
 ROWS = (*KEYS, *VOCABULARY, *METHODS, *MIXTURES)

@@ -300,7 +300,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "seed is text": (LINEAR + "seed: '1'\n", "9: `seed`: input should be a valid integer (it is '1')"),
     "a key that is a number": (LINEAR + "7: x\n", "9: `7`: keys should be strings"),
     "weight without bound": (TIES.replace("weight: 1,", "weight: 1.0e+308,"), "5: `weight`: input should be less than"),
-    "quoted part of a number": (TIES.replace("weight: 1,", "weight: '0.5x',"), "5: `weight`: input should be a valid num"),
+    "quoted part of a number": (TIES.replace("weight: 1,", "weight: '0.5x',"), "5: `weight`: input should be a valid"),
     "architecture of mergekit's": (
         "merge_method: linear\nmodels: [{model: {model: org/a, override_architecture: X}, parameters: {weight: 1}}]",
         "2: `override_architecture` chooses one of mergekit's tables of tensors; here is none: remove it",

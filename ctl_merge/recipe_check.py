@@ -18,7 +18,7 @@ from ctl_merge.probing.rows import DataSpec
 from ctl_merge.problems import Place, Problems, nearest
 from ctl_merge.recipe import Recipe, Slice, Source
 from ctl_merge.recipe_inputs import InputChecker
-from ctl_merge.recipe_schema import DataSchema, RecipeSchema
+from ctl_merge.recipe_schema import DataSchema, LoraSchema, RecipeSchema
 from ctl_merge.recipe_tokenizer import TokenizerChecker, TokenizerSetting
 from ctl_merge.recipe_words import schema_problems
 from ctl_merge.reference import ModelRef
@@ -63,6 +63,7 @@ class RecipeChecker:
         known = models if parts and (base or not data.get("base_model")) else None
         tokenizer = TokenizerChecker(self._ref, known, self.problems).setting(data)
         texts = self._check_data(data, method, schema, parts)
+        lora = self._lora(schema, parts)
         if self.problems or method is None or schema is None:
             self._raise()
         assert schema is not None and method is not None
@@ -76,8 +77,20 @@ class RecipeChecker:
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
-            slices=() if whole else tuple(parts), steps=self.steps,
+            slices=() if whole else tuple(parts), steps=self.steps, lora=lora, place=self.folder,
         )  # fmt: skip
+
+    def _lora(self, schema: RecipeSchema | None, parts: Sequence[Slice]) -> LoraSchema | None:
+        """How an adapter is written, where one is: whole models are merged then, and steps are not written."""
+        for name, step in self.steps.items():
+            if step.lora:
+                self.problems.append(
+                    ((), f"the step {name!r} has an `output`, and no step is written: remove it there")
+                )
+        lora = schema.output.lora if schema and schema.output else None
+        if lora and any(part.module is not None or part.layers is not None for part in parts):
+            self.problems.append((("output",), "an adapter fits one model: `output: lora` takes `models`, whole"))
+        return lora
 
     def _parts(
         self, data: dict, method: Method | None, base: ModelRef | None, shared: Mapping[str, Setting]
@@ -217,7 +230,7 @@ class RecipeChecker:
             tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
             allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
             text=self.document.text, name=self.document.name,
-            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture, place=self.folder,
         )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:

@@ -21,13 +21,16 @@ README = ROOT / "README.md"
 ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
+    starting family pedigree kinship fitting proposal proposal_text
     checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card sizes
+    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
+    markdown sizes
+    publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -39,7 +42,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal merge probe compare check methods schema".split()
+CLI = "arguments terminal init merge push reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

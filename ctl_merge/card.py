@@ -43,8 +43,7 @@ def build_card(
             *_table(plan, manifest, licences),
             licence_note,
             attached,
-            "## Recipe\n",
-            f"{_fence(plan.recipe.text)}yaml\n{plan.recipe.text.rstrip()}\n{_fence(plan.recipe.text)}\n",
+            recipe_section(plan.recipe.text),
             "## How it was made\n",
             *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
@@ -61,6 +60,11 @@ def build_card(
 def _paper(plan: Plan) -> str:
     paper = plan.method.paper
     return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+
+
+def recipe_section(text: str) -> str:
+    """The recipe verbatim."""
+    return f"## Recipe\n\n{_fence(text)}yaml\n{text.rstrip()}\n{_fence(text)}\n"
 
 
 def _fence(text: str) -> str:

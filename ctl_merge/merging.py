@@ -29,6 +29,8 @@ from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
 from ctl_merge.front_matter import stated_licence
 from ctl_merge.loadable import check_stack
+from ctl_merge.lora_output import LoraOutput
+from ctl_merge.lora_writing import write_merged_adapter
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -102,6 +104,16 @@ class Merge:
         if plan.method.statistic:
             self.merged.evidence = self._evidence
         self.shards = plan_shards(plan.specs, self.shard_bytes)
+        self.lora = self._adapter_of(plan) if self.recipe.lora else None
+
+    def _adapter_of(self, plan: Plan) -> LoraOutput:
+        """The adapter that is written instead of a model; the plan then tells of it too."""
+        lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
+        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        self.plan = replace(plan, decisions=decisions, warnings=warnings)
+        self.merged.plan = lora.lazy.plan = self.plan
+        self.shards = (lora.shard,)
+        return lora
 
     @cached_property
     def _evidence(self) -> TextEvidence | PrefixEvidence:
@@ -148,6 +160,7 @@ class Merge:
 
     def _memory_bound(self) -> int:
         held = sum(checkpoint.held_bytes for checkpoint in self.checkpoints.values())
+        held += self.workers * self.lora.fitting_bytes if self.lora else 0
         return memory_bound(self.merges, self.workers) + held
 
     def _limit_memory(self, limit: int | None) -> None:
@@ -162,7 +175,10 @@ class Merge:
 
     def summary(self) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone."""
-        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self._memory_bound())
+        lazy, read = self.merged, self.checkpoints
+        if self.lora and not self.lora.needs_base:
+            lazy, read = self.lora.lazy, self.lora.views
+        cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
 
     def write(
@@ -180,6 +196,11 @@ class Merge:
             target.check(sum(shard.nbytes for shard in self.shards))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+        if self.lora:
+            manifest = write_merged_adapter(
+                self, self.lora, target, self._fingerprint(), hash_files=hash_files, meter=meter, attach=attach
+            )
+            return MergeResult(target.final, manifest, 0)
         self.fetch()
         folder = target.open(self._fingerprint())
         try:

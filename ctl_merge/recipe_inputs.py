@@ -21,7 +21,11 @@ class InputChecker:
 
     def whole(self, method: Method, sources: list[Source], base: ModelRef | None) -> list[Source]:
         """The inputs in the order in which the method sees them."""
-        if base is None or method.base == "none":
+        if base is None:
+            return sources
+        if method.base == "none":
+            if all(source.ref != base for source in sources):
+                self.problems.append((("base_model",), f"{method.name} takes no `base_model`: remove it"))
             return sources
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
@@ -63,11 +67,8 @@ class InputChecker:
     ) -> None:
         """What is missing as a whole: the base, models, required parameters. `at`: where the models are listed."""
         if method.base == "required" and base is None:
-            self.problems.append(
-                (("merge_method",), f"{method.name} needs a `base_model`: the model the others come from")
-            )
-        if method.base == "none" and base is not None and all(source.ref != base for source in sources):
-            self.problems.append((("base_model",), f"{method.name} takes no `base_model`: remove it"))
+            what = "that the others come from" if method.space == "task_vectors" else "of the two from which it starts"
+            self.problems.append((("merge_method",), f"{method.name} needs a `base_model`: the model {what}"))
         least, most = method.models
         if len(sources) < least or (most is not None and len(sources) > most):
             wanted = f"{least}" if least == most else f"at least {least}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from ctl_merge.chat_template import TEMPLATES
 from ctl_merge.recipe_tokenizer import MODEL, TokenizerSchema
@@ -95,6 +95,28 @@ class ProbeSchema(BaseModel):
     base: str | None = Field(None, description="the model that the others come from, where the recipe names none")
 
 
+class LoraSchema(BaseModel):
+    """One LoRA adapter, merged from adapters on one base."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rank: Annotated[
+        Annotated[StrictInt, Field(ge=1)] | None,
+        BeforeValidator(
+            lambda value: None if value == "auto" else value, json_schema_input_type=int | Literal["auto"] | None
+        ),
+    ] = Field(None, description="of each module's matrices at most; `auto`: what the merge has, or `energy` needs")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="share of a module's squared change that is enough where it is approximated"
+    )
+
+
+class OutputSchema(BaseModel):
+    """What is written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    lora: LoraSchema = Field(description="`rank` and `energy` of the adapter, or {}")
+
+
 class RecipeSchema(BaseModel):
     """A merge: the method, the models, their parameters."""
 
@@ -123,6 +145,13 @@ class RecipeSchema(BaseModel):
     )
     data: DataSchema | None = Field(None, description="texts for methods that measure the models on text")
     probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
+    output: Annotated[
+        OutputSchema | None,
+        BeforeValidator(
+            lambda value: {"lora": {}} if value == "lora" else value,
+            json_schema_input_type=OutputSchema | Literal["lora"] | None,
+        ),
+    ] = Field(None, description="`lora`: one adapter, merged from adapters on one base, instead of a model")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
     missing: Literal["error", "base", "skip"] = Field(
         "error", description="tensors that only some models have: refuse, take the base's, or leave them out"

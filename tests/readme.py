@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,28 @@ def recipes() -> str:
     return "\n".join(f"- [{p.relative_to(ROOT)}]({p.relative_to(ROOT)}): {_comment(p)}" for p in found)
 
 
+def against() -> str:
+    """The differential benchmark's results, a row for each method of mergekit's."""
+    found = json.loads((ROOT / "benchmarks/results/against_mergekit.json").read_text("utf-8"))
+    lines = [
+        "| method | cases | rounded once, %: ours, mergekit | worst error: ours, mergekit | entries that differ by rule |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["methods"]:
+        exact = " · ".join(f"{100 * share:.2f}" for share in row["exact"][:2] if share is not None)
+        worst = " · ".join(f"{error:.2g}" if error is not None else "NaN" for error in row["worst"][:2])
+        if row["method"] in found["sampled"]:
+            worst = f"{row['worst'][0]:.2g}, and the same distribution"
+        lines.append(
+            f"| `{row['method']}` | {row['cases']} | {exact} | {worst} | {100 * row['apart'] / row['entries']:.2g} % |"
+        )
+    reasons: dict[str, int] = {}
+    for text, count in found["reasons"].items():
+        reason = text.partition(": ")[2]
+        reasons[reason] = reasons.get(reason, 0) + count
+    return "\n".join([*lines, "", *(f"- {reason} ({count:,} entries)" for reason, count in reasons.items())])
+
+
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return text.partition("\n")[0]
@@ -89,6 +112,7 @@ def generated() -> str:
     for name, content in (
         ("methods", markdown(as_rows(registry().values()))),
         ("compatibility", compatibility.markdown(compatibility.ROWS)),
+        ("against", against()),
         ("tree", tree()),
         ("recipes", recipes()),
     ):

@@ -25,6 +25,7 @@ STAGES = {
         "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
         "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.knots",
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import ctl_merge
 from ctl_merge.cli import app
-from ctl_merge.errors import CtlMergeError, OutputError
+from ctl_merge.errors import CtlMergeError, MismatchError, OutputError
 from ctl_merge.merging import Merge
 from ctl_merge.probing.api import check_opened, probe_opened
 from ctl_merge.probing.texts import default_texts
@@ -282,3 +285,26 @@ def test_a_report_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is no folder"):
         CliRunner().invoke(app, ["probe", str(RECIPE), "-o", str(tmp_path / "file" / "x")], catch_exceptions=False)
+
+
+def test_models_that_split_texts_in_other_places_are_refused(tmp_path: Path) -> None:
+    """Same vocabulary, other merges: no id means another token, yet the models read other tokens."""
+    shutil.copytree(SHIFT, tmp_path / "shift")
+    tokens = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    for folder, merges in ((BASE, [("a", "b"), ("b", "c")]), (str(tmp_path / "shift"), [("b", "c"), ("a", "b")])):
+        own = Path(folder) if folder != BASE else tmp_path / "base"
+        if folder == BASE:
+            shutil.copytree(BASE, own)
+        tokenizer = Tokenizer(BPE(tokens, merges, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(own)
+    (tmp_path / "text.txt").write_text("aabca" * 40)
+    how = {"data": str(tmp_path / "text.txt"), "sequences": 2, "length": 16}
+    models = [str(tmp_path / "shift"), str(tmp_path / "base")]
+    with pytest.raises(MismatchError, match="shift would read text as other tokens than.*…'a' 'bc' 'a'… where .*…'ab' 'c' 'a'…"):
+        ctl_merge.probe_pair(models, models[1], **how)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "merge_method: task_arithmetic\nbase_model: ./base\nmodels: [{model: ./shift, parameters: {weight: 1.0}}]\n"
+        "tokenizer_source: base\n"
+    )
+    assert ctl_merge.probe(recipe, **how).data["sets"]["text"]["sequences"] == 2

@@ -18,11 +18,12 @@ from ctl_merge.adapter_files import Form, Held
 from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_output import AdapterWriter, Wanted, as_records, completed, open_folder, summarised
 from ctl_merge.adapter_targets import Target, Targets, find_targets
-from ctl_merge.card import RECIPE, recipe_section, stated_licence
+from ctl_merge.card import RECIPE, recipe_section
 from ctl_merge.checkpoint import Checkpoint, torch_dtype
 from ctl_merge.devices import checked_device
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, MismatchError, RecipeError
+from ctl_merge.front_matter import stated_licence
 from ctl_merge.header import TensorSpec, dtype_code
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merging import Merge, MergeResult, Meter, no_meter

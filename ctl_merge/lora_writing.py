@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from ctl_merge.adapter_card import build_adapter_card, said
 from ctl_merge.adapter_files import Held
 from ctl_merge.adapter_output import AdapterWriter, Meter, as_records, summarised
-from ctl_merge.card import RECIPE, recipe_section, stated_licence
+from ctl_merge.card import RECIPE, recipe_section
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.front_matter import stated_licence
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors

@@ -68,7 +68,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="also over the checkpoints in its subfolders")
     parser.add_argument("--real-base", default="stories260K", help="the one of them that the others come from")
     parser.add_argument(
-        "--results", type=Path, metavar="FILE",
+        "--results",
+        type=Path,
+        metavar="FILE",
         help="keep the results here, method by method; those of methods that are not run now stay",
     )
     options = parser.parse_args()

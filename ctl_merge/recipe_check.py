@@ -180,6 +180,8 @@ class RecipeChecker:
         sources = self._sources(at, listed, method)
         own = self._settings((*path, "parameters"), raw.get("parameters"), method, per_model_only=False)
         base = self._ref((*path, "base_model"), raw.get("base_model")) or base
+        if method and method.base == "none" and raw.get("base_model") is not None:
+            self.problems.append(((*path, "base_model"), f"a slice of {method.name} has no `base_model`: remove it"))
         if not method or not isinstance(listed, list) or len(sources) < len(listed) or not sources:
             return None
         spans = [source.layers for source in sources if source.layers]

@@ -156,9 +156,8 @@ class Family:
     def _parent(self, ref: ModelRef, named: str) -> ModelRef:
         """The model that a statement names: a folder that is given stands in for a repository of its name."""
         parent = named_base(ref, named, None)
-        near = [
-            r for r in self._given.values() if r.folder and not r.adapter and r.folder.name.lower() == last_part(named)
-        ]
+        folders = [given for given in self._given.values() if given.folder and not given.adapter]
+        near = [given for given in folders if given.short.lower() == last_part(named)]
         if parent.folder or _of_ref(parent) in self._given or len(near) != 1 or near[0] == ref:
             return parent
         self.notes.append(f"{named} is taken to be the folder {near[0]}, by its name")
@@ -169,9 +168,8 @@ class Family:
         unread: list[str] = []
         for source, recipe in recipes_in(folder, unread):
             parents = [recipe.base] if recipe.base else [s.ref for s in recipe.models]
-            yield from (
-                (found_again(parent.bare), f"recipe in {source}", True) for parent in parents if not parent.step
-            )
+            named = [found_again(parent.bare) for parent in parents if not parent.step]
+            yield from ((name, f"recipe in {source}", True) for name in named)
             return
         try:
             bases = stated_bases(folder)
@@ -185,7 +183,7 @@ class Family:
         if sources:
             yield from ((name, MANIFEST, True) for name in sources)
             return
-        trace = read_json(folder / "config.json", str(ref)).get("_name_or_path")
+        trace = _json(folder / "config.json").get("_name_or_path")
         if isinstance(trace, str) and trace.strip():
             yield trace, "config.json", False
 
@@ -211,9 +209,9 @@ class Family:
         near = ref.text
         if not os.path.isabs(os.path.expanduser(near)) and self.folder.resolve() != Path.cwd():
             near = os.path.relpath(ref.folder, self.folder.resolve())
-        near = min(near, str(ref.folder), key=lambda path: (path.count(".." + os.sep) > 2, path == str(ref.folder)))
         try:
-            return near if ModelRef.parse(near, self.folder).folder == ref.folder else str(ref.folder)
+            far = near.count("../") > 2  # nobody reads those
+            return near if not far and ModelRef.parse(near, self.folder).folder == ref.folder else str(ref.folder)
         except CheckpointError:
             return str(ref.folder)
 
@@ -237,7 +235,15 @@ def _branch(checkpoint: FileCheckpoint) -> str | None:
 def _manifest_sources(folder: Path) -> list[str]:
     """What an earlier merge was made from, if the folder holds one."""
     try:
-        sources = read_json(folder / MANIFEST, folder.name).get("sources")
-        return [source["model"] for source in sources or [] if isinstance(source["model"], str)]
-    except (CheckpointError, TypeError, KeyError):
+        sources = _json(folder / MANIFEST).get("sources") or []
+        return [source["model"] for source in sources if isinstance(source["model"], str)]
+    except (TypeError, KeyError):
         return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file states; nothing where there is none that can be read: models below those that are merged."""
+    try:
+        return read_json(path, path.parent.name)
+    except CheckpointError:
+        return {}

@@ -97,11 +97,9 @@ def propose(
         raise MismatchError(f"none of the models fits the base {base.name}: " + "; ".join(dict.fromkeys(odd.values())))
     kept = tuple(member for member in experts if member.key not in odd)
     if len(kept) < (1 if base else 2):
-        what = (
-            "; ".join(dict.fromkeys(odd.values()))
-            or f"{members[0].name} is the only one, and its base is not known: give --base"
-        )
-        raise MismatchError(f"there are no two models to merge: {what}")
+        alone = f"{members[0].name} is the only one, and its base is not known: give --base"
+        reasons = list(dict.fromkeys(odd.values())) or [alone, *notes]
+        raise MismatchError(f"there are no two models to merge: {'; '.join(reasons)}")
     chosen = _method(method, base)
     first, merged = _placed(chosen, base, kept)
     _check_number(chosen, first, merged)

@@ -593,6 +593,20 @@ def test_a_card_out_of_reach_is_told(server: HubServer, published: dict[str, str
     assert any(line.startswith("the card of org/mid cannot be read: org/mid@main:") for line in found.doubts)
 
 
+def test_an_ancestor_may_be_anything(server: HubServer, here: Path, base: Path) -> None:
+    (here / "gguf").mkdir()
+    (here / "gguf" / "README.md").write_text("---\nbase_model: org/base\n---\n")  # no config.json, no weights
+    (here / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    server.add("org/gguf", here / "gguf")
+    server.add("org/base", base)
+    model(here / "a", card="base_model: org/gguf")
+    model(here / "b", card="base_model: [org/base, org/bare]")
+    server.add("org/bare", model(here / "bare"))
+    found = propose_recipe(["a", "b"])
+    assert found.common.reasons[0] == "a: its card names org/gguf, whose card names org/base"
+    assert plans(found).base
+
+
 def test_a_card_on_the_hub_names_no_folder_of_this_machine(server: HubServer, here: Path, base: Path) -> None:
     for name in ("a", "b"):
         server.add(f"org/{name}", model(here / "up" / name, card=f"base_model: {base}"))

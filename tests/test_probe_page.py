@@ -590,3 +590,13 @@ def test_a_png_has_letters_without_serifs_where_a_font_has_them() -> None:
     if len(set(draw)) == 1:
         pytest.skip("no font without serifs is installed")
     assert bytes(resvg_py.svg_to_bytes(svg_string=svg % raster._family())) != draw[-1]
+
+
+def test_names_of_parents_are_as_long_as_the_terminal_has_room() -> None:
+    row = {"floor": 0.01, "nonlinearity_written": 0.2, "nonlinearity_null": 0.9}
+    few, many = (
+        printed(make_data(["french", "cos"], **row)),
+        printed(make_data(["mathematics", "french", "cos"], **row)),
+    )
+    assert "ĉ french" in few and "ĉ french" in many and "ĉ mathematics" not in many
+    assert max(map(len, many.splitlines())) <= 100

@@ -81,8 +81,8 @@ def _uneven(data: Data) -> list[str]:
         return []
     ends = f"{shown(min(found[parent]), digits=2)} to {shown(max(found[parent]), digits=2)}"
     return [
-        f"the coefficient of {parent} in the weights goes from {ends} over the blocks: where it changes, features still "
-        "carry what the blocks before have mixed otherwise, and that counts in R and in the local part too"
+        f"the coefficient of {parent} in the weights goes from {ends} over the blocks: where it changes, features "
+        "still carry what the blocks before have mixed otherwise, and that counts in R and in the local part too"
     ]
 
 

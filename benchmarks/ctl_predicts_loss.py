@@ -28,7 +28,6 @@ import argparse
 import itertools
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,14 +281,6 @@ def named(text: str) -> tuple[str, str]:
     return name, rest
 
 
-def as_txt(name: str, source: str, folder: Path) -> str:
-    """The text's spec for the probe, which knows plain text by its suffix."""
-    path = Path(source)
-    if path.is_file() and path.suffix not in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
-        source = str(shutil.copyfile(path, folder / f"{name}.txt"))
-    return f"{name}={source}"
-
-
 def scaled(base: Path, experts: Mapping[str, Path], scale: float, folder: Path) -> dict[str, Path]:
     """The experts θ_0 + scale τ."""
     if scale == 1:
@@ -316,7 +307,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        texts = {name: as_txt(name, source, Path(temporary)) for name, source in options.text}
+        texts = {name: f"{name}={source}" for name, source in options.text}
         experts = scaled(options.base, {n: Path(p) for n, p in options.experts}, options.scale, Path(temporary))
         for group, setting in itertools.product(groups(experts), SETTINGS):
             row = measure(setting, options.base, group, texts, options.sequences, options.length)

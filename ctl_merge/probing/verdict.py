@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ctl_merge.kinship import STRAIGHT
 from ctl_merge.probing.advice import advice
 from ctl_merge.probing.record import (
     FLOOR,
@@ -54,6 +55,7 @@ def cautions(data: Data) -> str:
                 f"the weights of {row['parent']} have a cosine of {shown(cosine)} with the base (finetunes are above "
                 f"{LINEAGE}): it may not descend from this base, and then the rest means little"
             )
+    found += _nearer_base(data)
     found += _uneven(data)
     for name in focus(data):
         blocks = _has_r(data, name)
@@ -69,6 +71,19 @@ def cautions(data: Data) -> str:
             where = spans([place(r) for r in odd], labels)
             found.append(f"on {name} cosines at {where} exceed 0.99 while R is up to {shown(top)}: trust R, not cos")
     return f"Caution: {'; '.join(found)}." if found else ""
+
+
+def _nearer_base(data: Data) -> list[str]:
+    """Parents whose task vectors share much: they may have a nearer common ancestor than this base."""
+    near = {r["parent"]: c for r in data.get("lineage", []) if (c := number(r, "cosine_to_others") or 0) > STRAIGHT}
+    if not near:
+        return []
+    most = shown(max(near.values()))
+    return [
+        f"the task vectors of {listed([str(parent) for parent in near])} have cosines of up to {most} "
+        f"(finetunes that were trained apart are below {STRAIGHT}): if they have a nearer common ancestor than this "
+        "base, name that as the base"
+    ]
 
 
 def _uneven(data: Data) -> list[str]:

@@ -99,7 +99,8 @@ def test_the_table_of_keys_has_every_key_of_a_recipe():
 
 def test_options_named_here_exist():
     group = get_command(app)
-    known = {option for verb in group.commands.values() for own in verb.params for option in own.opts}
+    parameters = [own for verb in group.commands.values() for own in verb.params]
+    known = {option for own in parameters for option in (*own.opts, *own.secondary_opts)}
     scripts = [(readme.ROOT / path).read_text() for path in re.findall(r"python (benchmarks/\S+\.py)", TEXT)]
     known |= {option for script in scripts for option in re.findall(r'add_argument\("(--[a-z-]+)"', script)}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))

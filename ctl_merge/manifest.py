@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.plan import parameter_ranges
+from ctl_merge.processes import Ranks
 from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard
 
@@ -29,12 +30,11 @@ def build_manifest(
     folder: Path,
     shards: tuple[Shard, ...],
     devices: Mapping[str, str],
-    hash_with: Map | None,
+    hashes: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """The manifest of a written merge. `hash_with` maps a function over files, maybe in parallel; None hashes none."""
+    """The manifest of a written merge. `hashes` are those of `hash_all`, or none."""
     plan = merged.plan
     output = [folder / shard.file for shard in shards]
-    hashes = _hashes(_to_hash(checkpoints, output), hash_with)
     operations = Counter(tensor.operation for tensor in plan.tensors.values())
     tensors = {
         "merged": operations["merge"], "copied": operations["copy"],
@@ -50,7 +50,7 @@ def build_manifest(
         "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,
         "recipe_sha256": hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
         "sources": [_source(ref, checkpoint, hashes) for ref, checkpoint in checkpoints.items()],
-        "tensors": tensors, "devices": dict(Counter(devices.values())),
+        "tensors": tensors, "devices": dict(Counter(device.partition(":")[0] for device in devices.values())),
         "decisions": [_without_paths(line, checkpoints) for line in (*plan.decisions, *method_notes(merged))],
         "warnings": [_without_paths(line, checkpoints) for line in plan.warnings],
         "output": [
@@ -77,14 +77,16 @@ def dump(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
 
 
-def _to_hash(checkpoints: Mapping[ModelRef, FileCheckpoint], output: list[Path]) -> list[Path]:
-    """The output's files and local sources; the Hub has published the hashes of its own."""
-    local = [c for c in checkpoints.values() if c.snapshot is None]
-    return [*output, *(c.folder / file for c in local for file in c.file_sizes)]
+def local_files(checkpoints: Mapping[ModelRef, FileCheckpoint]) -> list[Path]:
+    """The files of local sources; the Hub has published the hashes of its own."""
+    return [c.folder / file for c in checkpoints.values() if c.snapshot is None for file in c.file_sizes]
 
 
-def _hashes(paths: list[Path], hash_with: Map | None) -> dict[Path, str]:
-    return dict(zip(paths, hash_with(_sha256, paths), strict=True)) if hash_with else {}
+def hash_all(paths: Sequence[Path], owners: Sequence[int], hash_with: Map, ranks: Ranks) -> dict[Path, str]:
+    """The SHA-256 of files that ranks share as `owners` says; `hash_with` maps a function, maybe in parallel."""
+    own = [path for path, owner in zip(paths, owners, strict=True) if owner == ranks.index]
+    found = ranks.gather(dict(zip(own, hash_with(_sha256, own), strict=True)))
+    return {path: digest for part in found for path, digest in part.items()}
 
 
 def _sha256(path: Path) -> str:

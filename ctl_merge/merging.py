@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import ctl_merge
@@ -24,17 +25,19 @@ from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
-from ctl_merge.errors import DeviceError, OutputError, RecipeError
+from ctl_merge.errors import DeviceError, MismatchError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
 from ctl_merge.loadable import check_stack
-from ctl_merge.manifest import build_manifest, dump
+from ctl_merge.manifest import build_manifest, dump, hash_all, local_files
+from ctl_merge.measured import keep, recall
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
+from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
@@ -44,7 +47,7 @@ from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
 from ctl_merge.workers import pool
-from ctl_merge.writer import INDEX, ShardWriter, plan_shards, write_index
+from ctl_merge.writer import INDEX, JOURNAL, ShardWriter, owned, plan_shards, write_index
 
 logger = logging.getLogger("ctl_merge")
 
@@ -159,41 +162,67 @@ class Merge:
                 )
             self.workers -= 1
 
-    def summary(self) -> dict[str, Any]:
-        """The plan and its cost as plain data, from headers alone."""
+    def summary(self, processes: int = 1) -> dict[str, Any]:
+        """The plan and its cost as plain data, from headers alone; how so many processes share the shards."""
         cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self._memory_bound())
-        return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
+        return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices, processes)
 
     def write(
         self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
-        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None,
+        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None, ranks: Ranks = ALONE,
     ) -> MergeResult:  # fmt: skip
         """Merge into the folder `output`, which appears whole or not at all.
 
         Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
         `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes. `attach(folder)` may put
-        files into the folder before it is whole, and gives Markdown for the card.
+        files into the folder before it is whole, and gives Markdown for the card; every rank calls it. `ranks`: the
+        processes that write together, each its shards; all call this, and the first one has the manifest.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
+        ranks.at_first(lambda: self.check_output(target))
+        if ranks.count > 1:
+            ranks.together(lambda: self.fetch() if ranks.local_index == 0 else None)  # one download a machine
+        ranks.together(self.fetch)
+        fingerprint = self.fingerprint(ranks)
+        ranks.at_first(lambda: target.open(fingerprint))
+        try:
+            ranks.together(lambda: target.check_same(fingerprint))
+            resumed = sum(ranks.gather(self.write_shards(target.path, ranks, meter, shared=True)))
+            manifest = self.finish(target, hash_files, attach, ranks)
+        finally:
+            target.close()
+        return MergeResult(target.final, manifest, resumed)
+
+    def check_output(self, target: OutputFolder) -> None:
+        """Refuse early an output that cannot be written or would cost the user something."""
         with disk_errors(target.final):
             target.check(sum(shard.nbytes for shard in self.shards))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
-        self.fetch()
-        folder = target.open(self._fingerprint())
-        try:
-            with pool(self.workers) as mapped:
-                passes = self.merged.model_passes
-                with meter("measuring", passes * len(self.plan.tensors)) if passes else nullcontext() as told:
-                    self.merged.measure(_telling(mapped, told))
-            with meter("merging", sum(shard.nbytes for shard in self.shards)) as told:
-                resumed = ShardWriter(folder, self.shards, self.merged).write(self.workers, told)
-            with disk_errors(folder):
-                manifest = self._finish(folder, hash_files, attach(folder) if attach else "")
-                target.commit()
-        finally:
-            target.close()
-        return MergeResult(target.final, manifest, resumed)
+
+    def write_shards(self, folder: Path, ranks: Ranks, meter: Meter, shared: bool) -> int:
+        """Write this process's shards; `shared`: the others help to measure. Returns how many tensors were there."""
+        process = "" if ranks.count == 1 else f".{ranks.index}-of-{ranks.count}"
+        self.recall(folder)
+        self._measure(meter, ranks if shared else ALONE)
+        keep(self.merges, folder, process)
+        own = owned(self.shards, ranks.index, ranks.count)
+        with meter("merging", sum(shard.nbytes for shard in own)) as told:
+            found = ShardWriter(folder, own, self.merged, f"{JOURNAL}{process}").write(self.workers, told)
+        keep(self.merges, folder, process)
+        return found
+
+    def recall(self, folder: Path) -> None:
+        """Take over what was measured for an unfinished output."""
+        recall(self.merges, folder)
+
+    def _measure(self, meter: Meter, ranks: Ranks) -> None:
+        """Take the statistics of whole models, those of steps before those of what reads them."""
+        pending = [merged for merged in reversed(self.merges) if merged.passes_left]
+        count = sum(merged.passes_left * len(merged.tensors) for merged in pending) // ranks.count
+        with pool(self.workers) as mapped, meter("measuring", count) if count else nullcontext() as told:
+            for merged in pending:
+                merged.measure(_telling(mapped, told), ranks)
 
     def fetch(self) -> None:
         """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""
@@ -207,16 +236,35 @@ class Merge:
         if settled is not self.plan:
             self._use(settled)
 
-    def _fingerprint(self) -> str:
-        """What an unfinished output belongs to: the plan, the sources' state, the cut into shards."""
-        sources = [source.state() for source in self.sources.values()]
-        tensors = [
-            (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
-        ]
-        shards = [(shard.file, list(shard.specs)) for shard in self.shards]
-        versions = [ctl_merge.__version__, torch.__version__, sorted(set(self.devices.values()))]
-        content = json.dumps([self.recipe.text, sources, tensors, shards, versions], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def fingerprint(self, ranks: Ranks = ALONE) -> str:
+        """What an unfinished output belongs to. Raises MismatchError where it is not the same for all ranks."""
+        own = {what: _digest(content) for what, content in self._identity().items()}
+        every = ranks.gather(own)
+        differing = [
+            f"rank {index}: {', '.join(what for what in own if found[what] != every[0][what])}"
+            for index, found in enumerate(every) if found != every[0]
+        ]  # fmt: skip
+        if differing:
+            error = MismatchError(
+                f"the processes do not plan the same merge as rank 0; what differs: {'; '.join(differing)}. Give all "
+                "the same files (copied with their times, as by rsync -a), options and versions."
+            )
+            error.agreed = True
+            raise error
+        return _digest(own)
+
+    def _identity(self) -> dict[str, Any]:
+        """All on which the bytes of the output depend, by words for it."""
+        return {
+            "recipe": self.recipe.text,
+            "sources": [source.state() for source in self.sources.values()],
+            "plan": [
+                (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
+            ],
+            "shards": [(shard.file, list(shard.specs)) for shard in self.shards],
+            "devices": sorted({device.partition(":")[0] for device in self.devices.values()}),
+            "versions": [ctl_merge.__version__, torch.__version__, np.__version__],
+        }
 
     def write_companions(self, folder: Path) -> None:
         """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
@@ -235,13 +283,37 @@ class Merge:
         config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
         (folder / "config.json").write_bytes(config)
 
-    def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
+    def finish(
+        self, target: OutputFolder, hash_files: bool, attach: Callable[[Path], str] | None, ranks: Ranks = ALONE
+    ) -> dict[str, Any]:
+        """Make the folder whole once its shards are, with hashes, what is attached, the small files: the manifest."""
+        if self.plan.method.report:
+            for known in ranks.gather(self.merged.known()):
+                self.merged.recall(known)
+        with disk_errors(target.path):
+            hashes = self._hashes(target.path, ranks) if hash_files else {}
+            attached = attach(target.path) if attach else ""
+
+        def last() -> dict[str, Any]:
+            with disk_errors(target.path):
+                manifest = self._write_small_files(target.path, hashes, attached)
+                target.commit()
+            return manifest
+
+        return ranks.at_first(last) or {}
+
+    def _hashes(self, folder: Path, ranks: Ranks) -> dict[Path, str]:
+        """Of the output's files, each by the rank that wrote it, and of local sources."""
+        output, sources = [folder / shard.file for shard in self.shards], local_files(self.sources)
+        owners = deal([shard.nbytes for shard in self.shards], ranks.count)
+        owners += deal([path.stat().st_size for path in sources], ranks.count)
+        with pool(self.workers) as mapped:
+            return hash_all([*output, *sources], owners, mapped, ranks)
+
+    def _write_small_files(self, folder: Path, hashes: dict[Path, str], attached: str) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
         (folder / RECIPE).write_text(self.recipe.text, "utf-8")
-        with pool(self.workers) as mapped:
-            manifest = build_manifest(
-                self.merged, self.sources, folder, self.shards, self.devices, mapped if hash_files else None
-            )
+        manifest = build_manifest(self.merged, self.sources, folder, self.shards, self.devices, hashes)
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
         (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, attached), "utf-8")
@@ -264,6 +336,10 @@ def open_merge(recipe: Recipe | str | Path, **machine: Any) -> MergedCheckpoint:
     opened = Merge(recipe, **machine)
     opened.fetch()
     return opened.merged
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_bytes(text: str) -> int:

@@ -7,15 +7,18 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
+from ctl_merge.errors import OutputError
 from ctl_merge.header import TensorSpec, build_header, total_bytes
-from ctl_merge.output import disk_errors
+from ctl_merge.output import disk_errors, lock
+from ctl_merge.processes import deal
 from ctl_merge.workers import pool
 
 METADATA = {"format": "pt"}
@@ -52,6 +55,12 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> tuple[Shard,
     return tuple(Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", g) for i, g in enumerate(groups, 1))
 
 
+def owned(shards: Sequence[Shard], index: int, count: int) -> list[Shard]:
+    """Those that process `index` of `count` writes: whole shards, dealt out by bytes."""
+    owners = deal([shard.nbytes for shard in shards], count)
+    return [shard for shard, owner in zip(shards, owners, strict=True) if owner == index]
+
+
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """The index that transformers reads; nothing if there is a single file."""
     shards = list(shards)
@@ -68,11 +77,12 @@ class ShardWriter:
     """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
 
     The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
-    are not written again, so an interrupted run goes on where it stopped, to the same bytes.
+    are not written again, so an interrupted run goes on where it stopped, to the same bytes. Of several processes
+    each writes shards of its own, in a journal of its own; all journals are read.
     """
 
-    def __init__(self, folder: Path, shards: tuple[Shard, ...], checkpoint: Checkpoint) -> None:
-        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+    def __init__(self, folder: Path, shards: Sequence[Shard], checkpoint: Checkpoint, journal: str = JOURNAL) -> None:
+        self.folder, self.shards, self.checkpoint, self.journal = folder, shards, checkpoint, journal
         self._place: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
@@ -83,15 +93,25 @@ class ShardWriter:
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
         with disk_errors(self.folder):
-            self._allocate()
-            done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
-            for name in done:
-                progress(self.checkpoint.tensors[name].nbytes)
-            with (self.folder / JOURNAL).open("a", buffering=1, encoding="utf-8") as journal, pool(workers) as mapped:
+            with (
+                (self.folder / self.journal).open("a", buffering=1, encoding="utf-8") as journal,
+                pool(workers) as mapped,
+            ):
+                self._lock_journal(journal)
+                self._allocate()
+                done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
+                for name in done:
+                    progress(self.checkpoint.tensors[name].nbytes)
                 todo = [name for name in self.names if name not in done]
                 for _ in mapped(lambda name: self._write_tensor(name, journal, progress), todo):
                     pass
         return len(done)
+
+    def _lock_journal(self, journal: IO[str]) -> None:
+        try:
+            lock(journal.fileno())
+        except BlockingIOError:
+            raise OutputError(f"another process is writing the same shards of {self.folder}: wait for it") from None
 
     def _allocate(self) -> None:
         """Create every file at its full size with its header, so that a full disk shows before the work starts."""
@@ -129,15 +149,7 @@ class ShardWriter:
             journal.write(json.dumps([name, crc]) + "\n")
 
     def _journaled(self) -> Iterator[tuple[str, int]]:
-        path = self.folder / JOURNAL
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                name, crc = json.loads(line)
-            except (ValueError, TypeError):
-                continue  # the last line of a run that was killed while writing it
-            if name in self._place:
-                yield name, crc
+        return ((name, crc) for name, crc in journaled(self.folder) if name in self._place)
 
     def _is_intact(self, name: str, crc: int) -> bool:
         file, offset = self._place[name]
@@ -148,6 +160,18 @@ class ShardWriter:
                 found = zlib.crc32(data, found)
                 left -= len(data)
         return left == 0 and found == crc
+
+
+def journaled(folder: Path) -> Iterator[tuple[str, int]]:
+    """Each tensor that a journal of the folder lists as whole, with the sum of its bytes."""
+    for path in sorted(folder.glob(f"{JOURNAL}*")):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                name, crc = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # the last line of a run that was killed while writing it
+            if isinstance(name, str):
+                yield name, crc
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

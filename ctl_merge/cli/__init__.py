@@ -11,9 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, merge, methods, probe, schema
+from ctl_merge.cli import check, compare, finalize, merge, methods, probe, schema
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
+from ctl_merge.processes import leave, report
 
 
 class RecipeFirst(TyperGroup):
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` is `ctl-merge merge RECIPE`.",
 )  # fmt: skip
 app.command()(merge.merge)
+app.command()(finalize.finalize)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
 app.command()(check.check)
@@ -62,5 +64,7 @@ def main() -> None:
     try:
         app()
     except CtlMergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         sys.exit(2)
+    finally:
+        leave()

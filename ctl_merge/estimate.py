@@ -31,14 +31,13 @@ class Estimate:
 
 
 def estimate(
-    plan: Plan,
     merged: MergedCheckpoint,
     checkpoints: Mapping[ModelRef, FileCheckpoint],
     shards: tuple[Shard, ...],
     memory: int,
 ) -> Estimate:
     """What carrying out the plan with so many workers takes."""
-    inputs = sum(_input_bytes(tensor, checkpoints) for tensor in plan.tensors.values())
+    inputs = input_bytes(merged)
     passes = merged.model_passes
     sources = {ref: source for checkpoint in checkpoints.values() for ref, source in checkpoint.sources().items()}
     return Estimate(
@@ -73,8 +72,10 @@ def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:
     return tensor.spec.numel if whole else min(chunk, tensor.spec.numel)
 
 
-def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
-    return sum(checkpoints[part.model].read_bytes(part.tensor) for part in tensor.everyone)
+def input_bytes(merged: MergedCheckpoint) -> int:
+    """What reading every input once reads from files."""
+    parts = (part for tensor in merged.plan.tensors.values() for part in tensor.everyone)
+    return sum(merged.checkpoints[part.model].read_bytes(part.tensor) for part in parts)
 
 
 def chunk_of(merged: MergedCheckpoint) -> int:

@@ -61,6 +61,16 @@ class MergedCheckpoint(Checkpoint):
         self._buffers = threading.local()
 
     @property
+    def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
+        """The models that are read."""
+        return self._checkpoints
+
+    @property
+    def devices(self) -> Mapping[str, str]:
+        """Where the arithmetic of each tensor happens; the CPU where nothing is said."""
+        return self._devices
+
+    @property
     def code(self) -> Path | None:
         return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
 

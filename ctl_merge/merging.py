@@ -164,7 +164,7 @@ class Merge:
 
     def summary(self, processes: int = 1) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone; how so many processes share the shards."""
-        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self._memory_bound())
+        cost = estimate(self.merged, self.checkpoints, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices, processes)
 
     def write(

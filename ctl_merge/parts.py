@@ -57,7 +57,7 @@ def finalize(
         manifest = opened.finish(target, hash_files, attach)
     finally:
         target.close()
-    return MergeResult(target.final, manifest, len(opened.plan.tensors))
+    return MergeResult(target.final, manifest, 0)
 
 
 def _check_shards(opened: Merge, target: OutputFolder, meter: Meter) -> None:
@@ -112,7 +112,7 @@ def _remedy(opened: Merge, target: OutputFolder, missing: list[Shard]) -> str:
     return (
         f"Run `ctl-merge RECIPE -o {target.final} --shard-rank {rank} --shard-world {count}`"
         + (f", with {several}" if several else "")
-        + ", then finalize again"
+        + " and the options that the others had, then finalize again"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from ctl_merge.methods import Method
@@ -76,7 +77,7 @@ class Recipe:
     onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
     mixture: Mixture | None = None  # the models side by side, instead of merged
 
-    @property
+    @cached_property
     def refs(self) -> tuple[ModelRef, ...]:
         """Every distinct model that is read: the one that gives config and tokenizer first."""
         first = self.base or self.models[0].ref

@@ -129,7 +129,31 @@ def _cost_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         *([("processes", _processes_line(data["processes"]))] if len(data["processes"]) > 1 else []),
         ("memory", f"at most {sizes['memory']}{' each' if len(data['processes']) > 1 else ''}"),
         ("arithmetic", devices),
+        *(_time_lines(data["time"]) if "time" in data else []),
     ]
+
+
+def _time_lines(time: dict[str, Any]) -> list[tuple[str, str]]:
+    """A prediction in words, and what it rests on."""
+    parts = ", ".join(f"{name} {_duration(value)}" for name, value in time["parts"].items() if value >= 0.05)
+    rates = {name: f"{format_size(rate)}/s" for name, rate in time["bytes_per_second"].items() if rate}
+    cached = f"{time['cached']:.0%} of what is read is in the kernel's cache"
+    without = f"; without {' and '.join(time['notes'])}" if time["notes"] else ""
+    measured = ", ".join(f"{name.replace('_', ' ')} {rate}" for name, rate in rates.items())
+    return [
+        ("time", f"about {_duration(time['seconds'])} in one process ({parts}){without}"),
+        ("measured", f"in {_duration(time['calibrated_in'])}, {time['workers']} workers: {measured}; {cached}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """`3 h 20 min`, `5 min 10 s`, `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def _processes_line(shares: list[dict[str, int]]) -> str:

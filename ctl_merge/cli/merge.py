@@ -39,6 +39,12 @@ def merge(
     recipe: RecipeArgument,
     output: OutputOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="With --dry-run: measure for some seconds, and tell how long the merge takes."
+        ),
+    ] = False,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     max_memory: MaxMemoryOption = None,
@@ -60,6 +66,8 @@ def merge(
 ) -> None:
     """Merge what RECIPE describes into a folder that transformers loads."""
     mapped = one_device(device, device_map)
+    if calibrate and not dry_run:
+        raise typer.BadParameter("--calibrate goes with --dry-run")
     require_recipe(recipe)
     stranger = check_launcher() if shard_world is None else None
     ranks = launched()
@@ -74,12 +82,15 @@ def merge(
             max_shard_size=max_shard_size,
         )
     )  # fmt: skip
+    target, told = output or Path(recipe.stem), meter(quiet or not ranks.first)
     if dry_run:
         if ranks.first:
-            _show_plan(opened.summary(world), as_json)
+            from ctl_merge.calibrate import predict
+
+            time = {"time": predict(opened, target, not no_hash)} if calibrate else {}
+            _show_plan({**opened.summary(world), **time}, as_json)
         return
     warn(opened.plan.warnings)
-    target, told = output or Path(recipe.stem), meter(quiet or not ranks.first)
     try:
         if shard_rank is not None:
             _write_part(opened, target, shard_rank, world, overwrite, told, as_json, quiet)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-import tempfile
 import time
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +16,14 @@ from ctl_merge.estimate import input_bytes
 from ctl_merge.header import TensorSpec
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.merging import Merge
-from ctl_merge.output import disk_errors
 from ctl_merge.plan import Plan, TensorPlan
+from ctl_merge.rates import Map, Rates, dirty_limit, measure_rates
 from ctl_merge.reference import ModelRef
 from ctl_merge.workers import pool
 
-_PIECE = 1 << 20  # bytes read or written at once
 _SMALL, _LARGE = 1 << 12, 8 * CHUNK  # entries of the tensors that are merged to measure
 _SIDE = 768  # of the matrices that methods on whole matrices are measured on
-_SECONDS = 0.2  # for each thing that is measured, about
 _KINDS = 4  # of tensors that are measured, those with the most entries
-
-Map = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Bytes a second with all workers. `cold`, `disk`: without help from the kernel's cache; None: not met."""
-
-    warm: float
-    cold: float | None
-    warm_share: float  # of what is read, that is in the kernel's cache now
-    write: float
-    disk: float
-    hash: float
 
 
 def predict(opened: Merge, output: Path, hash_files: bool = True) -> dict[str, Any]:
@@ -57,11 +36,12 @@ def predict(opened: Merge, output: Path, hash_files: bool = True) -> dict[str, A
     started = _seconds_of_this_process()
     with pool(opened.workers) as mapped:
         measuring, merging = _arithmetic(opened, mapped)
-        rates = _rates(opened, output, mapped)
+        files = [source.folder / file for source in opened.sources.values() for file in source.file_sizes]
+        rates = measure_rates(files, output, opened.workers, mapped)
     parts = {"start": started, **_reading(opened, rates), "measure": measuring, "merge": merging}
     written = sum(shard.nbytes for shard in opened.shards)
     parts["write"] = written / rates.write
-    throttled = max(0.0, (written - _dirty_limit()) / rates.disk)
+    throttled = max(0.0, (written - dirty_limit()) / rates.disk)
     parts["hash"] = _hashing(opened, rates.hash) if hash_files else 0.0
     busy = sum(parts[name] for name in ("read", "measure", "merge", "write"))
     waiting = max(parts.pop("wait"), throttled)
@@ -211,7 +191,7 @@ def _read_whole(sample: MergedCheckpoint, name: str) -> None:
         sample.read_into(name, out[: min(step, spec.numel - start)], start)
 
 
-# ---- reading, writing, hashing
+# ---- reading and hashing
 
 
 def _reading(opened: Merge, rates: Rates) -> dict[str, float]:
@@ -226,95 +206,11 @@ def _reading(opened: Merge, rates: Rates) -> dict[str, float]:
     return {"read": copied / rates.warm, "wait": cold}
 
 
-def _rates(opened: Merge, output: Path, mapped: Map) -> Rates:
-    files = [source.folder / file for source in opened.sources.values() for file in source.file_sizes]
-    there = [path for path in files if path.is_file()]
-    warm, cold, share = _read_rates(there, opened.workers, mapped)
-    write, disk = _write_rates(output, opened.workers, mapped)
-    return Rates(warm, cold, share, write, disk, _hash_rate(opened.workers, mapped))
-
-
-def _read_rates(files: list[Path], workers: int, mapped: Map) -> tuple[float, float | None, float]:
-    """Bytes a second of pieces all over the files: those in the kernel's cache, the others; the first's share."""
-    places = [(path, at) for path in files for at in range(0, max(1, path.stat().st_size - _PIECE), _PIECE)]
-    chosen = places[:: max(1, len(places) // 256)]
-    begun, found = time.perf_counter(), []
-    for result in mapped(_read_piece, chosen):
-        found.append(result)
-        if time.perf_counter() - begun > 3 * _SECONDS:
-            break
-    rates: dict[bool, float | None] = {}
-    for cached in (True, False):
-        own = [(size, seconds) for size, seconds, was in found if was is cached and size]
-        # From the second reading of a piece on it is in the cache: what is cold now is read again warm.
-        rates[cached] = sum(s for s, _ in own) / max(1e-9, sum(t for _, t in own)) * workers if own else None
-    share = sum(was for *_, was in found) / max(1, len(found))
-    if rates[True] is None:
-        again = [_read_piece(place) for place in chosen[: max(1, len(found))]]
-        rates[True] = sum(s for s, *_ in again) / max(1e-9, sum(t for _, t, _ in again)) * workers if again else 1e9
-    return rates[True] or 1e9, rates[False], share if found else 1.0
-
-
-def _read_piece(place: tuple[Path, int]) -> tuple[int, float, bool]:
-    """Bytes, seconds, and whether they were in the kernel's cache."""
-    path, at = place
-    descriptor = os.open(path, os.O_RDONLY)
-    buffer = torch.empty(_PIECE, dtype=torch.uint8).fill_(0).numpy().data
-    try:
-        try:
-            os.preadv(descriptor, [buffer[:4096]], at + _PIECE // 2, os.RWF_NOWAIT)
-            cached = True
-        except OSError as error:
-            cached = error.errno != errno.EAGAIN
-        begun = time.perf_counter()
-        size = os.preadv(descriptor, [buffer], at)
-        return size, time.perf_counter() - begun, cached
-    finally:
-        os.close(descriptor)
-
-
-def _write_rates(output: Path, workers: int, mapped: Map) -> tuple[float, float]:
-    """Bytes a second into a new file beside the output, with their sums; and down to the disk."""
-    place = next(parent for parent in Path(os.path.abspath(output)).parents if parent.is_dir())
-    data = torch.zeros(_PIECE, dtype=torch.uint8).random_().numpy().data
-    with disk_errors(place), tempfile.TemporaryFile(dir=place) as file:
-
-        def write(index: int) -> int:
-            zlib.crc32(data)
-            return os.pwrite(file.fileno(), data, index * _PIECE)
-
-        size, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < _SECONDS and size < 256 * _PIECE:
-            first = size // _PIECE
-            size += sum(mapped(write, range(first, first + 8 * workers)))
-        written = time.perf_counter()
-        os.fdatasync(file.fileno())
-        return size / (written - begun), size / (time.perf_counter() - begun)
-
-
-def _hash_rate(workers: int, mapped: Map) -> float:
-    data = bytes(4 * _PIECE)
-    begun = time.perf_counter()
-    for _ in mapped(lambda _: hashlib.sha256(data).digest(), range(2 * workers)):
-        pass
-    return 2 * workers * len(data) / (time.perf_counter() - begun)
-
-
 def _hashing(opened: Merge, rate: float) -> float:
     """Files are hashed whole, each by one worker: no sooner than the largest one."""
     sizes = [shard.nbytes for shard in opened.shards]
     sizes += [size for s in opened.sources.values() if s.snapshot is None for size in s.file_sizes.values()]
     return max(sum(sizes) / rate, max(sizes, default=0) / (rate / opened.workers))
-
-
-def _dirty_limit() -> int:
-    """Bytes that the kernel keeps in memory before whoever writes has to wait for the disk."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-        pages = next(int(line.split()[1]) for line in lines if line.startswith("nr_dirty_threshold "))
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, StopIteration):
-        return 0
 
 
 def _seconds_of_this_process() -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -14,10 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-import ctl_merge
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
@@ -25,9 +19,10 @@ from ctl_merge.card import RECIPE, build_card, stated_licence
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
-from ctl_merge.errors import DeviceError, MismatchError, OutputError, RecipeError
+from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
+from ctl_merge.identity import agreed_fingerprint, identity
 from ctl_merge.loadable import check_stack
 from ctl_merge.manifest import build_manifest, dump, hash_all, local_files
 from ctl_merge.measured import keep, recall
@@ -238,33 +233,7 @@ class Merge:
 
     def fingerprint(self, ranks: Ranks = ALONE) -> str:
         """What an unfinished output belongs to. Raises MismatchError where it is not the same for all ranks."""
-        own = {what: _digest(content) for what, content in self._identity().items()}
-        every = ranks.gather(own)
-        differing = [
-            f"rank {index}: {', '.join(what for what in own if found[what] != every[0][what])}"
-            for index, found in enumerate(every) if found != every[0]
-        ]  # fmt: skip
-        if differing:
-            error = MismatchError(
-                f"the processes do not plan the same merge as rank 0; what differs: {'; '.join(differing)}. Give all "
-                "the same files (copied with their times, as by rsync -a), options and versions."
-            )
-            error.agreed = True
-            raise error
-        return _digest(own)
-
-    def _identity(self) -> dict[str, Any]:
-        """All on which the bytes of the output depend, by words for it."""
-        return {
-            "recipe": self.recipe.text,
-            "sources": [source.state() for source in self.sources.values()],
-            "plan": [
-                (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
-            ],
-            "shards": [(shard.file, list(shard.specs)) for shard in self.shards],
-            "devices": sorted({device.partition(":")[0] for device in self.devices.values()}),
-            "versions": [ctl_merge.__version__, torch.__version__, np.__version__],
-        }
+        return agreed_fingerprint(identity(self.plan, self.sources, self.shards, self.devices), ranks)
 
     def write_companions(self, folder: Path) -> None:
         """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
@@ -336,10 +305,6 @@ def open_merge(recipe: Recipe | str | Path, **machine: Any) -> MergedCheckpoint:
     opened = Merge(recipe, **machine)
     opened.fetch()
     return opened.merged
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _shard_bytes(text: str) -> int:

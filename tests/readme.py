@@ -23,9 +23,9 @@ ORDER = """
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
-    model_config chat_template loadable estimate summary
+    model_config chat_template loadable estimate calibrate rates summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card sizes
+    merging parts processes identity measured sums writer workers output companions tokenizer_files manifest card sizes
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -37,7 +37,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal merge probe compare check methods schema".split()
+CLI = "arguments terminal merge finalize probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

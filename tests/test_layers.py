@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes",),
+    "what everything uses": ("__init__ errors sizes", "processes"),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -29,7 +29,7 @@ STAGES = {
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
         "adapter_config companions header hub_errors layers model_config output reference tokenizer workers",
-        "architecture chat_template devices hub tokenizer_files",
+        "architecture chat_template devices hub rates sums tokenizer_files",
         "checkpoint stacks",
         "low_rank parameter_names stored writer",
         "adapter_changes pickled",
@@ -62,11 +62,12 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "card merged step traits",
-        "compatibility estimate manifest",
+        "card identity merged step traits",
+        "compatibility estimate manifest measured",
         "check",
         "summary",
         "merging",
+        "calibrate parts",
     ),
     "comparisons in weight space": (
         "findings weights",
@@ -87,6 +88,7 @@ STAGES = {
     "the command line": (
         "cli.arguments cli.terminal",
         "cli.check cli.compare cli.merge cli.methods cli.probe cli.schema",
+        "cli.finalize",
         "cli.__init__",
         "__main__",
     ),

@@ -41,9 +41,7 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
     calibrate: Annotated[
         bool,
-        typer.Option(
-            "--calibrate", help="With --dry-run: measure for some seconds, and tell how long the merge takes."
-        ),
+        typer.Option("--calibrate", help="With --dry-run: measure for some seconds, tell how long the merge takes."),
     ] = False,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,

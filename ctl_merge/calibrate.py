@@ -136,9 +136,10 @@ def _cost_of_kind(
 
     def run(count: int, shape: tuple[int, ...]) -> tuple[float, float, float]:
         sample = _sample(merged, likely, shape, count, drawn)
-        begun = time.perf_counter()
-        sample.measure(mapped)
-        measured = time.perf_counter()
+        begun = measured = time.perf_counter()
+        if sample.model_passes:
+            sample.measure(mapped)
+            measured = time.perf_counter()
         for _ in mapped(lambda name: _read_whole(sample, name), list(sample.tensors)):
             pass
         return measured - begun, time.perf_counter() - measured, _work(sample, next(iter(sample.plan.tensors.values())))
@@ -150,8 +151,8 @@ def _cost_of_kind(
     work = sum(_work(merged, tensor) for tensor in tensors)
     found = []
     for one, more, most in zip(few[:2], many[:2], big[:2], strict=True):
-        fixed = max(0.0, (more - one) / (8 * workers))
         growing = max(0.0, most - one) / (workers * max(1.0, big[2] - few[2]))
+        fixed = max(0.0, (more - one) / (8 * workers) - growing * few[2])
         found.append(fixed * len(tensors) + growing * work)
     return found[0], found[1]
 

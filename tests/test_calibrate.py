@@ -42,7 +42,7 @@ def test_a_prediction_counts_what_a_merge_does(method: str, parameters: dict[str
     assert sorted(tmp_path.iterdir()) == before
     parts = found["parts"]
     assert found["seconds"] == pytest.approx(sum(parts.values()), abs=0.05)
-    assert parts["start"] > 0 and (parts["measure"] > 0) <= (merge.merged.model_passes > 0)
+    assert parts["start"] > 0 and (parts["measure"] == 0 or merge.merged.model_passes > 0)
     assert all(value >= 0 for value in parts.values()) and found["notes"] == []
     assert 0 <= found["cached"] <= 1 and found["bytes_per_second"]["write"] > 0
 
@@ -62,9 +62,6 @@ def test_twice_the_tensors_take_twice_the_time(tmp_path: Path, monkeypatch: pyte
     """Each sample of a known cost: 1 ms a tensor and 1 µs an entry."""
     merge = opened(tmp_path, size=512)
 
-    def measure(self: Any, each: Any = map) -> None:
-        self.spent = sum(1e-3 + 1e-6 * spec.numel for spec in self.tensors.values())
-
     clock = [0.0]
 
     def read(sample: Any, name: str) -> None:
@@ -81,8 +78,7 @@ def test_what_is_not_predicted_is_said(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words")
     models = [write_checkpoint(tmp_path / n, {"model.layers.0.q.weight": torch.ones(4, 4)}) for n in ("a", "b")]
-    recipe = parse_recipe(recipe_text("regmean", [(m, {}) for m in models], data={"texts": [str(text)]})
-                          if False else recipe_text("regmean", [(m, {}) for m in models]) + f"data: {text}\n")  # fmt: skip
+    recipe = parse_recipe(recipe_text("regmean", [(m, {}) for m in models], data={"texts": str(text)}))
     found = calibrate.predict(Merge(recipe), tmp_path / "merged")
     assert found["notes"] == ["running the models on text, and the arithmetic that needs its statistics"]
 

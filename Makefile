@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test launchers lint types environment clean
+.PHONY: demo test launchers long lint types environment clean
 
 demo: environment  ## merge the models that ship with the repository, and measure what came out
 	$(BIN)/python recipes/quickstart/demo.py
@@ -13,6 +13,9 @@ test: environment  ## the whole suite
 
 launchers: environment  ## what the suite leaves out: several processes, killed ones, several machines
 	$(BIN)/python -m pytest -m launchers
+
+long: environment  ## what the suite takes a slice of: every kill, more cases (about half an hour)
+	$(BIN)/python -m pytest -m long -s
 
 lint: environment
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Does the nonlinearity ratio R predict what a merge costs in loss? Rank correlations over many merges of one family.
 
-    python benchmarks/ctl_predicts_loss.py --base BASE --experts math=MATH code=CODE \\
-        --text math=test.jsonl:question,answer --text code=code.jsonl:prompt,solution
+    python benchmarks/ctl_predicts_loss.py --base BASE --experts math=MATH code=CODE french=FRENCH \\
+        --text math=test.jsonl:question,answer --text code=code.jsonl:prompt,solution --text french=val.fr
 
 Every pair of experts and the set of all of them is merged in a dozen ways; each merge is probed on its experts' own
 texts (a text is named like its expert). Measured, as means over those texts, in nats per token:
@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; more slow very small models down")
     parser.add_argument("--output", type=Path, help="folder for results and figure")
     options = parser.parse_args()
+    if len(options.experts) < 3:
+        parser.error("three experts at least: within a recipe, groups of experts are compared")
     torch.set_num_threads(options.threads)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

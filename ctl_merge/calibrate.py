@@ -201,7 +201,7 @@ def _reading(opened: Merge, rates: Rates) -> dict[str, float]:
     for merged in opened.merges:
         scopes = [merged.method.scopes(t.parameters) for t in merged.plan.tensors.values() if t.operation == "merge"]
         passes = 1 + max((len(scope) for scope in scopes), default=0)
-        inputs = input_bytes(merged)
+        inputs = input_bytes(merged.plan, merged.checkpoints)
         once, copied = once + inputs, copied + inputs * passes
     cold = (1 - rates.warm_share) * once / rates.cold if rates.cold else 0.0
     return {"read": copied / rates.warm, "wait": cold}

@@ -31,13 +31,14 @@ class Estimate:
 
 
 def estimate(
+    plan: Plan,
     merged: MergedCheckpoint,
     checkpoints: Mapping[ModelRef, FileCheckpoint],
     shards: tuple[Shard, ...],
     memory: int,
 ) -> Estimate:
     """What carrying out the plan with so many workers takes."""
-    inputs = input_bytes(merged)
+    inputs = input_bytes(plan, checkpoints)
     passes = merged.model_passes
     sources = {ref: source for checkpoint in checkpoints.values() for ref, source in checkpoint.sources().items()}
     return Estimate(
@@ -72,10 +73,10 @@ def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:
     return tensor.spec.numel if whole else min(chunk, tensor.spec.numel)
 
 
-def input_bytes(merged: MergedCheckpoint) -> int:
+def input_bytes(plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
     """What reading every input once reads from files."""
-    parts = (part for tensor in merged.plan.tensors.values() for part in tensor.everyone)
-    return sum(merged.checkpoints[part.model].read_bytes(part.tensor) for part in parts)
+    parts = (part for tensor in plan.tensors.values() for part in tensor.everyone)
+    return sum(checkpoints[part.model].read_bytes(part.tensor) for part in parts)
 
 
 def chunk_of(merged: MergedCheckpoint) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,16 +15,20 @@ from typing import Any
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
-from ctl_merge.card import RECIPE, build_card, stated_licence
+from ctl_merge.card import RECIPE, build_card
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
+from ctl_merge.front_matter import stated_licence
+from ctl_merge.hub_push import Outgoing
 from ctl_merge.identity import agreed_fingerprint, identity
 from ctl_merge.loadable import check_stack
-from ctl_merge.manifest import build_manifest, dump, hash_all, local_files
+from ctl_merge.lora_output import LoraOutput
+from ctl_merge.lora_writing import write_merged_adapter
+from ctl_merge.manifest import build_manifest, dump, local_files, shared_hashes
 from ctl_merge.measured import keep, recall
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -33,16 +37,18 @@ from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
 from ctl_merge.processes import ALONE, Ranks, deal
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
+from ctl_merge.shard_stream import ShardStream
 from ctl_merge.sizes import format_size, parse_size
 from ctl_merge.step import StepCheckpoint
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
 from ctl_merge.workers import pool
-from ctl_merge.writer import INDEX, JOURNAL, ShardWriter, owned, plan_shards, write_index
+from ctl_merge.writer import INDEX, JOURNAL, Shard, ShardWriter, owned, plan_shards, write_index
 
 logger = logging.getLogger("ctl_merge")
 
@@ -99,6 +105,16 @@ class Merge:
         if plan.method.statistic:
             self.merged.evidence = self._evidence
         self.shards = plan_shards(plan.specs, self.shard_bytes)
+        self.lora = self._adapter_of(plan) if self.recipe.lora else None
+
+    def _adapter_of(self, plan: Plan) -> LoraOutput:
+        """The adapter that is written instead of a model; the plan then tells of it too."""
+        lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
+        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        self.plan = replace(plan, decisions=decisions, warnings=warnings)
+        self.merged.plan = lora.lazy.plan = self.plan
+        self.shards = (lora.shard,)
+        return lora
 
     @cached_property
     def _evidence(self) -> TextEvidence | PrefixEvidence:
@@ -145,6 +161,7 @@ class Merge:
 
     def _memory_bound(self) -> int:
         held = sum(checkpoint.held_bytes for checkpoint in self.checkpoints.values())
+        held += self.workers * self.lora.fitting_bytes if self.lora else 0
         return memory_bound(self.merges, self.workers) + held
 
     def _limit_memory(self, limit: int | None) -> None:
@@ -159,22 +176,35 @@ class Merge:
 
     def summary(self, processes: int = 1) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone; how so many processes share the shards."""
-        cost = estimate(self.merged, self.checkpoints, self.shards, self._memory_bound())
+        lazy, read = self.merged, self.checkpoints
+        if self.lora and not self.lora.needs_base:
+            lazy, read = self.lora.lazy, self.lora.views
+        cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices, processes)
 
     def write(
         self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
-        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None, ranks: Ranks = ALONE,
+        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None, stream: ShardStream | None = None,
+        ranks: Ranks = ALONE,
     ) -> MergeResult:  # fmt: skip
         """Merge into the folder `output`, which appears whole or not at all.
 
         Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
         `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes. `attach(folder)` may put
-        files into the folder before it is whole, and gives Markdown for the card; every rank calls it. `ranks`: the
-        processes that write together, each its shards; all call this, and the first one has the manifest.
+        files into the folder before it is whole, and gives Markdown for the card; every rank calls it. `stream` takes
+        each shard away once it is whole, and everything in the end: the folder then keeps all but the weights.
+        `ranks`: the processes that write together, each its shards; all call this, and the first has the manifest.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
-        ranks.at_first(lambda: self.check_output(target))
+        ranks.at_first(lambda: self.check_output(target, bool(stream)))
+        if ranks.count > 1 and (stream or self.lora):
+            what = "a streamed upload" if stream else "an adapter"
+            raise DeviceError(f"{what} is the work of one process: run this without a launcher")
+        if self.lora:
+            manifest = write_merged_adapter(
+                self, self.lora, target, self.fingerprint(), hash_files=hash_files, meter=meter, attach=attach
+            )
+            return MergeResult(target.final, manifest, 0)
         if ranks.count > 1:
             ranks.together(lambda: self.fetch() if ranks.local_index == 0 else None)  # one download a machine
         ranks.together(self.fetch)
@@ -182,30 +212,35 @@ class Merge:
         ranks.at_first(lambda: target.open(fingerprint))
         try:
             ranks.together(lambda: target.check_same(fingerprint))
-            resumed = sum(ranks.gather(self.write_shards(target.path, ranks, meter, shared=True)))
-            manifest = self.finish(target, hash_files, attach, ranks)
+            resumed = sum(ranks.gather(self.write_shards(target.path, ranks, meter, True, stream)))
+            manifest = self.finish(target, hash_files, attach, ranks, stream)
         finally:
             target.close()
         return MergeResult(target.final, manifest, resumed)
 
-    def check_output(self, target: OutputFolder) -> None:
+    def check_output(self, target: OutputFolder, streamed: bool = False) -> None:
         """Refuse early an output that cannot be written or would cost the user something."""
+        sizes = sorted((shard.nbytes for shard in self.shards), reverse=True)
         with disk_errors(target.final):
-            target.check(sum(shard.nbytes for shard in self.shards))
+            target.check(sum(sizes[:2] if streamed else sizes))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
 
-    def write_shards(self, folder: Path, ranks: Ranks, meter: Meter, shared: bool) -> int:
+    def write_shards(
+        self, folder: Path, ranks: Ranks, meter: Meter, shared: bool, stream: ShardStream | None = None
+    ) -> int:
         """Write this process's shards; `shared`: the others help to measure. Returns how many tensors were there."""
         process = "" if ranks.count == 1 else f".{ranks.index}-of-{ranks.count}"
         self.recall(folder)
         self._measure(meter, ranks if shared else ALONE)
         keep(self.merges, folder, process)
-        own = owned(self.shards, ranks.index, ranks.count)
-        with meter("merging", sum(shard.nbytes for shard in own)) as told:
-            found = ShardWriter(folder, own, self.merged, f"{JOURNAL}{process}").write(self.workers, told)
+        own: Sequence[Shard] = owned(self.shards, ranks.index, ranks.count)
+        shards = stream.begin(folder, self.shards) if stream else own
+        with meter("merging", sum(shard.nbytes for shard in shards)) as told:
+            sent = stream.send if stream else None
+            found = ShardWriter(folder, shards, self.merged, sent, f"{JOURNAL}{process}").write(self.workers, told)
         keep(self.merges, folder, process)
-        return found
+        return found + sum(len(shard.specs) for shard in own) - sum(len(shard.specs) for shard in shards)
 
     def recall(self, folder: Path) -> None:
         """Take over what was measured for an unfinished output."""
@@ -253,39 +288,49 @@ class Merge:
         (folder / "config.json").write_bytes(config)
 
     def finish(
-        self, target: OutputFolder, hash_files: bool, attach: Callable[[Path], str] | None, ranks: Ranks = ALONE
-    ) -> dict[str, Any]:
+        self, target: OutputFolder, hash_files: bool, attach: Callable[[Path], str] | None, ranks: Ranks = ALONE,
+        stream: ShardStream | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Make the folder whole once its shards are, with hashes, what is attached, the small files: the manifest."""
+        gone = stream.sent if stream else {}
         if self.plan.method.report:
             for known in ranks.gather(self.merged.known()):
                 self.merged.recall(known)
         with disk_errors(target.path):
-            hashes = self._hashes(target.path, ranks) if hash_files else {}
+            hashes = self._hashes(target.path, gone, ranks) if hash_files else None
             attached = attach(target.path) if attach else ""
 
         def last() -> dict[str, Any]:
             with disk_errors(target.path):
-                manifest = self._write_small_files(target.path, hashes, attached)
+                manifest = self._write_small_files(target.path, hashes, attached, gone)
+            if stream:
+                stream.commit()  # until this is done, --resume can go on
+            with disk_errors(target.path):
                 target.commit()
             return manifest
 
         return ranks.at_first(last) or {}
 
-    def _hashes(self, folder: Path, ranks: Ranks) -> dict[Path, str]:
+    def _hashes(self, folder: Path, gone: Mapping[str, Outgoing], ranks: Ranks) -> dict[Path, str]:
         """Of the output's files, each by the rank that wrote it, and of local sources."""
-        output, sources = [folder / shard.file for shard in self.shards], local_files(self.sources)
-        owners = deal([shard.nbytes for shard in self.shards], ranks.count)
+        shards, sources = [s for s in self.shards if s.file not in gone], local_files(self.sources)
+        owners = deal([shard.nbytes for shard in shards], ranks.count)
         owners += deal([path.stat().st_size for path in sources], ranks.count)
         with pool(self.workers) as mapped:
-            return hash_all([*output, *sources], owners, mapped, ranks)
+            return shared_hashes([*(folder / shard.file for shard in shards), *sources], owners, mapped, ranks)
 
-    def _write_small_files(self, folder: Path, hashes: dict[Path, str], attached: str) -> dict[str, Any]:
+    def _write_small_files(
+        self, folder: Path, hashes: Mapping[Path, str] | None, attached: str, gone: Mapping[str, Outgoing]
+    ) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
-        (folder / RECIPE).write_text(self.recipe.text, "utf-8")
-        manifest = build_manifest(self.merged, self.sources, folder, self.shards, self.devices, hashes)
+        public = PublicRecipe.of(self.recipe, self.sources)
+        (folder / RECIPE).write_text(public.text, "utf-8")
+        hashed = None if hashes is None else lambda _, paths: map(hashes.__getitem__, paths)
+        manifest = build_manifest(self.merged, self.sources, public, folder, self.shards, self.devices, hashed, gone)
+        manifest["max_shard_bytes"] = self.shard_bytes
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
-        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, attached), "utf-8")
+        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, public, attached), "utf-8")
         (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)

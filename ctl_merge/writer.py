@@ -8,6 +8,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -79,33 +80,49 @@ class ShardWriter:
     The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
     are not written again, so an interrupted run goes on where it stopped, to the same bytes. Of several processes
     each writes shards of its own, in a journal of its own; all journals are read.
+
+    `finished(shard)` is called for each shard once it is whole, beside the work on the next one; no more than these
+    two are in work, so that it may take the first away.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard], checkpoint: Checkpoint, journal: str = JOURNAL) -> None:
-        self.folder, self.shards, self.checkpoint, self.journal = folder, shards, checkpoint, journal
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], checkpoint: Checkpoint,
+        finished: Callable[[Shard], object] | None = None, journal: str = JOURNAL,
+    ) -> None:  # fmt: skip
+        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+        self.finished, self.journal = finished, journal
         self._place: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
-    @property
-    def names(self) -> list[str]:
-        return [name for shard in self.shards for name in shard.specs]
-
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
-        with disk_errors(self.folder):
-            with (
-                (self.folder / self.journal).open("a", buffering=1, encoding="utf-8") as journal,
-                pool(workers) as mapped,
-            ):
-                self._lock_journal(journal)
-                self._allocate()
-                done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
+        known: dict[str, set[int]] = {}
+        for name, crc in journaled(self.folder):
+            known.setdefault(name, set()).add(crc)
+        there = 0
+        with (
+            disk_errors(self.folder), (self.folder / self.journal).open("a", buffering=1, encoding="utf-8") as journal,
+            pool(workers) as mapped, ThreadPoolExecutor(1, thread_name_prefix="finished") as beside,
+        ):  # fmt: skip
+            self._lock_journal(journal)
+            taken: Future[object] | None = None
+            for shards in [[shard] for shard in self.shards] if self.finished else [self.shards]:
+                self._allocate(shards)
+                names = [name for shard in shards for name in shard.specs]
+                done = {name for name in names if any(self._is_intact(name, crc) for crc in known.get(name, ()))}
                 for name in done:
                     progress(self.checkpoint.tensors[name].nbytes)
-                todo = [name for name in self.names if name not in done]
+                todo = [name for name in names if name not in done]
                 for _ in mapped(lambda name: self._write_tensor(name, journal, progress), todo):
                     pass
-        return len(done)
+                there += len(done)
+                if self.finished:
+                    if taken:
+                        taken.result()
+                    taken = beside.submit(self.finished, *shards)
+            if taken:
+                taken.result()
+        return there
 
     def _lock_journal(self, journal: IO[str]) -> None:
         try:
@@ -113,9 +130,9 @@ class ShardWriter:
         except BlockingIOError:
             raise OutputError(f"another process is writing the same shards of {self.folder}: wait for it") from None
 
-    def _allocate(self) -> None:
-        """Create every file at its full size with its header, so that a full disk shows before the work starts."""
-        for shard in self.shards:
+    def _allocate(self, shards: Sequence[Shard]) -> None:
+        """Create files at their full size with their headers, so that a full disk shows before the work on them."""
+        for shard in shards:
             header, offsets = build_header(shard.specs, METADATA)
             self._place |= {name: (shard.file, at) for name, at in offsets.items()}
             path, size = self.folder / shard.file, len(header) + shard.nbytes
@@ -147,9 +164,6 @@ class ShardWriter:
             os.close(descriptor)
         with self._lock:
             journal.write(json.dumps([name, crc]) + "\n")
-
-    def _journaled(self) -> Iterator[tuple[str, int]]:
-        return ((name, crc) for name, crc in journaled(self.folder) if name in self._place)
 
     def _is_intact(self, name: str, crc: int) -> bool:
         file, offset = self._place[name]

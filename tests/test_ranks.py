@@ -19,7 +19,7 @@ import torch
 from checkpoints import recipe_text, write_checkpoint
 from typer.testing import CliRunner
 
-from ctl_merge import merging, parts, processes
+from ctl_merge import identity, merging, parts, processes
 from ctl_merge.cli import app
 from ctl_merge.errors import CtlMergeError, DeviceError, MismatchError, OutputError
 from ctl_merge.merging import Merge
@@ -188,7 +188,7 @@ def test_ranks_that_plan_different_merges_are_refused(tmp_path: Path) -> None:
 def test_versions_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = parse_recipe(text("task_arithmetic", family(tmp_path)))
     before = Merge(recipe).fingerprint()
-    monkeypatch.setattr(merging.np, "__version__", "0.1")
+    monkeypatch.setattr(identity.np, "__version__", "0.1")
     assert Merge(recipe).fingerprint() != before
 
 
@@ -331,14 +331,14 @@ def test_the_same_rank_does_not_run_twice_at_once(tmp_path: Path, monkeypatch: p
     recipe, output = text("task_arithmetic", family(tmp_path)), tmp_path / "merged"
     real = merging.ShardWriter._allocate
 
-    def meanwhile(self: Any) -> None:
+    def meanwhile(self: Any, shards: Any) -> None:
         monkeypatch.setattr(merging.ShardWriter, "_allocate", real)
         with pytest.raises(OutputError, match="another process is writing the same shards"):
             part(recipe, output, 0, 2)
         with pytest.raises(OutputError, match="another run is writing"):
             finalize(recipe, output)
         part(recipe, output, 1, 2)
-        real(self)
+        real(self, shards)
 
     monkeypatch.setattr(merging.ShardWriter, "_allocate", meanwhile)
     part(recipe, output, 0, 2)

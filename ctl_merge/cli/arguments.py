@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("merge", "finalize", "probe", "compare", "check", "methods", "schema")
+VERBS = (
+    "init", "check", "merge", "finalize", "push", "reproduce", "probe", "compare", "extract-lora", "methods", "schema"
+)  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -54,9 +54,9 @@ def finalize(
         recipe, device_map=mapped, max_memory=max_memory, num_workers=num_workers, max_shard_size=max_shard_size
     )
     warn(opened.plan.warnings)
-    told = meter(quiet)
+    told, said = meter(quiet), list[str]()
     result = parts.finalize(
         opened, output or Path(recipe.stem), overwrite=overwrite, hash_files=not no_hash, meter=told,
-        attach=probing(opened, told, trust_remote_code, ALONE) if probe_too else None,
+        attach=probing(opened, told, trust_remote_code, ALONE, said) if probe_too else None,
     )  # fmt: skip
-    show_result(result, as_json, quiet)
+    show_result(result, as_json, quiet, said)

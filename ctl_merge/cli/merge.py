@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,10 +27,12 @@ from ctl_merge.cli.arguments import (
     one_device,
     require_recipe,
 )
-from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, warn
+from ctl_merge.cli.push import MessageOption, PrivateFlag, PullRequestFlag, RevisionOption
+from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, print_text, warn
 from ctl_merge.processes import check_launcher, launched
 
 if TYPE_CHECKING:
+    from ctl_merge.hub_push import Pushed
     from ctl_merge.merging import Merge, MergeResult
     from ctl_merge.processes import Ranks
 
@@ -58,6 +60,17 @@ def merge(
     shard_world: Annotated[int | None, typer.Option(min=1, help="How many processes share the shards.")] = None,
     probe_too: ProbeFlag = False,
     trust_remote_code: RemoteCodeFlag = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Push the merge there: org/name. Rights are checked first.", metavar="REPOSITORY")
+    ] = None,
+    private: PrivateFlag = None,
+    revision: RevisionOption = "main",
+    create_pr: PullRequestFlag = False,
+    commit_message: MessageOption = None,
+    stream_upload: Annotated[
+        bool,
+        typer.Option("--stream-upload", help="Upload each shard once it is whole, and drop it here: little disk."),
+    ] = False,
     as_json: JsonFlag = False,
     verbose: VerboseFlag = False,
     quiet: QuietFlag = False,
@@ -66,6 +79,10 @@ def merge(
     mapped = one_device(device, device_map)
     if calibrate and not dry_run:
         raise typer.BadParameter("--calibrate goes with --dry-run")
+    if not push_to_hub and (private is not None or revision != "main" or create_pr or commit_message or stream_upload):
+        raise typer.BadParameter("--private, --revision, --create-pr and so on are of --push-to-hub: give that too")
+    if push_to_hub and shard_rank is not None:
+        raise typer.BadParameter("--push-to-hub needs the whole merge: finalize it, then `ctl-merge push`")
     require_recipe(recipe)
     stranger = check_launcher() if shard_world is None else None
     ranks = launched()
@@ -89,19 +106,27 @@ def merge(
             _show_plan({**opened.summary(world), **time}, as_json)
         return
     warn(opened.plan.warnings)
+    said: list[str] = []
+    attach = probing(opened, told, trust_remote_code, ranks, said) if probe_too else None
+    upload = None
+    if push_to_hub:
+        from ctl_merge.publishing import Upload, destination
+
+        to = destination(push_to_hub, private, revision, create_pr, commit_message)
+        upload = ranks.at_first(lambda: Upload(to, stream_upload))
     try:
         if shard_rank is not None:
             _write_part(opened, target, shard_rank, world, overwrite, told, as_json, quiet)
             return
-        attach = probing(opened, told, trust_remote_code, ranks) if probe_too else None
         result = opened.write(
-            target, overwrite=overwrite, resume=resume, hash_files=not no_hash, meter=told, attach=attach, ranks=ranks
-        )
+            target, overwrite=overwrite, resume=resume, hash_files=not no_hash, meter=told, attach=attach, ranks=ranks,
+            stream=upload.stream if upload else None,
+        )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
         raise typer.Exit(130) from None
     if ranks.first:
-        show_result(result, as_json, quiet)
+        show_result(result, as_json, quiet, said, upload.finish(result.folder) if upload else None)
 
 
 def _world(rank: int | None, world: int | None, ranks: Ranks, dry_run: bool, probe_too: bool) -> int:
@@ -135,19 +160,26 @@ def _write_part(
         print(f"When all {world} processes are done: ctl-merge finalize RECIPE -o {target}")
 
 
-def probing(opened: Merge, told: Meter, trust_remote_code: bool, ranks: Ranks) -> Callable[[Path], str]:
-    """Probes the merge and puts the report into the output's folder. Checks now whether that can be done."""
+def probing(
+    opened: Merge, told: Meter, trust_remote_code: bool, ranks: Ranks, said: list[str]
+) -> Callable[[Path], str]:
+    """Probes the merge and puts the report into the output's folder, the verdict into `said`.
+
+    Checks now whether that can be done.
+    """
     from ctl_merge.probing import api
 
     api.check_opened(opened, trust_remote_code)  # before hours of writing
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing.section import markdown
+        from ctl_merge.probing.verdict import verdict
 
         report = api.probe_opened(opened, told, trust_remote_code)
         if not ranks.first:
             return ""
         report.save(folder / "probe")
+        said.extend(verdict(report.data))
         section = markdown(report.data, folder / "probe")
         more = "The whole report, with figures and statistics, is in the folder [probe](probe)."
         return f"\n## Probe: Cross-Task Linearity by block\n\n{section}\n{more}\n"
@@ -164,10 +196,13 @@ def _show_plan(data: dict[str, Any], as_json: bool) -> None:
         print_table(render(data))
 
 
-def show_result(result: MergeResult, as_json: bool, quiet: bool) -> None:
-    """Say what was written."""
+def show_result(
+    result: MergeResult, as_json: bool, quiet: bool, verdict: Sequence[str] = (), pushed: Pushed | None = None
+) -> None:
+    """Say what was written, what the probe found, and where it was pushed."""
     if as_json:
-        print_json({"output": str(result.folder), **result.manifest})
+        pushed_too = {"pushed": pushed.data} if pushed else {}
+        print_json({"output": str(result.folder), **pushed_too, **result.manifest})
         return
     if quiet:
         return
@@ -177,4 +212,8 @@ def show_result(result: MergeResult, as_json: bool, quiet: bool) -> None:
     print(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
     for line in manifest["decisions"]:
         print(f"· {line}")
+    for line in verdict:
+        print_text(f"· {line}")
     print(f"→ {result.folder}")
+    if pushed:
+        print(pushed)

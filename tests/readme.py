@@ -26,10 +26,10 @@ ORDER = """
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
-    model_config chat_template loadable estimate summary
+    model_config chat_template loadable estimate calibrate rates summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
-    markdown sizes
+    merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
+    public_recipe local_paths card front_matter markdown sizes
     publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
@@ -42,7 +42,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal init merge push reproduce probe compare check methods schema".split()
+CLI = "arguments terminal init merge finalize push reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

@@ -142,8 +142,7 @@ def find_targets(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], n
         if target.parameter not in stored and target.places:  # the same tensor as another parameter
             tied.setdefault(target.places[0].own, []).append(target.module)
     parameters = [
-        replace(t, tied=tuple(tied.get(t.places[0].name, ()))) if len(t.places) == 1 else t
-        for t in stored.values()
+        replace(t, tied=tuple(tied.get(t.places[0].name, ()))) if len(t.places) == 1 else t for t in stored.values()
     ]
     used = {place.name for target in parameters for place in target.places}
     return Targets(parameters, [n for n in tensors if n not in used], Counter(target.module for target in found))
@@ -189,9 +188,7 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, b
     return "parameter", len(shape) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _entries(
-    checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _entries(checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     out = torch.empty(count, dtype=dtype)
     checkpoint.read_into(tensor, out, start)
     return out

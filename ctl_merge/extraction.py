@@ -13,7 +13,7 @@ import torch
 
 import ctl_merge
 from ctl_merge.adapter import AdaptedCheckpoint
-from ctl_merge.adapter_card import build_adapter_card, said
+from ctl_merge.adapter_card import build_adapter_card
 from ctl_merge.adapter_files import Form, Held
 from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_output import AdapterWriter, Wanted, as_records, completed, open_folder, summarised
@@ -296,4 +296,3 @@ def _with_shares(held: Sequence[Held], left: Sequence[dict[str, Any]]) -> list[d
         {"tensor": own["tensor"], "why": own["why"], "norm": own["squares"] ** 0.5, "share": own["squares"] / total}
         for own in sorted(left, key=lambda own: -own["squares"])
     ]
-

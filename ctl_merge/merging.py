@@ -176,7 +176,7 @@ class Merge:
         """The plan and its cost as plain data, from headers alone."""
         lazy, read = self.merged, self.checkpoints
         if self.lora and not self.lora.needs_base:
-            lazy, read = self.lora.lazy, self.lora.views
+            lazy, read = self.lora.lazy, {**self.lora.views}
         cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
 

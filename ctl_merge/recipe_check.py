@@ -84,7 +84,7 @@ class RecipeChecker:
         """How an adapter is written, where one is: whole models are merged then, and steps are not written."""
         for name, step in self.steps.items():
             if step.lora:
-                self.problems.append(((), f"the step {name!r} has an `output`, and no step is written: remove it there"))
+                self.problems.append(((), f"the step {name!r} has an `output`, but no step is written: remove it"))
         lora = schema.output.lora if schema and schema.output else None
         if lora and any(part.module is not None or part.layers is not None for part in parts):
             self.problems.append((("output",), "an adapter fits one model: `output: lora` takes `models`, whole"))

@@ -15,8 +15,6 @@ from torch import Tensor
 
 import ctl_merge
 from ctl_merge.checkpoint import Checkpoint
-from ctl_merge.errors import CtlMergeError
-from ctl_merge.merging import Merge
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),

@@ -108,7 +108,8 @@ class Merge:
     def _adapter_of(self, plan: Plan) -> LoraOutput:
         """The adapter that is written instead of a model; the plan then tells of it too."""
         lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
-        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        others = (line for line in plan.decisions if not line.startswith("written as "))
+        decisions, warnings = (*others, *lora.decisions()), (*plan.warnings, *lora.warnings())
         self.plan = replace(plan, decisions=decisions, warnings=warnings)
         self.merged.plan = lora.lazy.plan = self.plan
         self.shards = (lora.shard,)

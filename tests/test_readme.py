@@ -56,13 +56,15 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ctl-merge")])
 def test_commands_run(command, tmp_path):
-    arguments = [str(tmp_path / a) if a in ("merged", "report") else a for a in command.split()[1:]]
+    arguments = [str(tmp_path / a) if a in ("merged", "report", "adapter") else a for a in command.split()[1:]]
     done = subprocess.run(
         [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     if "report" in command:
         assert (tmp_path / "report" / "report.html").is_file()
+    elif "adapter" in command:
+        assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     elif "-o" in arguments:
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 

@@ -131,8 +131,8 @@ class LoraOutput:
         if self.setting.energy:
             asked += f", or for {self.setting.energy:.4g} of ‖change‖²"
         yield (
-            f"written as one {self.dtype} adapter of {self.base.ref.short}: {len(low)} parameters of low rank ({asked}), {exact} of "
-            f"them exact, by concatenation; {len(self.wanted) - len(low)} stored whole or by rows"
+            f"written as one {self.dtype} adapter of {self.base.ref.short}: {len(low)} parameters of low rank "
+            f"({asked}), {exact} of them exact, by concatenation; {len(self.wanted) - len(low)} stored whole or by rows"
         )
         if not self.needs_base:
             yield f"{self.base.ref.short} is not read: the adapters' task vectors are merged without it"

@@ -92,7 +92,7 @@ def test_one_adapter_at_weight_1_is_itself(kind: str, tmp_path: Path) -> None:
     factors = {name: tensor for name, tensor in before.items() if "lora_" in name}
     assert set(after) == set(factors)
     assert all(torch.equal(after[name], tensor) for name, tensor in factors.items())
-    assert result.manifest["adapter"]["summary"]["error"] == 0
+    assert result.manifest["adapter"]["summary"]["error"] < 1e-15
 
 
 def test_factors_side_by_side_where_they_fit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""An adapter's config and the names of its tensors, as PEFT has them."""
+"""An adapter's config and tensor names, as PEFT has them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The change of one parameter, made into what an adapter holds of it."""
+"""The change of one parameter, as an adapter holds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KnOTS: task vectors in the basis of their joint SVD, merged there."""
+"""KnOTS: task vectors merged in their joint SVD's basis."""
 
 from __future__ import annotations
 

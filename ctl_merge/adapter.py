@@ -68,7 +68,7 @@ class AdaptedCheckpoint(FileCheckpoint):
 
     def _warned(self, settings: AdapterConfig, matcher: Matcher) -> Iterator[str]:
         trained, applied = settings.base_model_name_or_path or "", self.base.ref.short
-        if trained and _last_part(trained) != _last_part(applied):
+        if trained and last_part(trained) != last_part(applied):
             yield f"{self.adapter.name} says that it was trained on {trained}; it is applied to {applied}"
         if matcher.added:
             yield (
@@ -248,7 +248,7 @@ def adapted_alone(ref: ModelRef) -> AdaptedCheckpoint:
     settings = parse_adapter_config(read_json(folder / ADAPTER_CONFIG, str(ref)), str(ref))
     named = settings.base_model_name_or_path or ""
     try:
-        base = _named_base(ref, named, settings.revision)
+        base = named_base(ref, named, settings.revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"{ref} is an adapter, and its base cannot be found by what its config says ({error}): write "
@@ -257,7 +257,7 @@ def adapted_alone(ref: ModelRef) -> AdaptedCheckpoint:
     return AdaptedCheckpoint(ref, open_checkpoint(base, complete=True), ref)
 
 
-def _named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
+def named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
     """A folder, as seen from the adapter's or from here; else a repository. On the Hub, a repository alone."""
     if ref.folder is not None and named.strip():
         places = (ref.folder / named, ref.folder.parent / named, Path(named))
@@ -269,5 +269,5 @@ def _named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
     return ModelRef.on_hub(f"{named}@{revision}" if revision else named)
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()

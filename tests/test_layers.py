@@ -29,17 +29,19 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions factors header hub_errors layers model_config output reference tokenizer workers",
+        "adapter_config companions factors header hub_errors layers local_paths markdown model_config output "
+        "reference tokenizer workers",
         "architecture chat_template devices hub tokenizer_files",
-        "checkpoint stacks",
-        "low_rank parameter_names stored writer",
-        "adapter_changes adapter_targets pickled",
-        "adapter adapter_files",
-        "adapter_fit task_vectors",
+        "checkpoint destination stacks",
+        "hub_push low_rank parameter_names stored writer",
+        "adapter_changes adapter_targets finished pickled",
+        "adapter adapter_files shard_stream",
+        "adapter_fit publishing task_vectors",
         "adapter_output",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",
+        "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",
         "moe_schema recipe recipe_words",
@@ -65,19 +67,28 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "card merged step traits",
-        "adapter_card compatibility estimate lora_output manifest",
-        "check lora_writing",
+        "merged public_recipe step traits",
+        "adapter_card card compatibility estimate lora_output manifest",
+        "check lora_writing original",
         "summary",
         "merging",
+        "reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
         "compare_table roles",
         "compare",
     ),
+    "proposals: a recipe to begin with": (
+        "kinship pedigree probing.parents",
+        "family",
+        "fitting",
+        "proposal",
+        "proposal_text",
+        "starting",
+    ),
     "the probe": (
-        "probing.grams probing.intervals probing.lockstep probing.null probing.parents probing.raster "
+        "probing.grams probing.intervals probing.lockstep probing.null probing.raster "
         "probing.record probing.schema probing.texts",
         "probing.metrics probing.svg probing.wording",
         "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
@@ -90,7 +101,8 @@ STAGES = {
     "adapters of whole models": ("extraction",),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.extract_lora cli.merge cli.methods cli.probe cli.schema",
+        "cli.check cli.compare cli.extract_lora cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema",
+        "cli.merge",
         "cli.__init__",
         "__main__",
     ),

@@ -1,4 +1,4 @@
-"""An adapter's config and the names of its tensors, as PEFT has them."""
+"""An adapter's config and tensor names, as PEFT has them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class AdapterLayout:
 
         ranks = Counter((own.rank, own.alpha) for own in self.low)
         (rank, alpha), _ = ranks.most_common(1)[0]
-        by_length = sorted(self.low, key=lambda own: -len(own.pattern))  # a pattern also matches the end of longer names
+        by_length = sorted(self.low, key=lambda own: -len(own.pattern))  # a pattern also fits the end of others
         rows = {own.target.module: list(own.rows) for own in self.held if own.form == "rows"}
         saved = [path for own in self.held if own.form == "whole" for path in self._saved(own.target)]
         LoraConfig(
@@ -125,7 +125,7 @@ class AdapterLayout:
                 own.target.tied and own.target.tied_by_peft and own.form in ("low_rank", "whole") for own in self.held
             ),
             task_type=_task(config), base_model_name_or_path=base, revision=revision, inference_mode=True,
-        ).save_pretrained(folder)  # fmt: skip
+        ).save_pretrained(str(folder))  # fmt: skip
         path = folder / ADAPTER_CONFIG
         written = json.loads(path.read_text("utf-8"))
         if isinstance(written["target_modules"], list):  # a set in PEFT, whose order differs from run to run
@@ -151,7 +151,7 @@ def _end(path: str, parts: int) -> str:
     return ".".join(path.split(".")[-parts:])
 
 
-def _plain(number: float) -> float | int:
+def _plain(number: float) -> Any:
     return int(number) if number == int(number) else number
 
 

@@ -110,7 +110,8 @@ class Merge:
     def _adapter_of(self, plan: Plan) -> LoraOutput:
         """The adapter that is written instead of a model; the plan then tells of it too."""
         lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
-        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        others = (line for line in plan.decisions if not line.startswith("written as "))
+        decisions, warnings = (*others, *lora.decisions()), (*plan.warnings, *lora.warnings())
         self.plan = replace(plan, decisions=decisions, warnings=warnings)
         self.merged.plan = lora.lazy.plan = self.plan
         self.shards = (lora.shard,)
@@ -178,7 +179,7 @@ class Merge:
         """The plan and its cost as plain data, from headers alone; how so many processes share the shards."""
         lazy, read = self.merged, self.checkpoints
         if self.lora and not self.lora.needs_base:
-            lazy, read = self.lora.lazy, self.lora.views
+            lazy, read = self.lora.lazy, {**self.lora.views}
         cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices, processes)
 

@@ -60,7 +60,8 @@ def test_make_targets_exist():
 
 
 def run(command, tmp_path, **options):
-    arguments = [str(tmp_path / a) if a in ("merged", "report", "recipe.yaml") else a for a in command.split()[1:]]
+    written = ("merged", "report", "recipe.yaml", "adapter")
+    arguments = [str(tmp_path / a) if a in written else a for a in command.split()[1:]]
     done = subprocess.run(
         [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True, **options
     )
@@ -75,6 +76,8 @@ def test_commands_run(command, tmp_path):
         assert (tmp_path / "report" / "report.html").is_file()
     elif "init" in command:
         assert ctl_merge.load_recipe(tmp_path / "recipe.yaml").base
+    elif "extract-lora" in command:
+        assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     elif "-o" in arguments:
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 

@@ -45,6 +45,11 @@ class Held:
         return self.target.parameter if self.target.kind == "parameter" else self.target.module
 
     @property
+    def patterns(self) -> tuple[str, ...]:
+        """The same, and those of what is tied to it."""
+        return (self.pattern, *self.target.tied)
+
+    @property
     def kept(self) -> float:
         """The share of ‖change‖² that is held."""
         return 1.0 - self.lost / self.squares if self.squares else 1.0
@@ -116,8 +121,8 @@ class AdapterLayout:
             r=rank, lora_alpha=_plain(alpha),
             target_modules=self._short([own.target.module for own in self.low if own.target.kind != "parameter"], 1),
             target_parameters=self._short_parameters() or None,
-            rank_pattern={own.pattern: own.rank for own in by_length if own.rank != rank},
-            alpha_pattern={own.pattern: _plain(own.alpha) for own in by_length if own.alpha != alpha},
+            rank_pattern={path: own.rank for own in by_length if own.rank != rank for path in own.patterns},
+            alpha_pattern={path: _plain(own.alpha) for own in by_length if own.alpha != alpha for path in own.patterns},
             modules_to_save=list(dict.fromkeys(saved)) or None, trainable_token_indices=rows or None,
             bias="all" if any(own.form == "bias" for own in self.held) else "none",
             fan_in_fan_out=any(own.target.kind == "linear" and own.target.transposed for own in self.low),

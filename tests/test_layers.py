@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes",),
+    "what everything uses": ("__init__ errors problems sizes",),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -37,7 +37,7 @@ STAGES = {
         "adapter",
     ),
     "recipes": (
-        "document mixture probing.__init__ probing.rows problems settings",
+        "document mixture probing.__init__ probing.rows settings",
         "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",

@@ -67,10 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=64, help="runs of each random configuration (default 64)")
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="also over the checkpoints in its subfolders")
     parser.add_argument("--real-base", default="stories260K", help="the one of them that the others come from")
-    parser.add_argument(
-        "--results", type=Path, metavar="FILE",
-        help="keep the results here, method by method; those of methods that are not run now stay",
-    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep results here, beside those of other methods")
     options = parser.parse_args()
     unknown = set(options.methods or ()) - set(METHODS)
     if unknown:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 import ctl_merge
+from ctl_merge.markdown import escaped
 from ctl_merge.reference import ModelRef
 
 
@@ -30,7 +31,7 @@ def build_adapter_card(
     adapter = manifest["adapter"]
     return f"---\n{front}---\n\n" + "\n".join(
         [
-            f"# {title}\n",
+            f"# {escaped(title)}\n",
             f"A LoRA adapter of `{base.short}`, {made} with ctl-merge {ctl_merge.__version__}.\n",
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n",
             f'base = AutoModelForCausalLM.from_pretrained("{base.short}")',
@@ -39,7 +40,7 @@ def build_adapter_card(
             "\n## How well it holds the change\n", *(f"- {line}" for line in said(adapter)),
             *_table(adapter["parameters"]), *_losses(adapter.get("losses")), attached, recipe,
             "\n## How it was made\n",
-            *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
+            *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
             "- " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
             "\n`merge_manifest.json` lists every source with its size and, unless it was made with `--no-hash`, its "
             "sha256.\n",

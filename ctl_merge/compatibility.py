@@ -135,7 +135,7 @@ VOCABULARY: tuple[Row, ...] = (
     ),
     Row(
         "`union`: tokens of a BPE core", "ours",
-        "join the core with their merges; there they become literal text: found inside of words, or, with a blank, never",
+        "join the core with their merges; there they become literal text: met inside of words, or, with a blank, never",
         tokenizer("union"),
     ),
     Row("`union`: ids of new tokens", "ours", "by model, then id; there in any order", tokenizer("union")),
@@ -213,7 +213,7 @@ METHODS: tuple[Row, ...] = (
         "`nuslerp`", "more exact", "vectors shorter than 1e-7 keep their angle", method("nuslerp"),
     ),
     Row(
-        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there, but for two models",
+        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there, except for two",
         method("multislerp"),
     ),
     Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),
@@ -243,7 +243,7 @@ MIXTURES: tuple[Row, ...] = (
         "DeepSeek MoE", "refused", "transformers has no class for it",
         both(a_mixture, lambda data: str(data.get("architecture")).lower().startswith("deepseek")),
     ),
-    Row("all experts one model", "ours", "a warning; an error there", nothing),
+    Row("all experts one model", "ours", "a warning; an error there where gates come from prompts", nothing),
 )  # fmt: skip
 
 ROWS = (*KEYS, *VOCABULARY, *METHODS, *MIXTURES)

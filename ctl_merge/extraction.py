@@ -13,7 +13,7 @@ import torch
 
 import ctl_merge
 from ctl_merge.adapter import AdaptedCheckpoint
-from ctl_merge.adapter_card import build_adapter_card, said
+from ctl_merge.adapter_card import build_adapter_card
 from ctl_merge.adapter_files import Form, Held
 from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_output import AdapterWriter, Wanted, as_records, completed, open_folder, summarised
@@ -32,6 +32,7 @@ from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.placement import Options, placed
 from ctl_merge.probing.text_losses import text_losses
 from ctl_merge.probing.windows import token_sets
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_check import RecipeChecker
 from ctl_merge.recipe_file import load_recipe
@@ -230,13 +231,24 @@ class _Extractor:
         everyone: dict[str, Checkpoint] = {"base": self.base, "model": self.model, "base + adapter": both}
         return text_losses(everyone, sets, placed(options, self.base))
 
+    @property
+    def _public(self) -> PublicRecipe:
+        """The recipe, where the model is one, and what the sources are called."""
+        return PublicRecipe.of(next(iter(self.opened.recipe.steps.values()), None), self.opened.sources)
+
     def _manifest(
         self, folder: Path, held: Sequence[Held], shard: Shard, left: Sequence[dict[str, Any]], hash_files: bool
     ) -> dict[str, Any]:
         opened = self.opened
         with pool(opened.workers) as mapped:
             manifest = build_manifest(
-                opened.merged, opened.sources, folder, (shard,), opened.devices, mapped if hash_files else None
+                opened.merged,
+                opened.sources,
+                self._public,
+                folder,
+                (shard,),
+                opened.devices,
+                mapped if hash_files else None,
             )
         bases = self.base_files.sources()
         for source, ref in zip(manifest["sources"], opened.sources, strict=True):
@@ -245,7 +257,8 @@ class _Extractor:
         manifest["method"], manifest["parameters"] = "extract-lora", {
             "rank": self.how.most, "energy": self.how.energy, "save_modules": list(self.how.save),
         }  # fmt: skip
-        manifest["recipe_sha256"] = hashlib.sha256(recipe.text.encode()).hexdigest() if recipe else None
+        if not recipe:
+            manifest["recipe_sha256"] = None
         manifest["adapter"] = {
             "summary": summarised(held), "parameters": as_records(held), "left_out": _with_shares(held, left)
         }  # fmt: skip
@@ -255,13 +268,13 @@ class _Extractor:
         """Card, manifest and, where the model is one, the recipe."""
         recipe = next(iter(self.opened.recipe.steps.values()), None)
         if recipe:
-            (folder / RECIPE).write_text(recipe.text, "utf-8")
+            (folder / RECIPE).write_text(self._public.text, "utf-8")
         licences = [stated_licence(source.folder) for source in self.opened.sources.values()]
         what = f"the merge of the recipe below, by `{recipe.method.name}`" if recipe else f"`{self.model_ref.short}`"
         card = build_adapter_card(
             manifest, self.base_ref, licences, folder.name.removesuffix(".partial"),
             f"extracted as the difference of {what} from it", ["extracted"],
-            recipe_section(recipe.text) if recipe else "",
+            recipe_section(self._public.text) if recipe else "",
         )  # fmt: skip
         (folder / "README.md").write_text(card, "utf-8")
         (folder / MANIFEST).write_text(dump(manifest), "utf-8")
@@ -297,4 +310,3 @@ def _with_shares(held: Sequence[Held], left: Sequence[dict[str, Any]]) -> list[d
         {"tensor": own["tensor"], "why": own["why"], "norm": own["squares"] ** 0.5, "share": own["squares"] / total}
         for own in sorted(left, key=lambda own: -own["squares"])
     ]
-

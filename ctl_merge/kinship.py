@@ -12,7 +12,7 @@ from ctl_merge.checkpoint import CHUNK, Checkpoint
 from ctl_merge.header import MERGEABLE
 
 _TENSORS = 8  # of which a chunk each is read
-_STRAIGHT = 0.4  # the cosine between two task vectors beyond which a corner is no base
+STRAIGHT = 0.4  # the cosine between two task vectors beyond which a corner is no base
 _CLEARER = 0.15  # by how much the second best corner must be worse
 
 
@@ -56,7 +56,7 @@ class Kinship:
     def centre(self) -> int | None:
         """The model that the others were trained from, where that is clear: three or more are needed."""
         corners = sorted(self.corner(at) for at in range(len(self.gram)))
-        if len(corners) < 3 or corners[0] > _STRAIGHT or corners[1] < corners[0] + _CLEARER:
+        if len(corners) < 3 or corners[0] > STRAIGHT or corners[1] < corners[0] + _CLEARER:
             return None
         return self.nearest()
 

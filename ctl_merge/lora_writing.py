@@ -15,6 +15,7 @@ from ctl_merge.front_matter import stated_licence
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.workers import pool
 from ctl_merge.writer import Shard
 
@@ -48,12 +49,13 @@ def _finish(
 ) -> dict[str, Any]:
     """Recipe, manifest and card."""
     recipe = merge.recipe
-    (folder / RECIPE).write_text(recipe.text, "utf-8")
+    public = PublicRecipe.of(recipe, [lora.base.ref, *lora.adapters])
+    (folder / RECIPE).write_text(public.text, "utf-8")
     unread: dict = {lora.base.ref: lora.base}
-    bases = build_manifest(lora.lazy, unread, folder, (), {}, None)["sources"]
+    bases = build_manifest(lora.lazy, unread, public, folder, (), {}, None)["sources"]
     with pool(merge.workers) as mapped:
         manifest = build_manifest(
-            lora.lazy, lora.adapters, folder, (shard,), merge.devices, mapped if hash_files else None
+            lora.lazy, lora.adapters, public, folder, (shard,), merge.devices, mapped if hash_files else None
         )
     specs = [merge.plan.specs[name] for name in lora.touched]
     manifest["tensors"] = {"merged": len(specs), "copied": 0, "parameters": sum(spec.numel for spec in specs)}
@@ -66,7 +68,7 @@ def _finish(
     card = build_adapter_card(
         manifest, lora.base.ref, [stated_licence(source.folder) for source in sources],
         folder.name.removesuffix(".partial"), f"merged from {len(lora.adapters)} adapters by `{recipe.method.name}`",
-        ["merge", recipe.method.name], recipe_section(recipe.text), attached,
+        ["merge", recipe.method.name], recipe_section(public.text), attached,
     )  # fmt: skip
     (folder / "README.md").write_text(card, "utf-8")
     (folder / MANIFEST).write_text(dump(manifest), "utf-8")

@@ -17,7 +17,8 @@ from ctl_merge.sizes import format_size
 
 MANIFEST = "merge_manifest.json"
 _FINGERPRINT = "fingerprint"
-_WORKING_FILES = ("journal", _FINGERPRINT)
+UPLOADED = "uploaded"
+WORKING_FILES = ("journal", _FINGERPRINT, UPLOADED)
 
 
 class OutputFolder:
@@ -102,7 +103,7 @@ class OutputFolder:
     def commit(self) -> None:
         """Make the working folder the output. Refuses, as `check` does, what has come there in the meantime."""
         self._refuse_to_replace()
-        for name in _WORKING_FILES:
+        for name in WORKING_FILES:
             (self.path / name).unlink(missing_ok=True)
         if os.path.lexists(self.final):
             replaced = tempfile.mkdtemp(prefix=f".{self.final.name}.replaced.", dir=self.final.parent)

@@ -77,14 +77,16 @@ class RecipeChecker:
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
-            slices=() if whole else tuple(parts), steps=self.steps, lora=lora,
+            slices=() if whole else tuple(parts), steps=self.steps, lora=lora, place=self.folder,
         )  # fmt: skip
 
     def _lora(self, schema: RecipeSchema | None, parts: Sequence[Slice]) -> LoraSchema | None:
         """How an adapter is written, where one is: whole models are merged then, and steps are not written."""
         for name, step in self.steps.items():
             if step.lora:
-                self.problems.append(((), f"the step {name!r} has an `output`, and no step is written: remove it there"))
+                self.problems.append(
+                    ((), f"the step {name!r} has an `output`, and no step is written: remove it there")
+                )
         lora = schema.output.lora if schema and schema.output else None
         if lora and any(part.module is not None or part.layers is not None for part in parts):
             self.problems.append((("output",), "an adapter fits one model: `output: lora` takes `models`, whole"))
@@ -178,6 +180,8 @@ class RecipeChecker:
         sources = self._sources(at, listed, method)
         own = self._settings((*path, "parameters"), raw.get("parameters"), method, per_model_only=False)
         base = self._ref((*path, "base_model"), raw.get("base_model")) or base
+        if method and method.base == "none" and raw.get("base_model") is not None:
+            self.problems.append(((*path, "base_model"), f"a slice of {method.name} has no `base_model`: remove it"))
         if not method or not isinstance(listed, list) or len(sources) < len(listed) or not sources:
             return None
         spans = [source.layers for source in sources if source.layers]
@@ -226,7 +230,7 @@ class RecipeChecker:
             tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
             allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
             text=self.document.text, name=self.document.name,
-            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture, place=self.folder,
         )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ctl_merge.methods import Method, Parameter
 from ctl_merge.problems import Place, Problems
@@ -30,7 +31,7 @@ class InputChecker:
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
                 self.warnings.append(_BASE_PARAMETERS)
-            return self._apart(sources, base)
+            return self._apart(method, sources, base)
         if all(source.ref != base for source in sources):
             sources = [*sources, Source(base)]
         return sorted(sources, key=lambda source: source.ref != base) if method.base == "required" else sources
@@ -50,17 +51,20 @@ class InputChecker:
         if method.space == "task_vectors":
             if any(source.settings for source in own):
                 self.warnings.append(_BASE_PARAMETERS)
-            return self._apart(sources, base), own[0] if own else None
+            return self._apart(method, sources, base), own[0] if own else None
         if method.base == "required":
             sources = sorted(sources, key=lambda source: source.ref != base)
         return sources, None
 
-    def _apart(self, sources: list[Source], base: ModelRef) -> list[Source]:
+    def _apart(self, method: Method, sources: list[Source], base: ModelRef) -> list[Source]:
         """The models whose task vectors count; the base's own, which is zero, where it is listed alone."""
         others = [source for source in sources if source.ref != base]
-        if not others and sources:
-            self.warnings.append(f"there is no model besides the base {base}: the output is the base")
-        return others or sources[:1]
+        if others or not sources:
+            return others
+        self.warnings.append(f"there is no model besides the base {base}: the output is the base")
+        needed = [name for name, parameter in method.parameters.items() if parameter.required and parameter.per_model]
+        without_effect = {name: Setting(((None, 1.0),)) for name in needed}
+        return [replace(sources[0], settings={**without_effect, **sources[0].settings})]
 
     def complete(
         self, at: Place, method: Method, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None

@@ -84,7 +84,7 @@ class ProbeSchema(BaseModel):
     """How the merge is to be probed: what `ctl-merge probe` takes as options."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
+    data: list[str] = Field(default_factory=list, description="NAME=FILE:column or org/dataset[/config]:column@split")
     sequences: int = Field(default=64, ge=1, description="windows of each data set")
     length: int | None = Field(default=None, ge=2, description="tokens of a window; unset: 256, or a shorter context")
     chat: bool = Field(False, description="columns are user and assistant turns: use the tokenizer's template")

@@ -54,6 +54,10 @@ def _said(path: Place, kind: str, message: str, value: Any) -> str:
         message = f"`output` is `lora`, or {{lora: {{rank: 16}}}}, not {value!r}"
     elif kind == "model_type":
         message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
+    elif name == "layer_range" and kind in ("too_short", "too_long", "list_type"):
+        message = f"`layer_range` is [first, end], the layers from first on and before end, not {value!r}"
+    elif kind == "too_short":
+        message = f"`{'.'.join(map(str, path))}` is empty"
     elif kind == "missing":
         message = f"`{name}` is missing"
     else:

@@ -16,7 +16,7 @@ import torch
 from checkpoints import recipe_text
 from command import Ctl, Ran
 from definitions_evidence import MADE_UP, MadeUp
-from hub_server import HubServer, use_hub
+from hub_server import TOKEN, HubServer, use_hub
 from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 
@@ -47,6 +47,13 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
     with HubServer() as server:
         use_hub(monkeypatch, server, tmp_path)
         yield server
+
+
+@pytest.fixture
+def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The Hub, with a token that may write."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
 
 
 @pytest.fixture

@@ -153,7 +153,8 @@ def _write_adapter(folder: Path, config: Config) -> Path:
     for layer in range(config["num_hidden_layers"]):
         module = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors |= {f"{module}.lora_A.weight": (rank, hidden), f"{module}.lora_B.weight": (queries, rank)}
-    header, data = build_header({name: TensorSpec("BF16", shape) for name, shape in tensors.items()}, {"format": "pt"})
+    specs = {name: TensorSpec("BF16", shape) for name, shape in tensors.items()}
+    header, _ = build_header(specs, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "adapter_model.safetensors").open("wb") as file:
         file.write(header)

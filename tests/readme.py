@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ctl_merge import compatibility
 from ctl_merge.methods import registry
@@ -27,7 +28,9 @@ ORDER = """
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card front_matter sizes
+    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
+    markdown sizes
+    publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -39,7 +42,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal init merge probe compare check methods schema".split()
+CLI = "arguments terminal init merge push reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 
@@ -76,25 +79,26 @@ def recipes() -> str:
 
 
 def against() -> str:
-    """The differential benchmark's results, a row for each method of mergekit's."""
+    """What the differential benchmark found, a row for each method of mergekit's."""
     found = json.loads((ROOT / "benchmarks/results/against_mergekit.json").read_text("utf-8"))
     lines = [
-        "| method | cases | rounded once, %: ours, mergekit | worst error: ours, mergekit | entries that differ by rule |",
+        "| method | cases | rounded once, %: ours · mergekit · in float32 | worst error: ours · mergekit in float32 "
+        "| by rule, % |",
         "|---|---|---|---|---|",
     ]
     for row in found["methods"]:
-        exact = " · ".join(f"{100 * share:.2f}" for share in row["exact"][:2] if share is not None)
-        worst = " · ".join(f"{error:.2g}" if error is not None else "NaN" for error in row["worst"][:2])
+        exact = " · ".join(f"{100 * share:.2f}" for share in row["exact"] if share is not None)
+        worst = " · ".join(f"{error:.2g}" for error in row["worst"][::2] if error is not None)
         if row["method"] in found["sampled"]:
-            worst = f"{row['worst'][0]:.2g}, and the same distribution"
-        lines.append(
-            f"| `{row['method']}` | {row['cases']} | {exact} | {worst} | {100 * row['apart'] / row['entries']:.2g} % |"
-        )
-    reasons: dict[str, int] = {}
-    for text, count in found["reasons"].items():
-        reason = text.partition(": ")[2]
-        reasons[reason] = reasons.get(reason, 0) + count
-    return "\n".join([*lines, "", *(f"- {reason} ({count:,} entries)" for reason, count in reasons.items())])
+            worst += " · the same distribution"
+        lines.append(f"| `{row['method']}` | {row['cases']} | {exact} | {worst} | {_share(row, found['reasons'])} |")
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any], reasons: Mapping[str, int]) -> str:
+    """The share of entries in which mergekit differs for a reason, in percent."""
+    count = sum(n for text, n in reasons.items() if text.startswith(f"{row['method']}:"))
+    return f"{100 * count / row['entries']:.2g}" if count else ""
 
 
 def _first_line(path: Path) -> str:

@@ -182,7 +182,7 @@ def test_a_wrong_recipe_lists_its_problems(ctl: Ctl, recipe: Path) -> None:
         f"error: {recipe}: 3 problem(s) in the recipe\n"
         "  line 1: no merge method 'linaer' (did you mean 'linear'?); there are: "
         f"{', '.join(sorted(registry()))}\n"
-        "  line 2: `models`: list should have at least 1 item after validation, not 0 (it is [])\n"
+        "  line 2: `models` is empty\n"
         "  line 3: unknown key 'sede' (did you mean 'seed'?)\n"
     )
 

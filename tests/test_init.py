@@ -654,9 +654,6 @@ def test_json_says_the_same(ctl: Ctl, here: Path) -> None:
     [
         (["bsae", "a"], r"bsae@main: .* \(There is no folder 'bsae' either\.\) \(did you mean 'base'\?\)"),
         (["./bsae", "a"], "'./bsae' is neither a folder that exists nor .* \\(did you mean 'base'\\?\\)"),
-            ["./bsae", "a"],
-            "'./bsae' is neither a folder that exists nor a Hub repository .* \\(did you mean 'base'\\?\\)",
-        ),
         (["base/model.safetensors", "a"], "'base/model.safetensors' is a file: a model is a folder, org/name or"),
         (["a"], "a has no config.json: is it a model in the Hugging Face format?"),
     ],

@@ -29,12 +29,14 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions header hub_errors layers model_config output reference tokenizer workers",
+        "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
+        "tokenizer workers",
         "architecture chat_template devices hub tokenizer_files",
-        "checkpoint stacks",
-        "low_rank parameter_names stored writer",
-        "adapter_changes pickled",
-        "adapter",
+        "checkpoint destination stacks",
+        "hub_push low_rank parameter_names stored writer",
+        "adapter_changes finished pickled",
+        "adapter shard_stream",
+        "publishing",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows settings",
@@ -64,11 +66,12 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "card merged step traits",
-        "compatibility estimate manifest",
-        "check",
+        "merged public_recipe step traits",
+        "card compatibility estimate manifest",
+        "check original",
         "summary",
         "merging",
+        "reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
@@ -96,7 +99,8 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.init cli.merge cli.methods cli.probe cli.schema",
+        "cli.check cli.compare cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema",
+        "cli.merge",
         "cli.__init__",
         "__main__",
     ),

@@ -120,7 +120,8 @@ def make_data(
             "nll": nll | {m["name"]: interval(2.5) for m in merges}, "merges": {m["name"]: costs for m in merges}
         },
     }  # fmt: skip
-    lineage = [{"parent": p, "relative_norm": 0.1, "cosine_to_base": 0.99} for p in parents]
+    apart = {"relative_norm": 0.1, "cosine_to_base": 0.99, "cosine_to_others": 0.2}
+    lineage = [{"parent": p, **apart} for p in parents]
     return {
         "format": 1, "ctl_merge": "0.1.0", "base": "/home/me/models/base-model", "parents": parents, "merges": merges,
         "settings": {"sequences": 8}, "lineage": lineage,
@@ -359,8 +360,10 @@ def test_costs_are_split_and_doubts_said() -> None:
 def test_cautions_come_first() -> None:
     data = make_data(floor=0.09, cos=0.995, nonlinearity=0.35)
     data["lineage"][1]["cosine_to_base"] = 0.4
+    data["lineage"][0]["cosine_to_others"] = 0.58
     text = verdict(data)[0]
     assert text.startswith("Caution: the weights of ada have a cosine of 0.400")
+    assert "the task vectors of euler have cosines of up to 0.580" in text
     assert "exceed 0.99 while R is up to 0.350" in text and "below floor" not in text
     low = make_data(floor=0.09)
     assert "below floor on maths: at blocks 0–1 R is under 3 times" in verdict(low)[0]
@@ -590,3 +593,13 @@ def test_a_png_has_letters_without_serifs_where_a_font_has_them() -> None:
     if len(set(draw)) == 1:
         pytest.skip("no font without serifs is installed")
     assert bytes(resvg_py.svg_to_bytes(svg_string=svg % raster._family())) != draw[-1]
+
+
+def test_names_of_parents_are_as_long_as_the_terminal_has_room() -> None:
+    row = {"floor": 0.01, "nonlinearity_written": 0.2, "nonlinearity_null": 0.9}
+    few, many = (
+        printed(make_data(["french", "cos"], **row)),
+        printed(make_data(["mathematics", "french", "cos"], **row)),
+    )
+    assert "ĉ french" in few and "ĉ french" in many and "ĉ mathematics" not in many
+    assert max(map(len, many.splitlines())) <= 100

@@ -315,7 +315,7 @@ def test_a_pattern_of_layers_that_the_class_does_not_leave_open_is_kept_or_refus
           - sources: [{{model: a, layer_range: [0, 4]}}]
           - sources: [{{model: b, layer_range: [{}, 4]}}]
         """
-    with pytest.raises(MismatchError, match="a jamba makes the kind of each layer .* layer 4 of this stack .* full_att"):
+    with pytest.raises(MismatchError, match="a jamba makes the kind of each layer .* layer 4 of this stack .* full_"):
         Merge(parse(text.format(1), folder))
     _, told = transformers.AutoModelForCausalLM.from_pretrained(
         ctl_merge.merge(parse(text.format(2), folder), tmp_path / "out").folder, output_loading_info=True

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, schema
+from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, push, reproduce, schema
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -40,6 +40,8 @@ app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command()(extract_lora.extract_lora)
+app.command()(push.push)
+app.command()(reproduce.reproduce)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

@@ -9,7 +9,7 @@ import typer
 
 from ctl_merge.problems import nearest
 
-VERBS = ("init", "check", "merge", "probe", "compare", "extract-lora", "methods", "schema")
+VERBS = ("init", "check", "merge", "push", "reproduce", "probe", "compare", "extract-lora", "methods", "schema")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -65,6 +65,13 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def print_text(text: str) -> None:
+    """Print a line, broken between words."""
+    from rich.text import Text
+
+    print_table(Text(text))
+
+
 def print_table(what: Any) -> None:
     """Print what rich renders, in at most WIDTH columns."""
     from rich.console import Console

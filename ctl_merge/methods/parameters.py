@@ -19,10 +19,11 @@ PER_MODEL = "per model"
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 T = TypeVar("T")
 
-Weight = Annotated[FiniteFloat, Field(description="factor of the model (or of its task vector)")]
+_MOST = 1e9  # with numbers without bound sums need not be finite
+Weight = Annotated[FiniteFloat, Field(ge=-_MOST, le=_MOST, description="factor of the model (or of its task vector)")]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Density = Annotated[Fraction, Field(description="share of the task vector's entries that is kept")]
-Scale = Annotated[FiniteFloat, Field(description="factor on the merged task vector")]
+Scale = Annotated[FiniteFloat, Field(ge=-_MOST, le=_MOST, description="factor on the merged task vector")]
 Normalize = Annotated[bool, Field(description="divide by the sum of the weights")]
 
 

@@ -36,8 +36,10 @@ def parents_of(folder: Path, models: Sequence[str], base: str | None) -> tuple[l
         return list(models) or own, base
     if listed:
         seen.append(f"{CARD} lists {', '.join(listed)}, without saying which one the others were trained from")
-    what = "give --base C, and --models A B … for others" if listed else "give --models A B … and --base C"
-    found = "; ".join(seen) or f"there is no recipe and no {CARD} in it"
+    what = "give --models A B …" if base else "give --models A B … and --base C"
+    what = "give --base C, and --models A B … for others" if listed else what
+    said = f"its {CARD} names no models" if (folder / CARD).is_file() else f"there is no recipe and no {CARD} in it"
+    found = "; ".join(seen) or said
     raise ProbeError(f"{folder} does not say what it was merged from ({found}): {what}")
 
 

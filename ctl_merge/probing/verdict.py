@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ctl_merge.kinship import STRAIGHT
 from ctl_merge.probing.advice import advice
 from ctl_merge.probing.record import (
     FLOOR,
@@ -54,6 +55,7 @@ def cautions(data: Data) -> str:
                 f"the weights of {row['parent']} have a cosine of {shown(cosine)} with the base (finetunes are above "
                 f"{LINEAGE}): it may not descend from this base, and then the rest means little"
             )
+    found += _nearer_base(data)
     found += _uneven(data)
     for name in focus(data):
         blocks = _has_r(data, name)
@@ -71,6 +73,19 @@ def cautions(data: Data) -> str:
     return f"Caution: {'; '.join(found)}." if found else ""
 
 
+def _nearer_base(data: Data) -> list[str]:
+    """Parents whose task vectors share much: they may have a nearer common ancestor than this base."""
+    near = {r["parent"]: c for r in data.get("lineage", []) if (c := number(r, "cosine_to_others") or 0) > STRAIGHT}
+    if not near:
+        return []
+    most = shown(max(near.values()))
+    return [
+        f"the task vectors of {listed([str(parent) for parent in near])} have cosines of up to {most} "
+        f"(finetunes that were trained apart are below {STRAIGHT}): if they have a nearer common ancestor than this "
+        "base, name that as the base"
+    ]
+
+
 def _uneven(data: Data) -> list[str]:
     """The parent whose coefficient differs most between blocks: what a block reads was then mixed otherwise."""
     blocks = rows(data, next(iter(data["sets"])))
@@ -81,8 +96,8 @@ def _uneven(data: Data) -> list[str]:
         return []
     ends = f"{shown(min(found[parent]), digits=2)} to {shown(max(found[parent]), digits=2)}"
     return [
-        f"the coefficient of {parent} in the weights goes from {ends} over the blocks: where it changes, features still "
-        "carry what the blocks before have mixed otherwise, and that counts in R and in the local part too"
+        f"the coefficient of {parent} in the weights goes from {ends} over the blocks: where it changes, features "
+        "still carry what the blocks before have mixed otherwise, and that counts in R and in the local part too"
     ]
 
 

@@ -67,8 +67,8 @@ def _check_same_tokens(opened: Merge, tokenizer: Any, sets: Sequence[TokenSet], 
             if other != own:
                 at = next((i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), 0)
                 raise MismatchError(
-                    f"{ref} would read {tokens.name} as other tokens than {first}: …{_listed(other, at)}… where {first} "
-                    f"has …{_listed(own, at)}…. Give it the same tokenizer files, or probe a recipe that says "
+                    f"{ref} would read {tokens.name} as other tokens than {first}: …{_listed(other, at)}… where "
+                    f"{first} has …{_listed(own, at)}…. Give it the same tokenizer files, or probe a recipe that says "
                     "by `tokenizer_source` whose tokens all models are given"
                 )
 

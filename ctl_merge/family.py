@@ -65,7 +65,7 @@ class Family:
         refs = dict.fromkeys(map(ModelRef.parse, texts))
         short = Counter(ref.short for ref in refs)
         members = (self.open(t, n if short[n := ModelRef.parse(t).short] == 1 else t) for t in texts)
-        found = {}
+        found: dict[str, Member] = {}
         for text, member in zip(texts, members, strict=True):
             if member.key in found:
                 self.notes.append(f"{text} is given twice: it goes in once")

@@ -313,6 +313,11 @@ def test_adapters_alone_are_put_on_the_base_that_their_configs_name(
     assert recipe.base and recipe.base.folder == base
     assert [source.ref.adapter and source.ref.adapter.folder for source in recipe.models] == [first, second]
     assert found.common.reasons[0] == f"{first.name}: its adapter_config.json names base"
+    suggested = found.text.replace("# output: {lora", "output: {lora")
+    assert suggested != found.text
+    path = here / "adapter.yaml"
+    path.write_text(suggested)
+    assert Merge(path).summary() and Merge(path).recipe.lora
 
 
 def test_a_model_with_its_adapter_states_its_base_by_its_name(adapted: tuple[Path, Path, Path], here: Path) -> None:

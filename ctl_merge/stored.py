@@ -18,7 +18,7 @@ from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
-from ctl_merge.reference import ModelRef
+from ctl_merge.reference import ModelRef, near_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -182,7 +182,7 @@ def listed(ref: ModelRef) -> tuple[dict[str, int], hub.HubSnapshot | None]:
     try:
         snapshot = hub.resolve(ref.repo_id, ref.revision)
     except HubError as error:
-        raise HubError(f"{error} (There is no folder {ref.text!r} either.)") from error
+        raise HubError(f"{error} (There is no folder {ref.text!r} either.){near_folder(ref.text)}") from error
     return {file.path: file.size for file in snapshot.files}, snapshot
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes", "processes"),
+    "what everything uses": ("__init__ errors problems sizes", "processes"),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -40,7 +40,7 @@ STAGES = {
         "adapter_output",
     ),
     "recipes": (
-        "document mixture probing.__init__ probing.rows problems settings",
+        "document mixture probing.__init__ probing.rows settings",
         "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
+from ctl_merge.compiled import CompiledLoops, worthwhile
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
+from ctl_merge.stored import StoredCheckpoint
 from ctl_merge.token_rows import Input, RowReader
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
@@ -58,6 +60,11 @@ class MergedCheckpoint(Checkpoint):
         self._lock = threading.RLock()
         self._buffers = threading.local()
 
+    @cached_property
+    def _loops(self) -> CompiledLoops | None:
+        """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
+        return CompiledLoops(self.plan, self.fill, self._is_plain) if worthwhile(self.plan) else None
+
     @property
     def code(self) -> Path | None:
         return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
@@ -82,6 +89,8 @@ class MergedCheckpoint(Checkpoint):
             self._copy(plan, out, start)
             return
         results, stop = self._results(plan), start + out.numel()
+        if self._by_loop(plan, results, out, start):
+            return
         with self._on(self._device(tensor)):
             for begin, end in self._pieces(plan, start, stop):
                 merged = self._merge(plan, begin, end - begin, results)
@@ -89,6 +98,26 @@ class MergedCheckpoint(Checkpoint):
                 wanted = merged[max(start - begin, 0) : stop - begin]
                 # Waits for the device, so that the pinned buffer may be filled again.
                 out[max(begin - start, 0) :][: wanted.numel()].copy_(wanted)
+
+    def _by_loop(self, plan: TensorPlan, results: Results, out: Tensor, start: int) -> bool:
+        """Whether a compiled loop did it; else the plain definition is asked."""
+        if self._loops is None or self._device(plan.name).type != "cpu":
+            return False
+        for begin in range(0, out.numel(), CHUNK):
+            wanted = out[begin : begin + CHUNK]
+            merged = self._loops.merge(plan, results, wanted, start + begin)
+            if merged is None:
+                return False
+            if merged is not wanted:
+                self._check_result(plan, merged)
+                wanted.copy_(merged)
+        return True
+
+    def _is_plain(self, part: Input) -> bool:
+        """Whether an input's values are stored in bfloat16, and read as they are."""
+        checkpoint = self._checkpoints[part.model]
+        stored = isinstance(checkpoint, StoredCheckpoint) and part.rows is None
+        return stored and checkpoint.tensors[part.tensor].dtype == "BF16"
 
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.
@@ -233,6 +262,8 @@ class MergedCheckpoint(Checkpoint):
 
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure = self.method.measures[name]
+        if measure.compiled and self._loops is not None and self._device(plan.name).type == "cpu":
+            return self._counted(plan, measure, results.get(f"{name}_bin"))
         state: Tensor | None = None
         with self._on(self._device(plan.name)):
             for start, end in self._pieces(plan, 0, plan.spec.numel):
@@ -240,6 +271,15 @@ class MergedCheckpoint(Checkpoint):
                 part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
                 state = part if state is None else state.add_(part)
         assert state is not None
+        return state
+
+    def _counted(self, plan: TensorPlan, measure: Measure, bins: Tensor | None) -> Tensor:
+        """A measure's state, counted by a compiled loop."""
+        assert self._loops is not None
+        state = measure.zeros(len(plan.inputs))
+        for start, end in self._pieces(plan, 0, plan.spec.numel):
+            if not self._loops.count(measure, plan, bins, start, end - start, state):
+                self._stack(plan, start, end - start)  # raises, and says which model
         return state
 
     def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:

@@ -13,7 +13,7 @@ def election(kept: Tensor, weight: Tensor, elect: str) -> Tensor:
     """What the elected sign is the sign of: kept (models, *shape) -> (*shape)."""
     if elect == "weighted":
         return weighted_sum(kept, weight)
-    return kept.sum(0) if elect == "unweighted" else kept.sign().sum(0)
+    return weighted_sum(kept if elect == "unweighted" else kept.sign(), torch.ones(len(kept)))
 
 
 def merge_agreeing(

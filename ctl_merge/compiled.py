@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -21,10 +22,15 @@ from ctl_merge.token_rows import Input
 # Entries of a model from which on the loops are worth the second or two that it takes to load them: for a sum, which
 # torch does well, and for whatever goes over a chunk more often.
 LEAST_SUMMED, LEAST = 1 << 28, 1 << 25
+# Entries of a tensor that are read at once. The loops cut them up themselves; larger pieces than elsewhere, as reading
+# and calling would else take longer than the arithmetic.
+LOOP_CHUNK = 1 << 19
 # What `Fused` says, as the kernels number it.
 _ELECT = {"weighted": 0, "unweighted": 1, "count": 2}
 _DIVIDE = {"weights": 0, "count": 1, "none": 2}
 _SUM, _ANCHORED, _AGREE = range(3)
+
+logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
 
@@ -43,6 +49,11 @@ def worthwhile(plan: Plan) -> bool:
     return entries >= (LEAST_SUMMED if simple else LEAST) and find_spec("numba") is not None
 
 
+def working_bytes(models: int, exact: bool) -> int:
+    """What the loops hold for each thread, with so many inputs."""
+    return LOOP_CHUNK * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048
+
+
 class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
@@ -50,11 +61,19 @@ class CompiledLoops:
     bfloat16 and read as they are, so that the loop may decode them. Thread-safe.
     """
 
-    def __init__(self, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> None:
-        from ctl_merge.methods import kernels
-
+    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> None:
         self._kernels, self._plan, self._read, self._exact = kernels, plan, read, exact
         self._held = threading.local()
+
+    @classmethod
+    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> CompiledLoops | None:
+        """None where numba does not work: a merge without it is slower, and the same."""
+        try:
+            from ctl_merge.methods import kernels
+        except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
+            logger.info("without compiled loops: %s", error)
+            return None
+        return cls(kernels, plan, read, exact)
 
     def merge(self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int) -> Tensor | None:
         """The entries of a tensor from `start` on, as many as `out` has.
@@ -66,8 +85,9 @@ class CompiledLoops:
         if prepared is None or start % PER_BLOCK:
             return None
         rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
+        raw, scratch = self._load(plan, start, out.numel(), decoded=not rounded)
+        rounded = raw.dtype != np.float64  # there is a loop from bfloat16 to bfloat16, and one from float64 to float64
         merged = out if rounded else self._memory("merged", out.numel(), torch.float64)
-        raw, scratch = self._load(plan, start, out.numel())
         words = self._memory("words", self._kernels.BLOCK // 2, torch.int64).numpy().view(np.uint64)
         undecided = self._kernels.merge_chunk(
             raw, plan.base is not None, start, _array(merged), scratch, words, *prepared
@@ -78,7 +98,7 @@ class CompiledLoops:
         self, measure: Measure, plan: TensorPlan, results: Tensor | None, start: int, count: int, state: Tensor
     ) -> bool:
         """Add a chunk's counts to the state of a measure; false where NaN or infinity is among the inputs."""
-        raw, scratch = self._load(plan, start, count)
+        raw, scratch = self._load(plan, start, count, decoded=False)
         with_base = plan.base is not None
         if measure.compiled == "count_upper":
             return not self._kernels.count_upper(raw, with_base, scratch, state.numpy())
@@ -112,10 +132,10 @@ class CompiledLoops:
             fused.divisors is not None, np.array(fused.divisors or ()),
         )  # fmt: skip
 
-    def _load(self, plan: TensorPlan, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The inputs' values, (models, count), and memory for the loop to work in."""
+    def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs' values, (models, count), in bfloat16 if they are and need not be `decoded`; memory to work in."""
         parts = plan.everyone
-        dtype = torch.bfloat16 if all(map(self._exact, parts)) else torch.float64
+        dtype = torch.float64 if decoded or not all(map(self._exact, parts)) else torch.bfloat16
         raw = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)
         for row, part in zip(raw, parts, strict=True):
             self._read(row, part, start)

@@ -79,4 +79,4 @@ def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoi
 
 def chunk_of(merged: MergedCheckpoint) -> int:
     """The most entries of a tensor that a worker holds at once."""
-    return max((merged.block(name) for name in merged.tensors), default=CHUNK)
+    return max((merged.step(name) for name in merged.tensors), default=CHUNK)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
-from ctl_merge.compiled import CompiledLoops, worthwhile
+from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, working_bytes, worthwhile
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
@@ -61,15 +61,27 @@ class MergedCheckpoint(Checkpoint):
         self._buffers = threading.local()
 
     @cached_property
+    def _has_loops(self) -> bool:
+        """Whether compiled loops serve: for what is read from files as it is, and where there is enough of it."""
+        return worthwhile(self.plan) and all(isinstance(c, StoredCheckpoint) for c in self._checkpoints.values())
+
+    @cached_property
     def _loops(self) -> CompiledLoops | None:
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
-        return CompiledLoops(self.plan, self.fill, self._is_plain) if worthwhile(self.plan) else None
+        return CompiledLoops.load(self.plan, self.fill, self._is_plain) if self._has_loops else None
 
     @property
     def code(self) -> Path | None:
         return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
 
     def block(self, tensor: str) -> int:
+        return max(self.step(tensor), LOOP_CHUNK) if self._by_loops(self.plan.tensors[tensor]) else self.step(tensor)
+
+    def _by_loops(self, plan: TensorPlan) -> bool:
+        return self._has_loops and self._grain(plan) == "element" and self._device(plan.name).type == "cpu"
+
+    def step(self, tensor: str) -> int:
+        """How much is computed at once where the plain definition is asked."""
         if self._grain(self.plan.tensors[tensor]) == "tensor":
             return max(1, self.tensors[tensor].numel)
         most = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
@@ -81,7 +93,8 @@ class MergedCheckpoint(Checkpoint):
 
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
-        return sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
+        own = working_bytes(len(self._checkpoints), exact=self._all_plain) if self._has_loops else 0
+        return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
@@ -101,10 +114,10 @@ class MergedCheckpoint(Checkpoint):
 
     def _by_loop(self, plan: TensorPlan, results: Results, out: Tensor, start: int) -> bool:
         """Whether a compiled loop did it; else the plain definition is asked."""
-        if self._loops is None or self._device(plan.name).type != "cpu":
+        if not self._by_loops(plan) or self._loops is None:
             return False
-        for begin in range(0, out.numel(), CHUNK):
-            wanted = out[begin : begin + CHUNK]
+        for begin in range(0, out.numel(), LOOP_CHUNK):
+            wanted = out[begin : begin + LOOP_CHUNK]
             merged = self._loops.merge(plan, results, wanted, start + begin)
             if merged is None:
                 return False
@@ -113,18 +126,21 @@ class MergedCheckpoint(Checkpoint):
                 wanted.copy_(merged)
         return True
 
+    @property
+    def _all_plain(self) -> bool:
+        tensors = (t for t in self.plan.tensors.values() if t.operation == "merge")
+        return all(self._is_plain(part) for tensor in tensors for part in tensor.everyone)
+
     def _is_plain(self, part: Input) -> bool:
         """Whether an input's values are stored in bfloat16, and read as they are."""
-        checkpoint = self._checkpoints[part.model]
-        stored = isinstance(checkpoint, StoredCheckpoint) and part.rows is None
-        return stored and checkpoint.tensors[part.tensor].dtype == "BF16"
+        return part.rows is None and self._checkpoints[part.model].tensors[part.tensor].dtype == "BF16"
 
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.
 
         Rows and tensors come in the same blocks whatever is asked for, so that a sum over a row has the same bits.
         """
-        step = self.block(plan.name)
+        step = self.step(plan.name)
         whole = self._grain(plan) != "element"
         for begin in range(start - start % step if whole else start, stop, step):
             yield begin, min(begin + step, plan.spec.numel if whole else stop)
@@ -262,7 +278,7 @@ class MergedCheckpoint(Checkpoint):
 
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure = self.method.measures[name]
-        if measure.compiled and self._loops is not None and self._device(plan.name).type == "cpu":
+        if measure.compiled and self._by_loops(plan) and self._loops is not None:
             return self._counted(plan, measure, results.get(f"{name}_bin"))
         state: Tensor | None = None
         with self._on(self._device(plan.name)):
@@ -277,9 +293,10 @@ class MergedCheckpoint(Checkpoint):
         """A measure's state, counted by a compiled loop."""
         assert self._loops is not None
         state = measure.zeros(len(plan.inputs))
-        for start, end in self._pieces(plan, 0, plan.spec.numel):
-            if not self._loops.count(measure, plan, bins, start, end - start, state):
-                self._stack(plan, start, end - start)  # raises, and says which model
+        for start in range(0, plan.spec.numel, LOOP_CHUNK):
+            count = min(LOOP_CHUNK, plan.spec.numel - start)
+            if not self._loops.count(measure, plan, bins, start, count, state):
+                self._stack(plan, start, count)  # raises, and says which model
         return state
 
     def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:

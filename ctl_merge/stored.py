@@ -67,7 +67,7 @@ class StoredCheckpoint(FileCheckpoint):
     def _open(self, file: str) -> int:
         """Open a weight file; refuse one that is not the file whose header was read."""
         try:
-            descriptor = os.open(self.folder / file, os.O_RDONLY)
+            descriptor = os.open(os.path.join(self.folder, file), os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{self.name}: {file} cannot be read: {error.strerror}") from None
         stat = os.fstat(descriptor)

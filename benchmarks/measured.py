@@ -81,7 +81,7 @@ def _moved(pid: int) -> tuple[int, int]:
 
 
 def floor(inputs: Iterable[Path], output: Path, size: int, workers: int) -> Cost:
-    """Read every byte of the inputs once, and write a new file of `size` bytes, with as many threads as the tool has."""
+    """Read every byte of the inputs once, and write a new file of `size` bytes, with as many threads as a merge."""
     pieces: list[Callable[[bytearray], int]] = []
     output.unlink(missing_ok=True)
     target = os.open(output, os.O_RDWR | os.O_CREAT, 0o644)

@@ -62,7 +62,7 @@ class Case:
 def make_case(folder: Path, size: str, label: str, method: str, extra: dict[str, Any]) -> Case:
     row = registry()[method]
     base, *others = write_family(folder, size, models=3, max_shard_bytes=10**9)
-    least, most = row.models
+    most = row.models[1]
     others = others[: len(others) if most is None else most - (row.base == "required" and row.space == "weights")]
     named = {"base_model": str(base)} if row.base == "required" else {}
     given = {name: PARAMETERS[name] for name in row.parameters if name in PARAMETERS} | extra
@@ -187,7 +187,8 @@ def whole_matrices(method: str) -> bool:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["125M"])
-    parser.add_argument("--methods", nargs="+", metavar="CASE", help="default: all, and " + ", ".join(v[0] for v in VARIANTS))
+    variants = ", ".join(label for label, _, _ in VARIANTS)
+    parser.add_argument("--methods", nargs="+", metavar="CASE", help=f"default: all, and {variants}")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--others-repeats", type=int, help="of mergekit and by hand; default: as --repeats")
     parser.add_argument("--workers", type=int, default=2)

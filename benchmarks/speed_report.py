@@ -15,7 +15,8 @@ from ctl_merge.probing.svg import COLOURS, LEFT, RIGHT, Canvas, Panel
 Row = Mapping[str, Any]
 _PARAMETERS = {"20M": 2.2e7, "125M": 1.31e8, "350M": 3.2e8, "1.1B": 1.1e9, "3B": 2.95e9}
 _LINES = (  # tool, case, what the legend calls it
-    ("floor", "linear", "floor"), ("ctl-merge", "linear", "ctl-merge, linear"), ("ctl-merge", "ties", "ctl-merge, ties"),
+    ("floor", "linear", "floor"),
+    ("ctl-merge", "linear", "ctl-merge, linear"), ("ctl-merge", "ties", "ctl-merge, ties"),
     ("mergekit", "linear", "mergekit, linear"), ("mergekit", "ties", "mergekit, ties"),
 )  # fmt: skip
 
@@ -72,15 +73,16 @@ def figure(rows: Sequence[Row]) -> str:
         ("Wall time of a merge, base + 3, two cores", "s", "wall", 1.0),
         ("Peak anonymous memory", "MB", "anonymous", 1e6),
     ):
-        lines = [(series, tip, _points(rows, tool, case, name, scale)) for series, (tool, case, tip) in enumerate(_LINES)]
+        numbered = list(enumerate(_LINES))
+        lines = [(i, tip, _points(rows, tool, case, name, scale)) for i, (tool, case, tip) in numbered]
         lines = [line for line in lines if line[2] and (name == "wall" or line[1] != "floor")]
         values = [value for _, _, points in lines for _, value in points]
         ends = 10.0 ** _down(min(values)), 10.0 ** (_down(max(values)) + 1)
         panel = Panel(canvas, *ends, log=True, title=title, unit=unit)
-        for series, tip, points in lines:
-            panel.line([(_x(size), value) for size, value in points], stroke=f"s{series}")
+        for i, tip, points in lines:
+            panel.line([(_x(size), value) for size, value in points], stroke=f"s{i}")
             for size, value in points:
-                canvas.mark(_x(size), panel.y(value), series, f"{tip}, {size}: {value:.3g} {unit}")
+                canvas.mark(_x(size), panel.y(value), i, f"{tip}, {size}: {value:.3g} {unit}")
         for size in sorted({s for _, _, points in lines for s, _ in points}, key=_PARAMETERS.get):
             canvas.text(_x(size), canvas.height + 10, size, text_anchor="middle", fill="soft")
         canvas.height += 16

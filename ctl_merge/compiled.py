@@ -144,7 +144,7 @@ class CompiledLoops:
 
     def _memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
         """This thread's memory for a use."""
-        held = self._held.__dict__
+        held: dict[Any, Tensor] = self._held.__dict__
         if (use, dtype) not in held or held[use, dtype].numel() < count:
             held[use, dtype] = torch.empty(count, dtype=dtype)
         return held[use, dtype][:count]

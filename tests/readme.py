@@ -24,12 +24,14 @@ ORDER = """
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
-    methods/ merged devices evidence prefix_evidence
+    methods/ merged compiled devices evidence prefix_evidence
     merging writer workers output companions tokenizer_files manifest card sizes
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
-METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
+METHODS = """
+    parameters registry builtin table combine order matrices angles noise sparsify rescale agreement fused kernels
+""".split()
 PROBING = """
     rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded
     parents

@@ -77,7 +77,9 @@ def assert_same_bytes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", FUSED)
-@pytest.mark.parametrize("dtypes", [[torch.bfloat16] * 4, [torch.float32, torch.bfloat16, torch.float16, torch.float32]])
+@pytest.mark.parametrize(
+    "dtypes", [[torch.bfloat16] * 4, [torch.float32, torch.bfloat16, torch.float16, torch.float32]]
+)
 def test_every_method_has_the_bytes_of_its_definition(method, dtypes, tmp_path, monkeypatch):
     paths = family(tmp_path, dtypes, seed=len(method))
     given_ = {"density": 0.4, "t": 0.3, "scale": 0.7, "lambda": 1.3, "gamma": 0.1}
@@ -88,7 +90,9 @@ def test_every_method_has_the_bytes_of_its_definition(method, dtypes, tmp_path, 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data):
-    method = data.draw(st.sampled_from(["ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "linear"]))
+    method = data.draw(
+        st.sampled_from(["ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "linear"])
+    )
     kind = data.draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64]))
     share = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 0.99))
     given_: dict[str, Any] = {
@@ -142,7 +146,9 @@ def test_what_is_not_finite_is_refused_by_name(bad, method, dtype, tmp_path, mon
 
 def test_results_beyond_the_range_are_refused_and_the_largest_is_not(tmp_path, monkeypatch):
     largest = torch.finfo(torch.bfloat16).max
-    paths = [write_checkpoint(tmp_path / f"m{i}", {"t": torch.full((9,), largest, dtype=torch.bfloat16)}) for i in (0, 1)]
+    paths = [
+        write_checkpoint(tmp_path / f"m{i}", {"t": torch.full((9,), largest, dtype=torch.bfloat16)}) for i in (0, 1)
+    ]
     assert_same_bytes(recipe_of("linear", paths, {}, [1.0, 3.0]), monkeypatch)
     monkeypatch.setattr(compiled, "LEAST_SUMMED", 0)
     merged = open_merge(parse_recipe(recipe_of("linear", paths, {"normalize": False}, [1.0, 1.0])))

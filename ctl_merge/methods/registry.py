@@ -117,8 +117,8 @@ def merge_method(
     measures of each model on its own text and passes under that name (None for tensors that have none): "gram", the
     mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight then being (models, out, in);
     "fisher", the mean squared gradient, as large as the stack. `check(parameters)` returns an objection or None;
-    `report(results of the measures by tensor)` what a reader of the manifest should know, or None; `fused(parameters
-    and results of measures)` the same merge as a `Fused` for the compiled loop, bit for bit, or None where there is none.
+    `report(results of the measures by tensor)` what a reader of the manifest should know, or None;
+    `fused(parameters and results of measures)` the same merge for the compiled loop, as a `Fused`, or None.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

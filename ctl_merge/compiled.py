@@ -42,7 +42,7 @@ def worthwhile(plan: Plan) -> bool:
         return False
     method, parameters = plan.method, merged[0].parameters
     measures = [method.measures[name] for name in method.scopes(parameters)]
-    if method.grain_for(parameters) != "element" or not (method.fused or any(m.compiled for m in measures)):
+    if method.grain_for(parameters) != "element":
         return False
     simple = not (measures or method.random or "density" in parameters)
     entries = sum(tensor.spec.numel for tensor in merged)
@@ -105,6 +105,25 @@ class CompiledLoops:
         assert results is not None
         return not self._kernels.count_lower(raw, with_base, scratch, results[..., 0].numpy(), state.numpy())
 
+    def decode(self, plan: TensorPlan, start: int, stack: Tensor) -> bool:
+        """Fill the float64 `stack` (inputs, n) from `start` on, the base subtracted from the others; false as `count`.
+
+        Read are the larger chunks that the pieces lie in, each once where they are asked for in order.
+        """
+        begin = start - start % LOOP_CHUNK
+        count = min(LOOP_CHUNK, plan.spec.numel - begin)
+        if start + stack.shape[1] > begin + count:
+            begin, count = start, stack.shape[1]
+        raw = self._raw(plan, begin, count)
+        return not self._kernels.decode_chunk(raw, plan.base is not None, start - begin, stack.numpy())
+
+    def _raw(self, plan: TensorPlan, start: int, count: int) -> np.ndarray:
+        held = getattr(self._held, "raw", None)
+        if held is None or held[0] is not plan or held[1:3] != (start, count):
+            raw, _ = self._load(plan, start, count, decoded=False)
+            held = self._held.raw = (plan, start, count, raw)
+        return held[3]
+
     def _prepared(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
         """The arguments of the loop, made once for a tensor."""
         held = getattr(self._held, "prepared", None)
@@ -134,6 +153,7 @@ class CompiledLoops:
 
     def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> tuple[np.ndarray, np.ndarray]:
         """The inputs' values, (models, count), in bfloat16 if they are and need not be `decoded`; memory to work in."""
+        self._held.raw = None  # whose memory this is
         parts = plan.everyone
         dtype = torch.float64 if decoded or not all(map(self._exact, parts)) else torch.bfloat16
         raw = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)

@@ -172,6 +172,8 @@ class MergedCheckpoint(Checkpoint):
         parts = plan.everyone
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
+        if self._by_loops(plan) and self._loops is not None and self._loops.decode(plan, start, buffer):
+            return (buffer, None) if plan.base is None else (buffer[:-1], buffer[-1])
         for row, part in zip(buffer, parts, strict=True):
             self.fill(row, part, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):

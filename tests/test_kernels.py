@@ -191,3 +191,10 @@ def test_a_numba_that_does_not_work_is_done_without(tmp_path, monkeypatch, caplo
 def test_small_merges_do_not_wait_for_a_compiler(tmp_path):
     paths = family(tmp_path, [torch.bfloat16] * 3, 2)
     assert not open_merge(parse_recipe(recipe_of("ties", paths, {"density": 0.5}, [0.5, 0.5])))._has_loops
+
+
+@pytest.mark.parametrize("method", ["model_stock", "sce", "ram", "consensus", "metagpt", "multislerp", "nuslerp"])
+def test_measures_and_methods_without_a_loop_get_the_same_stack(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "LOOP_CHUNK", 1 << 18)
+    paths = family(tmp_path, [torch.bfloat16] * 4, 3, shapes=((1 << 19 | 1,), (3, 100_003), (5,)))
+    assert_same_bytes(recipe_of(method, paths, {"select_topk": 0.4}, [0.6, 0.3, 0.45, 0.2]), monkeypatch)

@@ -134,6 +134,21 @@ def _load(raw, with_base, start, stop, stack, base):
     return bad
 
 
+@_compiled
+def decode_chunk(raw, with_base, start, stack):
+    """The entries from `start` on in float64, less the base, which stays as the last row of `stack` (rows, n).
+
+    True if NaN or infinity is among them.
+    """
+    models = raw.shape[0] - 1
+    for begin in range(0, stack.shape[1], BLOCK):
+        end = min(begin + BLOCK, stack.shape[1])
+        piece = stack[:, begin:end]
+        if _load(raw, with_base, start + begin, start + end, piece, piece[models]):
+            return True
+    return False
+
+
 # ---- what is kept
 
 

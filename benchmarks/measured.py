@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PIECE = 1 << 20  # bytes that the floor moves at once
-_INTERVAL = 0.005  # seconds between two looks at a process's memory
+_INTERVAL = 0.01  # seconds between two looks at a process's memory
 
 
 @dataclass(frozen=True)

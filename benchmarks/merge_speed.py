@@ -1,11 +1,11 @@
 """Time and memory of a merge: this tool, mergekit, averaging by hand, and the floor.
 
-    python benchmarks/merge_speed.py --sizes 125M 1.1B --mergekit mergekit-env/bin/python --by-hand --figure
+    python benchmarks/merge_speed.py --sizes 125M 1.1B --mergekit mergekit-env/bin/python --by-hand
 
 Merges Llama-shaped bf16 checkpoints, a base and three finetunes (as many of them as the method takes), every tool in a
 process of its own, in turn, `--repeats` times; shown are medians. The floor: every byte of the inputs read once and the
 output written once, warm, with as many threads. Start-up is `--dry-run` (mergekit: `--help`), and is part of the
-wall time. Anonymous memory is sampled every 5 ms and compared with the bound that `--dry-run` states: the exit code is
+wall time. Anonymous memory is sampled every 10 ms and compared with the bound that `--dry-run` states: the exit code is
 1 if a bound does not hold. `--cold` adds rows for which the inputs were put out of the page cache before. mergekit has
 an environment of its own, see against_mergekit.py. The last line is JSON.
 """
@@ -197,8 +197,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--by-hand", action="store_true", help="average with transformers too")
     parser.add_argument("--cold", action="store_true", help="also with the inputs out of the page cache")
     parser.add_argument("--folder", type=Path, help="where the checkpoints are made and kept; default: temporary")
-    parser.add_argument("--results", type=Path, help="a JSON file of rows to add these to")
-    parser.add_argument("--figure", type=Path, help="draw the file of --results into this SVG")
+    parser.add_argument("--results", type=Path, help="a JSON file of rows to put these into; speed_report.py shows it")
     return parser.parse_args()
 
 
@@ -217,11 +216,9 @@ def main() -> None:
             for case in made:
                 rows += bench.measure(case)
                 rows += bench.measure(case, cold=True) if asked.cold else []
+                if asked.results:
+                    speed_report.add(asked.results, rows)
     speed_report.show(rows)
-    if asked.results:
-        rows = speed_report.add(asked.results, rows)
-    if asked.figure:
-        asked.figure.write_text(speed_report.figure(rows), "utf-8")
     holds = all(row["anonymous"] <= row["bound"] for row in rows if "bound" in row)
     print(json.dumps({"benchmark": "merge_speed", "holds": holds, "rows": rows}))
     sys.exit(not holds)

@@ -1,4 +1,9 @@
-"""Rows of merge_speed.py as a table and as a figure."""
+"""Rows of merge_speed.py as tables and as a figure.
+
+    python benchmarks/speed_report.py
+
+writes the table of README.md and the figure beside it anew, from results/merge_speed.json.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,12 @@ _LINES = (  # tool, case, what the legend calls it
     ("ctl-merge", "linear", "ctl-merge, linear"), ("ctl-merge", "ties", "ctl-merge, ties"),
     ("mergekit", "linear", "mergekit, linear"), ("mergekit", "ties", "mergekit, ties"),
 )  # fmt: skip
+
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "merge_speed.json"
+FIGURE = RESULTS.with_suffix(".svg")
+README = HERE / "README.md"
 
 
 def key(row: Row) -> tuple[Any, ...]:
@@ -109,3 +120,31 @@ def _down(value: float) -> int:
     from math import floor, log10
 
     return floor(log10(value))
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of README.md."""
+    found = {key(row): row for row in rows}
+    lines = [
+        "| size | merge | tool | wall s | CPU s | anonymous MB | GB read | wall after start-up / floor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        named = row["case"] + (", cold" if row["cold"] else "")
+        lines.append(
+            f"| {row['size']} | {named} | {row['tool']} | {row['wall']:.1f} | {row['cpu']:.1f} | "
+            f"{row['anonymous'] / 1e6:.0f} | {row['read'] / 1e9:.1f} | {_after_start(row, found)} |"
+        )
+    return "\n".join(lines)
+
+
+def generated() -> str:
+    """README.md as it should be."""
+    rows, text = json.loads(RESULTS.read_text()), README.read_text("utf-8")
+    head, begin, rest = text.partition("<!-- merge_speed -->\n")
+    return f"{head}{begin}{markdown(rows)}\n<!-- /merge_speed -->{rest.partition('<!-- /merge_speed -->')[2]}"
+
+
+if __name__ == "__main__":
+    README.write_text(generated(), "utf-8")
+    FIGURE.write_text(figure(json.loads(RESULTS.read_text())), "utf-8")

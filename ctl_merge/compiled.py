@@ -41,10 +41,9 @@ def worthwhile(plan: Plan) -> bool:
     if not merged or plan.recipe.allow_nonfinite:
         return False
     method, parameters = plan.method, merged[0].parameters
-    measures = [method.measures[name] for name in method.scopes(parameters)]
     if method.grain_for(parameters) != "element":
         return False
-    simple = not (measures or method.random or "density" in parameters)
+    simple = not (method.scopes(parameters) or method.random or "density" in parameters)
     entries = sum(tensor.spec.numel for tensor in merged)
     return entries >= (LEAST_SUMMED if simple else LEAST) and find_spec("numba") is not None
 

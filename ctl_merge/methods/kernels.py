@@ -22,7 +22,13 @@ SUM, ANCHORED, AGREE = 0, 1, 2
 WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
 BY_WEIGHTS, BY_COUNT, BY_NOTHING = 0, 1, 2
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function: Any) -> Any:
+    """Compiled on its first call, once for an installation where there is a folder that can keep it."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 @intrinsic

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, merge, methods, probe, schema
+from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, push, reproduce, schema
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -34,10 +34,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` is `ctl-merge merge RECIPE`.",
 )  # fmt: skip
+app.command()(init.init)
 app.command()(merge.merge)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
 app.command()(check.check)
+app.command()(extract_lora.extract_lora)
+app.command()(push.push)
+app.command()(reproduce.reproduce)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

@@ -21,7 +21,7 @@ def _fused(*, weight: Tensor, normalize: bool, **_: object) -> Fused:
     return anchored(weight / weight.sum(), 1.0) if normalize else anchored(weight, weight.sum().item())
 
 
-@merge_method(space="weights", base="optional", check=weights_cancel, fused=_fused, paper="2203.05482")
+@merge_method(space="weights", base="optional", linear=True, check=weights_cancel, fused=_fused, paper="2203.05482")
 def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = True) -> Tensor:
     """Weighted average Σ w x / Σ w; without `normalize` the weighted sum.
 

@@ -36,6 +36,7 @@ def _fused(*, coefficient: Tensor, **_: object) -> Fused:
 
 @merge_method(
     space="task_vectors",
+    linear=True,
     measures={"coefficient": Measure(_energy, _shares, _whole_model)},
     report=_say_coefficients,
     fused=_fused,

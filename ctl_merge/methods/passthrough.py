@@ -18,7 +18,7 @@ def _fused(*, scale: Tensor, **_: object) -> Fused:
     return summed(scale)
 
 
-@merge_method(space="weights", models=(1, 1), fused=_fused)
+@merge_method(space="weights", models=(1, 1), linear=True, fused=_fused)
 def passthrough(tensors: Tensor, *, scale: PerModel[Factor] = 1.0) -> Tensor:
     """The one input, times `scale`.
 

@@ -16,7 +16,7 @@ def scaled_sum(*, weight: Tensor, normalize: bool, lambda_: float, **_: object) 
     return summed(weight * (lambda_ / (float(weight.sum()) if normalize else 1.0)))
 
 
-@merge_method(space="task_vectors", check=weights_cancel, fused=scaled_sum, paper="2212.04089")
+@merge_method(space="task_vectors", linear=True, check=weights_cancel, fused=scaled_sum, paper="2212.04089")
 def task_arithmetic(
     deltas: Tensor, *, weight: PerModel[Weight], normalize: Normalize = False, lambda_: Scale = 1.0
 ) -> Tensor:

@@ -64,9 +64,7 @@ def test_all_of_a_difference_gives_the_model_back(name: str, changes: dict[str, 
     wanted = auto_class(name).from_pretrained(model).eval()
     if not left:
         with torch.inference_mode():
-            torch.testing.assert_close(
-                both(**inputs(wanted)).logits, wanted(**inputs(wanted)).logits, rtol=0, atol=2e-4
-            )
+            torch.testing.assert_close(both(**inputs(wanted)).logits, wanted(**inputs(wanted)).logits, rtol=0, atol=2e-4)
     both.merge_and_unload().save_pretrained(tmp_path / "again")
     found = load_file(tmp_path / "again" / "model.safetensors")
     expected = load_file(model / "model.safetensors")

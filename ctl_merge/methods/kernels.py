@@ -3,7 +3,7 @@
 Each goes once over the models' stored values, in blocks that stay in cache: decode to float64, subtract the base,
 keep, combine, add the base, round. They do the same operations in the same order as the torch functions beside which
 they stand. What those treat specially (NaN and infinity, values near the end of the output's range) they only find:
-the caller then asks the plain definition.
+the caller then asks the plain definition. All in one file, as numba's cache sees the changes of one file only.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,27 @@ class Case:
     shared: bool
 
 
-def make_case(folder: Path, size: str, label: str, method: str, extra: dict[str, Any]) -> Case:
+def recipe(method: str, models: Sequence[Path], extra: Mapping[str, Any] | None = None, **keys: Any) -> str:
+    """A recipe that merges as many of the models, a base and finetunes, as the method takes."""
     row = registry()[method]
-    base, *others = write_family(folder, size, models=3, max_shard_bytes=10**9)
+    base, *others = map(str, models)
     most = row.models[1]
     others = others[: len(others) if most is None else most - (row.base == "required" and row.space == "weights")]
-    named = {"base_model": str(base)} if row.base == "required" else {}
-    given = {name: PARAMETERS[name] for name in row.parameters if name in PARAMETERS} | extra
-    recipe: dict[str, Any] = {"merge_method": method, **named, "models": [{"model": str(path)} for path in others]}
-    if row.statistic:
-        recipe["data"] = {"texts": str(_text(folder, size, [base, *others])), "sequences": 4, "length": 64}
+    named = {"base_model": base} if row.base == "required" else {}
+    given = {name: PARAMETERS[name] for name in row.parameters if name in PARAMETERS} | dict(extra or {})
+    listed = [{"model": path} for path in others]
+    found = {"merge_method": method, **named, "models": listed, **keys, **({"parameters": given} if given else {})}
+    return json.dumps(found, indent=1) + "\n"
+
+
+def make_case(folder: Path, size: str, label: str, method: str, extra: dict[str, Any]) -> Case:
+    family = write_family(folder, size, models=3, max_shard_bytes=10**9)
+    measures = registry()[method].statistic is not None
+    texts = {"data": {"texts": str(_text(folder, size, family)), "sequences": 4, "length": 64}} if measures else {}
     file = folder / f"{size}-{label.replace(' ', '-')}.yaml"
-    file.write_text(json.dumps(recipe | ({"parameters": given} if given else {}), indent=1))
-    ours_alone = row.statistic is not None or method not in MERGEKITS or "trim" in extra
-    return Case(label, method, size, file, [base] * bool(named) + others, not ours_alone)
+    file.write_text(recipe(method, family, extra, **texts))
+    read = [path for path in family if f'"{path}"' in file.read_text()]
+    return Case(label, method, size, file, read, method in MERGEKITS and "trim" not in extra)
 
 
 # Those of the methods that mergekit 0.1.5 has.

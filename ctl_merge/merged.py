@@ -22,7 +22,6 @@ from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.reference import ModelRef
-from ctl_merge.stored import StoredCheckpoint
 from ctl_merge.sums import total
 from ctl_merge.token_rows import Input, RowReader
 
@@ -44,12 +43,14 @@ class MergedCheckpoint(Checkpoint):
 
     Reads are float64 arithmetic on chunks, rounded at the end to the output's dtype. (In float32 one 16-bit result in
     a few hundred would fall on the wrong side: few-digit weights often put it just between two values.) Thread-safe:
-    every thread has buffers of its own. `devices` says where the arithmetic of each tensor happens, by default the CPU.
+    every thread has buffers of its own. `devices` says where the arithmetic of each tensor happens, by default the CPU;
+    `loops`, whether compiled loops do it, by default where they pay.
     """
 
     def __init__(
-        self, plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint], devices: Mapping[str, str] | None = None
-    ) -> None:
+        self, plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint], devices: Mapping[str, str] | None = None,
+        loops: bool | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
         self.tensors: Mapping[str, TensorSpec] = plan.specs
         self.config = plan.fit(checkpoints[plan.recipe.refs[0]].config)
@@ -59,18 +60,24 @@ class MergedCheckpoint(Checkpoint):
         self._columns: dict[int, dict[str, Any]] = {}
         self._of_model: Results = {}
         self._of_tensor: dict[str, Results] = {}
+        self._loops_wanted = loops
         self._lock = threading.RLock()
         self._buffers = threading.local()
 
     @cached_property
-    def _has_loops(self) -> bool:
+    def has_loops(self) -> bool:
         """Whether compiled loops serve: for what is read from files as it is, and where there is enough of it."""
-        return worthwhile(self.plan) and all(isinstance(c, StoredCheckpoint) for c in self._checkpoints.values())
+        if self._loops_wanted is not None:
+            return self._loops_wanted
+        merged = (t for t in self.plan.tensors.values() if t.operation == "merge")
+        return worthwhile(self.plan) and all(
+            self._checkpoints[part.model].stored_as(part.tensor) for tensor in merged for part in tensor.everyone
+        )
 
     @cached_property
     def _loops(self) -> CompiledLoops | None:
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
-        return CompiledLoops.load(self.plan, self.fill, self._is_plain) if self._has_loops else None
+        return CompiledLoops.load(self.plan, self.fill, self._is_plain) if self.has_loops else None
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -90,7 +97,7 @@ class MergedCheckpoint(Checkpoint):
         return max(self.step(tensor), LOOP_CHUNK) if self._by_loops(self.plan.tensors[tensor]) else self.step(tensor)
 
     def _by_loops(self, plan: TensorPlan) -> bool:
-        return self._has_loops and self._grain(plan) == "element" and self._device(plan.name).type == "cpu"
+        return self.has_loops and self._grain(plan) == "element" and self._device(plan.name).type == "cpu"
 
     def step(self, tensor: str) -> int:
         """How much is computed at once where the plain definition is asked."""
@@ -105,7 +112,7 @@ class MergedCheckpoint(Checkpoint):
 
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
-        own = working_bytes(len(self._checkpoints), exact=self._all_plain) if self._has_loops else 0
+        own = working_bytes(len(self._checkpoints), exact=self._all_plain) if self.has_loops else 0
         return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
@@ -145,7 +152,7 @@ class MergedCheckpoint(Checkpoint):
 
     def _is_plain(self, part: Input) -> bool:
         """Whether an input's values are stored in bfloat16, and read as they are."""
-        return part.rows is None and self._checkpoints[part.model].tensors[part.tensor].dtype == "BF16"
+        return part.rows is None and self._checkpoints[part.model].stored_as(part.tensor) == "BF16"
 
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.

@@ -50,6 +50,9 @@ class StoredCheckpoint(FileCheckpoint):
         if self.snapshot is not None:
             self.folder = hub.download(self.snapshot, self.file_sizes)
 
+    def stored_as(self, tensor: str) -> str | None:
+        return self.tensors[tensor].dtype
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         spec = self.tensors[tensor]
         dtype = torch_dtype(spec.dtype)

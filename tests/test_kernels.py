@@ -64,7 +64,7 @@ def both(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor],
         monkeypatch.setattr(compiled, "LEAST", least)
         monkeypatch.setattr(compiled, "LEAST_SUMMED", least)
         merged = open_merge(parse_recipe(text))
-        assert merged._has_loops == (least == 0)
+        assert merged.has_loops == (least == 0)
         found.append({name: merged.read(name) for name in merged.tensors})
     return found[0], found[1]
 
@@ -184,13 +184,13 @@ def test_a_numba_that_does_not_work_is_done_without(tmp_path, monkeypatch, caplo
     monkeypatch.delattr("ctl_merge.methods.kernels", raising=False)
     paths = family(tmp_path, [torch.bfloat16] * 3, 2)
     merged = open_merge(parse_recipe(recipe_of("ties", paths, {"density": 0.5}, [0.5, 0.5])))
-    assert merged._has_loops and merged._loops is None
+    assert merged.has_loops and merged._loops is None
     assert merged.read("t5").shape == (33, 65)
 
 
 def test_small_merges_do_not_wait_for_a_compiler(tmp_path):
     paths = family(tmp_path, [torch.bfloat16] * 3, 2)
-    assert not open_merge(parse_recipe(recipe_of("ties", paths, {"density": 0.5}, [0.5, 0.5])))._has_loops
+    assert not open_merge(parse_recipe(recipe_of("ties", paths, {"density": 0.5}, [0.5, 0.5]))).has_loops
 
 
 @pytest.mark.parametrize("method", ["model_stock", "sce", "ram", "consensus", "metagpt", "multislerp", "nuslerp"])

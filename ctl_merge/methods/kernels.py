@@ -1,4 +1,4 @@
-"""Compiled loops over chunks, equal to the plain definitions bit for bit.
+"""Compiled loops over chunks, bit for bit the plain definitions.
 
 Each goes once over the models' stored values, in blocks that stay in cache: decode to float64, subtract the base,
 keep, combine, add the base, round. They do the same operations in the same order as the torch functions beside which

@@ -1,4 +1,4 @@
-"""Chunks merged by compiled loops, where numba pays.
+"""Chunks merged by compiled loops, where numba pays."""
 
 from __future__ import annotations
 

@@ -50,6 +50,9 @@ class StoredCheckpoint(FileCheckpoint):
         if self.snapshot is not None:
             self.folder = hub.download(self.snapshot, self.file_sizes)
 
+    def stored_as(self, tensor: str) -> str | None:
+        return self.tensors[tensor].dtype
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         spec = self.tensors[tensor]
         dtype = torch_dtype(spec.dtype)
@@ -70,7 +73,7 @@ class StoredCheckpoint(FileCheckpoint):
     def _open(self, file: str) -> int:
         """Open a weight file; refuse one that is not the file whose header was read."""
         try:
-            descriptor = os.open(self.folder / file, os.O_RDONLY)
+            descriptor = os.open(os.path.join(self.folder, file), os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{self.name}: {file} cannot be read: {error.strerror}") from None
         identity = _identity(descriptor)

@@ -27,7 +27,7 @@ ORDER = """
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
-    methods/ merged devices evidence prefix_evidence
+    methods/ merged compiled devices evidence prefix_evidence
     merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
     public_recipe local_paths card front_matter markdown sizes
     publishing finished shard_stream destination hub_push original reproduce
@@ -35,7 +35,9 @@ ORDER = """
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
-METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
+METHODS = """
+    parameters registry builtin table combine order matrices angles noise sparsify rescale agreement fused kernels
+""".split()
 PROBING = """
     rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded
     parents

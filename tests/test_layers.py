@@ -16,15 +16,15 @@ PACKAGE = Path(ctl_merge.__file__).parent
 STAGES = {
     "what everything uses": ("__init__ errors problems sizes", "processes"),
     "methods: pure functions of tensors": (
-        "methods.matrices methods.noise methods.parameters",
+        "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
         "methods.agreement methods.registry",
         "methods.__init__ methods.angles methods.consensus methods.fisher methods.iso methods.linear "
         "methods.metagpt methods.nearswap methods.order methods.passthrough methods.ram methods.regmean "
         "methods.rescale methods.table methods.tsv methods.wudi",
-        "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
+        "methods.arcee_fusion methods.della methods.karcher methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
-        "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.breadcrumbs methods.dare methods.localize_and_stitch methods.pcb methods.ties",
         "methods.knots",
         "methods.builtin",
     ),
@@ -67,6 +67,7 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
+        "compiled",
         "identity merged public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",

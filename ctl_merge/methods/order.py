@@ -17,6 +17,10 @@ from ctl_merge.methods.registry import Measure, Scope
 _UPPER, _LOWER = 1 << 15, 1 << 16
 
 
+def magnitudes(deltas: Tensor, **_: object) -> Tensor:
+    return deltas.abs()
+
+
 def order_statistics(
     name: str,
     values: Callable[..., Tensor],
@@ -38,7 +42,8 @@ def order_statistics(
     def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
         return locate(counts, ranks(numel, **arguments))
 
-    coarse = Measure(accumulate, choose, scope, 8 * _UPPER << signed)
+    compiled: Any = "count_upper" if values is magnitudes and not signed else None
+    coarse = Measure(accumulate, choose, scope, (_UPPER << signed,), compiled)
     return {f"{name}_bin": coarse, name: refinement(name, values, scope, signed, count)}
 
 
@@ -57,7 +62,8 @@ def refinement(
     def conclude(counts: Tensor, numel: int, **arguments: Any) -> Tensor:
         return value_at(counts, arguments[f"{name}_bin"], signed)
 
-    return Measure(accumulate, conclude, scope, 8 * _LOWER * count)
+    compiled: Any = "count_lower" if values is magnitudes and not signed else None
+    return Measure(accumulate, conclude, scope, (count, _LOWER), compiled)
 
 
 def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:

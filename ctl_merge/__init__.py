@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ctl_merge.errors import CtlMergeError as CtlMergeError
+    from ctl_merge.evaluating.api import evaluate as evaluate
+    from ctl_merge.evaluating.evaluation import Evaluation as Evaluation
     from ctl_merge.merging import MergeResult as MergeResult
     from ctl_merge.merging import merge as merge
     from ctl_merge.merging import open_merge as open_merge
@@ -36,6 +38,7 @@ _PUBLIC = {
     "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe_file",
     "parse_recipe": "recipe_file", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
     "observing": "probing.loaded", "probe_pair": "probing.api", "probe_merged": "probing.api",
+    "evaluate": "evaluating.api", "Evaluation": "evaluating.evaluation",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, evaluate, merge, methods, probe, schema
+from ctl_merge.cli import check, compare, evaluate, merge, methods, probe, schema, tune
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 app.command()(merge.merge)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(evaluate.evaluate)
+app.command()(tune.tune)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command()(methods.methods)

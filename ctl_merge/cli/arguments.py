@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("merge", "probe", "evaluate", "compare", "check", "methods", "schema")
+VERBS = ("merge", "probe", "evaluate", "tune", "compare", "check", "methods", "schema")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

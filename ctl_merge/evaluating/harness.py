@@ -54,7 +54,7 @@ def run_harness(
         known = HFLM(pretrained=running, tokenizer=model.tokenizer, batch_size=options.batch)
         found = simple_evaluate(
             model=known, tasks=list(tasks), limit=limit, num_fewshot=shots, task_manager=manager, log_samples=False,
-            bootstrap_iters=0, confirm_run_unsafe_code=options.allow_code_execution,
+            confirm_run_unsafe_code=options.allow_code_execution,
         )  # fmt: skip
         rows += [row for task, metrics in found["results"].items() for row in _rows(model.name, task, metrics, found)]
     return Evaluation(rows, {row["data"]: row["data"] for row in rows}, {"harness": _version(), "limit": limit})

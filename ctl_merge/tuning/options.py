@@ -1,0 +1,30 @@
+"""How a merge is tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctl_merge.probing.placement import Options
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """How a merge is tuned; `sequences`, `length`, `batch` and the device as for a probe.
+
+    Of the windows of each data set three eighths tune, an eighth validates, and half, which tuning never sees, compare;
+    with held-out data of their own three quarters tune and one validates. `seed` turns the windows round before they
+    are split. `level`: the finest at which coefficients are set. `steps` of descent at each level, 0 for none.
+    `least`, `most`: between which coefficients stay. `trials` of a search, whose `study` is a file that it goes on
+    with. `probe`: look at the merge before and after, for a report.
+    """
+
+    seed: int = 0
+    level: str = "tensor"
+    steps: int = 10
+    least: float | None = None
+    most: float | None = None
+    closed_form: bool = True
+    trials: int = 0
+    study: Path | None = None
+    probe: bool = False

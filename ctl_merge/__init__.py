@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ctl_merge.recipe import Recipe as Recipe
     from ctl_merge.recipe_file import load_recipe as load_recipe
     from ctl_merge.recipe_file import parse_recipe as parse_recipe
+    from ctl_merge.tuning.api import tune as tune
+    from ctl_merge.tuning.tuned import Tuned as Tuned
 
 _PUBLIC = {
     "CtlMergeError": "errors", "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
@@ -39,6 +41,7 @@ _PUBLIC = {
     "parse_recipe": "recipe_file", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
     "observing": "probing.loaded", "probe_pair": "probing.api", "probe_merged": "probing.api",
     "evaluate": "evaluating.api", "Evaluation": "evaluating.evaluation",
+    "tune": "tuning.api", "Tuned": "tuning.tuned",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

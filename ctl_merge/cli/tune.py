@@ -33,9 +33,9 @@ def tune(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
     level: Annotated[
-        str, typer.Option(help="The finest at which coefficients are set: model, block, part or tensor.")
+        str, typer.Option(help="What has a coefficient of its own: model, block, part or tensor.")
     ] = "tensor",
-    steps: Annotated[int, typer.Option(min=0, help="Of descent at each level; 0: least squares only.")] = 10,
+    steps: Annotated[int, typer.Option(min=0, help="Of descent on the loss; 0: least squares only.")] = 10,
     non_negative: Annotated[bool, typer.Option("--non-negative", help="No coefficient below 0.")] = False,
     cap: Annotated[float | None, typer.Option(help="No coefficient above this.")] = None,
     trials: Annotated[int, typer.Option(min=0, help="Of a search over method, λ and density, with Optuna.")] = 0,

@@ -48,8 +48,8 @@ def tune(
     `data`: a data set for each task, `TASK=SPEC` as the probe reads them; `held_out`: of the same names, to compare on.
     `folder`: where the recipe will lie, for relative paths of models. `also`: more to compare with, by name recipes to
     choose from, as text. `how`: fields of TuneOptions. Tried are, in turn:
-    one coefficient for all, by its loss; coefficients of blocks by least squares on features; descent on the loss, from
-    coarse to fine; a search, if `trials` are given. The validation data choose among them, the held-out data judge.
+    one coefficient for all, by its loss; coefficients of blocks by least squares on features; descent on the loss; a
+    search, if `trials` are given. The validation data choose among them, the held-out data judge.
     """
     options = options or TuneOptions(**how)
     _check(data, options)
@@ -114,14 +114,14 @@ class _Tuning:
         tuned = Rival(TUNED, self._text(best), f"{best.how}, a coefficient for each {best.level}")
         if searched and self.trier.loss(searched.text, splits.validation) < best.validation:
             tuned = Rival(TUNED, searched.text, f"search, {searched.chosen}")
-        with self.meter("comparing", 6) as told:
+        with self.meter("comparing", 4) as told:
             others = list(rivals(self.writer, uniform, self._own(), self.trier, seen, told))
             others += [best_of(name, choices, self.trier, seen) for name, choices in self.also.items()]
         evaluation = self._compare([tuned, *others, *([searched] if searched else [])])
         return self._concluded(tuned, best, candidates, others, evaluation, uniform, curve)
 
     def _candidates(self, uniform: float) -> list[Found]:
-        """From one coefficient for all to one a tensor; each level starts from the best so far."""
+        """One coefficient for all; least squares for each block; descent at the level asked for, from the better."""
         options, splits = self.options, self.splits
         listed, place = self.model.places("model")
         start = self.bounds.clip(np.full((1, len(self.parents)), uniform))
@@ -131,16 +131,12 @@ class _Tuning:
             found += self._closed_form(uniform)
         if not options.steps:
             return found
-        levels = LEVELS[1 : LEVELS.index(options.level) + 1] or LEVELS[:1]
-        with self.meter("tuning", options.steps * len(levels)) as told:
-            for level in levels:
-                best = min(found, key=lambda each: each.validation)
-                _, at = self.model.places(best.level)
-                tensors = self.model.tensors(best.coefficients, at)
-                found.append(
-                    descend(self.model, level, tensors, splits.tuning, splits.validation, self.bounds,
-                            steps=options.steps, told=told)
-                )  # fmt: skip
+        best = min(found, key=lambda each: each.validation)
+        _, at = self.model.places(best.level)
+        tensors = self.model.tensors(best.coefficients, at)
+        with self.meter("tuning", options.steps) as told:
+            found.append(descend(self.model, options.level, tensors, splits.tuning, splits.validation, self.bounds,
+                                 steps=options.steps, told=told))  # fmt: skip
         return found
 
     def _closed_form(self, uniform: float) -> list[Found]:

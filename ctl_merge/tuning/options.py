@@ -14,7 +14,7 @@ class TuneOptions(Options):
 
     Of the windows of each data set three eighths tune, an eighth validates, and half, which tuning never sees, compare;
     with held-out data of their own three quarters tune and one validates. `seed` turns the windows round before they
-    are split. `level`: the finest at which coefficients are set. `steps` of descent at each level, 0 for none.
+    are split. `level`: what shares a coefficient (see LEVELS). `steps` of descent, 0 for none.
     `least`, `most`: between which coefficients stay. `trials` of a search, whose `study` is a file that it goes on
     with. `probe`: look at the merge before and after, for a report.
     """

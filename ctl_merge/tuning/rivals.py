@@ -18,7 +18,7 @@ from ctl_merge.recipe_file import parse_recipe
 from ctl_merge.tuning.adjustable import Adjustable, Texts
 from ctl_merge.tuning.written import Writer
 
-LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 13))
+LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def best_uniform(model: Adjustable, texts: Texts) -> tuple[float, dict[float, fl
         return tried[value]
 
     best = min(LAMBDAS, key=at)
-    for step in (0.05, 0.025):
+    for step in (0.1, 0.05, 0.025):
         best = min((round(best + way * step, 4) for way in (-1, 0, 1)), key=at)
     return best, tried
 
@@ -86,7 +86,7 @@ def rivals(
     ties = {
         f"density {density:g}, λ = {scale:g}":
             writer.method("ties", {"weight": 1.0, "density": density}, {"lambda": scale})
-        for density in (0.2, 0.6) for scale in (0.6, 0.9, 1.2)
+        for density in (0.2, 0.6) for scale in (0.6, 1.0)
     }  # fmt: skip
     yield best_of("ties", ties, trier, texts, told)
     if recipe:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
 from ctl_merge.cli.terminal import configure, meter, print_table
 
 
@@ -53,6 +53,8 @@ def tune(
     """Find coefficients for RECIPE's models on data, and compare the merge with others on data never seen."""
     configure()
     require_recipe(recipe)
+    for folder in filter(None, (output and output.absolute().parent, report)):
+        check_folder(folder)
     from ctl_merge.tuning import api
     from ctl_merge.tuning.options import TuneOptions
 
@@ -67,6 +69,8 @@ def tune(
     )
     if output:
         found.save(output)
+    if report:
+        found.save_report(report)
     if as_json:
         print(found.to_json(), end="")
         return
@@ -75,3 +79,5 @@ def tune(
     print_table(render(found))
     if output:
         print(f"→ {output}: {found.recommended}")
+    if report:
+        print(f"→ {report / 'report.html'}")

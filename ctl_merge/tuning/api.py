@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ctl_merge.merged import ParentView
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.probing.observer import Rider, Subject
 from ctl_merge.probing.placement import place
+from ctl_merge.probing.report import ProbeReport, rebuild
 from ctl_merge.probing.run import Running, observe
+from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.windows import cut_sets, merge_tokenizer, parse_specs, window_length
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
@@ -28,13 +30,14 @@ from ctl_merge.tuning.closed_form import least_squares, normal_equations, site_o
 from ctl_merge.tuning.descent import Bounds, Found, descend
 from ctl_merge.tuning.levels import LEVELS, groups
 from ctl_merge.tuning.options import TuneOptions
-from ctl_merge.tuning.rivals import Rival, Trier, best_of, best_uniform, joined, rivals
+from ctl_merge.tuning.rivals import UNIFORM, Rival, Trier, best_of, best_uniform, joined, rivals
 from ctl_merge.tuning.search import check_search, search
 from ctl_merge.tuning.splits import Splits, split
 from ctl_merge.tuning.tuned import TUNED, Tuned, decide
 from ctl_merge.tuning.written import Writer
 from ctl_merge.weights import task_grams
 
+_PROBED = 16  # held-out windows of each data set that the probe looks at
 _RIDGES, _SHARES = (0.01, 0.1, 1.0), (0.25, 0.5, 0.75, 1.0)
 
 
@@ -216,7 +219,8 @@ class _Tuning:
         texts.setdefault("base", self.writer.method("task_arithmetic", {"weight": 0.0}))
         chosen = texts[recommended]
         text = "".join(f"# {line}\n" for line in account) + chosen
-        report = self._probed(uniform, tuned) if self.options.probe else None
+        before = next(rival for rival in others if rival.name == UNIFORM)
+        report = self._probed(before, tuned) if self.options.probe else None
         return Tuned(
             text, recommended, verdict, texts, [_told(found) for found in candidates], self._rows(best), evaluation,
             {rival.name: rival.chosen for rival in (tuned, *others)}, self.splits.said, uniform, curve, report,
@@ -228,8 +232,19 @@ class _Tuning:
             for group, own in zip(best.groups, best.coefficients, strict=True)
         ]
 
-    def _probed(self, uniform: float, tuned: Rival) -> Any:
-        return None
+    def _probed(self, uniform: Rival, tuned: Rival) -> ProbeReport:
+        """The merge before and after, block by block, on held-out text."""
+        merges: dict[str, Checkpoint] = {each.name: self.trier.open(each.text).merged for each in (uniform, tuned)}
+        weights = task_grams(self.root, list(self.parents.values()), list(merges.values()))
+        subject = Subject(self.root, self.parents, merges, weights)
+        riders = [Rider(name, checkpoint, ghost=name == uniform.name) for name, checkpoint in merges.items()]
+        sets = [replace(tokens, ids=tokens.ids[:_PROBED], strata=tokens.strata[:_PROBED])
+                for tokens in self.splits.compared.values()]  # fmt: skip
+        with self.meter("probing", sum(len(tokens.ids) for tokens in sets)) as told:
+            observed = observe(subject, riders, sets, self.running, told)
+        notes = {uniform.name: {"main": True}}
+        settings = {"sequences": _PROBED, "length": sets[0].ids.shape[1], "compute": "float32"}
+        return rebuild(Statistics.of(subject, riders, observed, notes, settings=settings))
 
 
 def _told(found: Found) -> dict[str, Any]:

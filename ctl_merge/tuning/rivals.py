@@ -18,6 +18,7 @@ from ctl_merge.recipe_file import parse_recipe
 from ctl_merge.tuning.adjustable import Adjustable, Texts
 from ctl_merge.tuning.written import Writer
 
+UNIFORM = "task arithmetic"
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
 
 
@@ -82,7 +83,7 @@ def rivals(
     """
     count = len(writer.parents)
     yield Rival("average", writer.method("task_arithmetic", {"weight": round(1 / count, 6)}))
-    yield Rival("task arithmetic", writer.method("task_arithmetic", {"weight": uniform}), f"λ = {uniform:g}")
+    yield Rival(UNIFORM, writer.method("task_arithmetic", {"weight": uniform}), f"λ = {uniform:g}")
     ties = {
         f"density {density:g}, λ = {scale:g}":
             writer.method("ties", {"weight": 1.0, "density": density}, {"lambda": scale})

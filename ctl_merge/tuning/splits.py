@@ -20,6 +20,7 @@ class Splits:
     validation: Mapping[str, list[Passage]]
     held_out: Mapping[str, list[Passage]]
     tokens: Mapping[str, TokenSet]  # those to tune on, as the probe runs over them
+    compared: Mapping[str, TokenSet]  # those held out
     said: str
 
 
@@ -34,7 +35,8 @@ def split(sets: Sequence[TokenSet], held_out: Sequence[TokenSet], seed: int) -> 
             f"held-out data is given for {', '.join(others)}, and tuned is on {', '.join(names)}: same names"
         )
     tuning: dict[str, TokenSet] = {}
-    validation, compared = {}, {}
+    validation: dict[str, list[Passage]] = {}
+    compared: dict[str, TokenSet] = {}
     for tokens in sets:
         count = len(tokens.ids)
         turned = _turned(tokens, seed * 7919 % count if seed else 0)
@@ -46,13 +48,14 @@ def split(sets: Sequence[TokenSet], held_out: Sequence[TokenSet], seed: int) -> 
             )
         tuning[tokens.name] = _part(turned, parts[0])
         validation[tokens.name] = of_windows(_part(turned, parts[1]))
-        compared[tokens.name] = of_windows(others.get(tokens.name) or _part(turned, parts[2]))
+        compared[tokens.name] = others.get(tokens.name) or _part(turned, parts[2])
     sizes = ", ".join(
-        f"{name} {len(tuning[name].ids)} + {len(validation[name])} + {len(compared[name])}" for name in names
+        f"{name} {len(tuning[name].ids)} + {len(validation[name])} + {len(compared[name].ids)}" for name in names
     )
     length = sets[0].ids.shape[1]
     said = f"windows of {length} tokens to tune on + to validate + held out: {sizes} (seed {seed})"
-    return Splits({n: of_windows(t) for n, t in tuning.items()}, validation, compared, tuning, said)
+    tuned, held = ({n: of_windows(t) for n, t in part.items()} for part in (tuning, compared))
+    return Splits(tuned, validation, held, tuning, compared, said)
 
 
 def _turned(tokens: TokenSet, by: int) -> TokenSet:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.errors import ProbeError
 from ctl_merge.evaluating.evaluation import Evaluation
 from ctl_merge.output import disk_errors
 from ctl_merge.probing.wording import interval, shown
@@ -47,6 +48,12 @@ class Tuned:
 
     def to_json(self) -> str:
         return json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save_report(self, folder: str | Path) -> None:
+        """Write the page of the merge before and after: report.html, probe.json, figures. Raises OutputError."""
+        if self.report is None:
+            raise ProbeError("the merge was tuned without a look at its blocks: tune it with probe=True")
+        self.report.with_tuning(self.data).save(folder)
 
     def save(self, path: str | Path) -> None:
         """Write the recommended recipe. Raises OutputError."""

@@ -36,13 +36,17 @@ def tune(
         str, typer.Option(help="What has a coefficient of its own: model, block, part or tensor.")
     ] = "tensor",
     steps: Annotated[int, typer.Option(min=0, help="Of descent on the loss; 0: least squares only.")] = 10,
-    non_negative: Annotated[bool, typer.Option("--non-negative", help="No coefficient below 0.")] = False,
-    cap: Annotated[float | None, typer.Option(help="No coefficient above this.")] = None,
+    least: Annotated[float, typer.Option(help="No coefficient is below this.")] = 0.0,
+    most: Annotated[float, typer.Option(help="Nor above this.")] = 2.0,
     trials: Annotated[int, typer.Option(min=0, help="Of a search over method, λ and density, with Optuna.")] = 0,
     study: Annotated[
         Path | None, typer.Option(help="File that keeps the trials: the same command goes on.", metavar="FILE")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are held out.")] = 0,
+    rows: Annotated[bool, typer.Option("--rows", help="Each row is a sequence of its own.")] = False,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
     device_map: Annotated[str | None, typer.Option(help="cpu (default) or cuda:N.", metavar="MAP")] = None,
     trust_remote_code: Annotated[
@@ -60,7 +64,7 @@ def tune(
 
     options = TuneOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, chat=chat, level=level, steps=steps,
-        least=0.0 if non_negative else None, most=cap, trials=trials, study=study, seed=seed,
+        least=least, most=most, rows=rows, mask_prompt=mask_prompt, trials=trials, study=study, seed=seed,
         trust_remote_code=trust_remote_code, probe=report is not None,
     )  # fmt: skip
     folder = output.absolute().parent if output else Path()

@@ -8,12 +8,22 @@ from ctl_merge.probing.placement import Options
 
 
 @dataclass(frozen=True)
-class EvaluationOptions(Options):
-    """How an evaluation is made; `sequences`, `length`, `batch` and where models live as for a probe.
+class TextOptions(Options):
+    """How texts become sequences whose loss is taken; the rest as for a probe.
 
     `rows`: each row is a sequence of its own, cut at `length` and begun as the tokenizer begins a text, instead of
-    windows over all of them; `mask_prompt`: of
-    rows with several columns only the last one's loss counts. `parents`: evaluate each recipe's base and parents too,
+    windows over all of them; `mask_prompt`: of rows with several columns only the last one's loss counts.
+    """
+
+    rows: bool = False
+    mask_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(TextOptions):
+    """How an evaluation is made; `sequences`, `length`, `batch` and where models live as for a probe.
+
+    `parents`: evaluate each recipe's base and parents too,
     and how far the merge agrees with them. `calibration`: the expected calibration error of the next token.
     `items`: rows at most for answers, choices and programs. `join`: what stands between the columns of a prompt, and
     before the answer. `stop`: texts that end an answer. `extract`: a regular expression; the last match of its first
@@ -21,8 +31,6 @@ class EvaluationOptions(Options):
     is greedy. They run only with `allow_code_execution`, `timeout` seconds and `memory` MB each.
     """
 
-    rows: bool = False
-    mask_prompt: bool = False
     parents: bool = False
     calibration: bool = False
     items: int = 200

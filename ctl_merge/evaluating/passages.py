@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.errors import DataError
-from ctl_merge.evaluating.options import EvaluationOptions
+from ctl_merge.evaluating.options import TextOptions
 from ctl_merge.probing.data import TokenSet, texts_of, tokenised
 from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.texts import default_texts
@@ -28,7 +28,7 @@ class Passage:
 
 
 def passages_of(
-    specs: Sequence[DataSpec], tokenizer: Any, options: EvaluationOptions, length: int
+    specs: Sequence[DataSpec], tokenizer: Any, options: TextOptions, length: int
 ) -> dict[str, list[Passage]]:
     """The passages of each data set; of the shipped tasks where none is named. Raises DataError."""
     if not (options.rows or options.mask_prompt):
@@ -45,7 +45,7 @@ def of_windows(tokens: TokenSet) -> list[Passage]:
     return [Passage(ids, counted) for ids in tokens.ids]
 
 
-def _rows(spec: DataSpec, tokenizer: Any, options: EvaluationOptions, length: int) -> Iterator[Passage]:
+def _rows(spec: DataSpec, tokenizer: Any, options: TextOptions, length: int) -> Iterator[Passage]:
     if spec.is_plain_text:
         raise DataError(f"{spec.name}: a text file has no rows: leave --rows and --mask-prompt out")
     affix = [] if options.chat else opening(tokenizer)

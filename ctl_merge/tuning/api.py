@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ctl_merge.errors import DataError
 from ctl_merge.evaluating.api import loss_metrics
 from ctl_merge.evaluating.evaluation import Evaluation
 from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.passages import passages_of
 from ctl_merge.merged import ParentView
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.probing.observer import Rider, Subject
@@ -21,7 +22,7 @@ from ctl_merge.probing.placement import place
 from ctl_merge.probing.report import ProbeReport, rebuild
 from ctl_merge.probing.run import Running, observe
 from ctl_merge.probing.statistics import Statistics
-from ctl_merge.probing.windows import cut_sets, merge_tokenizer, parse_specs, window_length
+from ctl_merge.probing.windows import merge_tokenizer, parse_specs, window_length
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.roles import roles
@@ -32,12 +33,12 @@ from ctl_merge.tuning.levels import LEVELS, groups
 from ctl_merge.tuning.options import TuneOptions
 from ctl_merge.tuning.rivals import UNIFORM, Rival, Trier, best_of, best_uniform, joined, rivals
 from ctl_merge.tuning.search import check_search, search
-from ctl_merge.tuning.splits import Splits, split
+from ctl_merge.tuning.splits import Splits, split, windows
 from ctl_merge.tuning.tuned import TUNED, Tuned, decide
 from ctl_merge.tuning.written import Writer
 from ctl_merge.weights import task_grams
 
-_PROBED = 16  # held-out windows of each data set that the probe looks at
+_PROBED = 16  # held-out sequences of each data set that the probe looks at
 _RIDGES, _SHARES = (0.01, 0.1, 1.0), (0.25, 0.5, 0.75, 1.0)
 
 
@@ -64,14 +65,23 @@ def tune(
     writer = Writer(opened.recipe, root.ref, refs, Path(folder))
     length = window_length(root, options)
     tokenizer = merge_tokenizer(opened, options.trust_remote_code)
-    sets, others = (
-        cut_sets(parse_specs(texts), tokenizer, options, length) if texts else [] for texts in (data, held_out)
+    texts, others = (
+        passages_of(parse_specs(own), tokenizer, options, length) if own else {} for own in (data, held_out)
     )
     placement = place(root, options.device_map or "cpu", options.max_memory, options.blocks,
                       trust_remote_code=options.trust_remote_code)  # fmt: skip
     running = Running(placement, options.batch, options.blocks, options.trust_remote_code)
     work = _Tuning(
-        opened, root, parents, writer, split(sets, others, options.seed), options, running, meter, also or {}
+        opened,
+        root,
+        parents,
+        writer,
+        tokenizer,
+        split(texts, others, options.seed),
+        options,
+        running,
+        meter,
+        also or {},
     )
     return work.run()
 
@@ -81,7 +91,7 @@ def _check(data: str | Sequence[str], options: TuneOptions) -> None:
         raise DataError("tuning needs data: --data TASK=FILE:column,column for each task")
     if options.level not in LEVELS:
         raise DataError(f"--level {options.level}: it is one of {', '.join(LEVELS)}")
-    if options.least is not None and options.most is not None and options.least >= options.most:
+    if options.least >= options.most:
         raise DataError(f"the cap {options.most:g} is not above the least coefficient {options.least:g}")
     if options.trials:
         check_search(options.study)
@@ -95,6 +105,7 @@ class _Tuning:
     root: Checkpoint
     parents: Mapping[str, Checkpoint]
     writer: Writer
+    tokenizer: Any
     splits: Splits
     options: TuneOptions
     running: Running
@@ -103,9 +114,7 @@ class _Tuning:
 
     def run(self) -> Tuned:
         options, splits = self.options, self.splits
-        self.bounds = Bounds(
-            -np.inf if options.least is None else options.least, np.inf if options.most is None else options.most
-        )
+        self.bounds = Bounds(options.least, options.most)
         self.model = Adjustable(self.root, self.parents, self.running.placement, options.batch, options.blocks,
                                 options.trust_remote_code)  # fmt: skip
         self.trier = Trier(self.running, self.writer.start)
@@ -148,7 +157,7 @@ class _Tuning:
         weights = task_grams(self.root, list(self.parents.values()), [merged])
         subject = Subject(self.root, self.parents, {"merged": merged}, weights)
         rider = Rider("merged", merged, ghost=False)
-        observed = observe(subject, [rider], list(self.splits.tokens.values()), self.running)
+        observed = observe(subject, [rider], windows(self.splits.tuning, self.tokenizer), self.running)
         owners = {}
         for name, own in observed.items():
             if own.losses is None:
@@ -238,8 +247,7 @@ class _Tuning:
         weights = task_grams(self.root, list(self.parents.values()), list(merges.values()))
         subject = Subject(self.root, self.parents, merges, weights)
         riders = [Rider(name, checkpoint, ghost=name == uniform.name) for name, checkpoint in merges.items()]
-        sets = [replace(tokens, ids=tokens.ids[:_PROBED], strata=tokens.strata[:_PROBED])
-                for tokens in self.splits.compared.values()]  # fmt: skip
+        sets = windows(self.splits.held_out, self.tokenizer, _PROBED)
         with self.meter("probing", sum(len(tokens.ids) for tokens in sets)) as told:
             observed = observe(subject, riders, sets, self.running, told)
         notes = {uniform.name: {"main": True}}

@@ -26,7 +26,7 @@ ORDER = """
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
     merging writer workers output companions tokenizer_files manifest card sizes
-    model dispatch compare weights findings compare_table probing/
+    model dispatch compare weights findings compare_table probing/ evaluating/ tuning/
     cli/ errors
 """.split()
 METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
@@ -35,10 +35,15 @@ PROBING = """
     parents
     metrics intervals blocks losses costs record statistics archive schema report api
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
-    alphas figures
+    alphas repair figures
 """.split()
-CLI = "arguments terminal merge probe compare check methods schema".split()
-WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
+EVALUATING = """
+    options subjects passages likelihood items generation execution answers metrics measured evaluation table results
+    harness api
+""".split()
+TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
+CLI = "arguments terminal merge probe evaluate tune compare check methods schema".split()
+WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 
 
 def modules(folder: str = "") -> list[str]:

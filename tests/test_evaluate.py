@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -257,7 +258,10 @@ def test_programs_are_judged_by_their_tests(tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     rows = [{"text": "add", "tests": ["assert add(1, 2) == 3"]}, {"text": "mul", "tests": ["assert mul(2, 2) == 5"]}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    wrote = [["```python\ndef add(a, b):\n    return a + b\n```\nDone.", "def add(a, b): return a"], ["def mul(a, b): return 4"] * 2]
+    wrote = [
+        ["```python\ndef add(a, b):\n    return a + b\n```\nDone.", "def add(a, b): return a"],
+        ["def mul(a, b): return 4"] * 2,
+    ]
     monkeypatch.setattr(answers, "generate", lambda *args, **how: wrote)
     found = ctl_merge.evaluate(
         str(QUICKSTART / "cycle"), code=[f"p={path}:text,tests"], samples=2, k=(1, 2), allow_code_execution=True
@@ -305,7 +309,7 @@ def test_tables_fit_the_terminal(data):
     from rich.console import Console
 
     found = ctl_merge.evaluate([str(AVERAGE)], base=BASE, sequences=3, length=16, parents=True, calibration=True)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(render(found))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 100 and "worst" in text and "minus average" in text
@@ -350,7 +354,17 @@ def test_the_harness_takes_a_lazy_merge(data, tmp_path, monkeypatch):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{right}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
     )
-    arguments = ["evaluate", str(AVERAGE), "--harness", "own", "--harness-path", str(tmp_path), "--items", "12", "--json"]
+    arguments = [
+        "evaluate",
+        str(AVERAGE),
+        "--harness",
+        "own",
+        "--harness-path",
+        str(tmp_path),
+        "--items",
+        "12",
+        "--json",
+    ]
     result = CliRunner().invoke(app, arguments)
     found = json.loads(result.stdout[result.stdout.index("{\n") :])
     row = next(row for row in found["rows"] if row["metric"] == "harness acc")

@@ -54,8 +54,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, mergekit:
         report = compare(Path(folder), mergekit, options)
     reporting.show(report)
-    if options.markdown:
-        options.markdown.write_text(reporting.markdown(report), "utf-8")
     print(json.dumps(reporting.as_json(report), ensure_ascii=False))
     sys.exit(bool(report.failures))
 
@@ -69,7 +67,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=64, help="runs of each random configuration (default 64)")
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="also over the checkpoints in its subfolders")
     parser.add_argument("--real-base", default="stories260K", help="the one of them that the others come from")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables as Markdown too")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep results here, beside those of other methods")
     options = parser.parse_args()
     unknown = set(options.methods or ()) - set(METHODS)
     if unknown:
@@ -92,8 +90,19 @@ def compare(folder: Path, mergekit: Mergekit, options: argparse.Namespace) -> re
             runs = sample(method, families, count, options.seeds, options.seed, ours, mergekit)
             report.sampled[method] = list(runs)
         print(f"{method}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        _keep(report, options.results)
     report.behaviour = observe(folder / "behaviour", ours, mergekit)
+    _keep(report, options.results)
     return report
+
+
+def _keep(report: reporting.Report, results: Path | None) -> None:
+    """What is there so far, in the file: an hour's run that is interrupted has not been for nothing."""
+    if results is None:
+        return
+    earlier = json.loads(results.read_text("utf-8")) if results.is_file() else {}
+    found = reporting.joined(earlier, reporting.as_json(report))
+    results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def judged(

@@ -1,7 +1,7 @@
 """Does the nonlinearity ratio R predict what a merge costs in loss? Rank correlations over many merges of one family.
 
-    python benchmarks/ctl_predicts_loss.py --base BASE --experts math=MATH code=CODE \\
-        --text math=test.jsonl:question,answer --text code=code.jsonl:prompt,solution
+    python benchmarks/ctl_predicts_loss.py --base BASE --experts math=MATH code=CODE french=FRENCH \\
+        --text math=test.jsonl:question,answer --text code=code.jsonl:prompt,solution --text french=val.fr
 
 Every pair of experts and the set of all of them is merged in a dozen ways; each merge is probed on its experts' own
 texts (a text is named like its expert). Measured, as means over those texts, in nats per token:
@@ -28,7 +28,6 @@ import argparse
 import itertools
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -282,14 +281,6 @@ def named(text: str) -> tuple[str, str]:
     return name, rest
 
 
-def as_txt(name: str, source: str, folder: Path) -> str:
-    """The text's spec for the probe, which knows plain text by its suffix."""
-    path = Path(source)
-    if path.is_file() and path.suffix not in (".txt", ".json", ".jsonl", ".parquet", ".csv"):
-        source = str(shutil.copyfile(path, folder / f"{name}.txt"))
-    return f"{name}={source}"
-
-
 def scaled(base: Path, experts: Mapping[str, Path], scale: float, folder: Path) -> dict[str, Path]:
     """The experts θ_0 + scale τ."""
     if scale == 1:
@@ -311,10 +302,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; more slow very small models down")
     parser.add_argument("--output", type=Path, help="folder for results and figure")
     options = parser.parse_args()
+    if len(options.experts) < 3:
+        parser.error("three experts at least: within a recipe, groups of experts are compared")
     torch.set_num_threads(options.threads)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        texts = {name: as_txt(name, source, Path(temporary)) for name, source in options.text}
+        texts = {name: f"{name}={source}" for name, source in options.text}
         experts = scaled(options.base, {n: Path(p) for n, p in options.experts}, options.scale, Path(temporary))
         for group, setting in itertools.product(groups(experts), SETTINGS):
             row = measure(setting, options.base, group, texts, options.sequences, options.length)

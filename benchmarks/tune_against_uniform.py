@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ctl_predicts_loss import as_txt, groups, named
+from ctl_predicts_loss import groups, named
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +42,7 @@ def recipe(method: str, base: Path | None, experts: Mapping[str, Path], own: Map
         {
             "model": str(path.resolve()),
             **({"parameters": own} if own else {}),
-            **({"data": train[name]} if train else {}),
+            **({"data": train[name].partition("=")[2]} if train else {}),
         }
         for name, path in experts.items()
     ]
@@ -154,16 +153,12 @@ def main() -> None:
     experts = {name: Path(path) for name, path in options.experts}
     rows = kept(options.output, size) if options.output else []
     done = {(row["seed"], row["experts"]) for row in rows}
-    with tempfile.TemporaryDirectory() as temporary:
-        texts, train = (
-            {name: as_txt(name, source, Path(temporary)) for name, source in listed}
-            for listed in (options.text, options.train)
-        )
-        for seed, group in itertools.product(options.seeds, groups(experts)):
-            if (seed, "+".join(group)) not in done:
-                rows += measure(options.base, group, texts, train, seed, size)
-            if options.output:
-                save(options.output, size, rows)
+    texts, train = ({name: f"{name}={source}" for name, source in own} for own in (options.text, options.train))
+    for seed, group in itertools.product(options.seeds, groups(experts)):
+        if (seed, "+".join(group)) not in done:
+            rows += measure(options.base, group, texts, train, seed, size)
+        if options.output:
+            save(options.output, size, rows)
     show(rows)
     gains = [row["gain"] for row in rows if "gain" in row]
     print(json.dumps({"benchmark": "tune_against_uniform", **size, "runs": len(gains),

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import takewhile
 from math import prod
@@ -44,9 +44,9 @@ class AdaptedCheckpoint(FileCheckpoint):
         self.snapshot, self.file_sizes = None, {}
         settings = parse_adapter_config(self.adapter.config, self.adapter.name)
         matcher = Matcher(base, self.adapter, settings)
-        self._changes = matcher.match()
+        self.changes = matcher.match()
         self.tensors: Mapping[str, TensorSpec] = {
-            **base.tensors, **{name: change.spec for name, change in self._changes.items()}
+            **base.tensors, **{name: change.spec for name, change in self.changes.items()}
         }  # fmt: skip
         self._has_tokens, self._rows = matcher.changes_tokens, matcher.resized
         self.config = self._fit(base.config)
@@ -61,14 +61,14 @@ class AdaptedCheckpoint(FileCheckpoint):
         return fit_vocabulary(config, (before, self._rows) if before and self._rows else None, None)
 
     def _said(self, settings: AdapterConfig) -> str:
-        changed = sum(name in self.base.tensors for name in self._changes)
+        changed = sum(name in self.base.tensors for name in self.changes)
         return (
             f"{self.name}: {settings.kind} of rank {settings.r}, which changes {changed} of {len(self.tensors)} tensors"
         )
 
     def _warned(self, settings: AdapterConfig, matcher: Matcher) -> Iterator[str]:
         trained, applied = settings.base_model_name_or_path or "", self.base.ref.short
-        if trained and _last_part(trained) != _last_part(applied):
+        if trained and last_part(trained) != last_part(applied):
             yield f"{self.adapter.name} says that it was trained on {trained}; it is applied to {applied}"
         if matcher.added:
             yield (
@@ -106,7 +106,7 @@ class AdaptedCheckpoint(FileCheckpoint):
         return {**self.base.sources(), self.adapter.ref: self.adapter}
 
     def read_bytes(self, tensor: str) -> int:
-        change = self._changes.get(tensor)
+        change = self.changes.get(tensor)
         if change is None:
             return self.base.read_bytes(tensor)
         origin = self.base.read_bytes(change.own) if change.own else change.spec.nbytes
@@ -114,7 +114,7 @@ class AdaptedCheckpoint(FileCheckpoint):
         return passes * origin + sum(self.adapter.tensors[part].nbytes for part in change.parts)
 
     def working_bytes(self) -> int:
-        changes = self._changes.values()
+        changes = self.changes.values()
         factors = {part for change in changes for part in change.parts}
         held = self._read.held_bytes(self.adapter.tensors[part] for part in factors)
         widest = max((prod(change.spec.shape[1:]) for change in changes if change.low_rank), default=0)
@@ -122,26 +122,52 @@ class AdaptedCheckpoint(FileCheckpoint):
         return self.base.working_bytes() + held + products
 
     def block(self, tensor: str) -> int:
-        change = self._changes.get(tensor)
+        change = self.changes.get(tensor)
         own = change.own if change else tensor
         return self.base.block(own) if own else super().block(tensor)
 
     # ---- weights
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
-        change = self._changes.get(tensor)
+        change = self.changes.get(tensor)
         if change is None:
             self.base.read_into(tensor, out, start)
         elif not (change.low_rank or change.shift or change.rows):
             self._read_origin(change, out, start)
         else:
-            step = self.block(tensor)
-            for begin in range(0, out.numel(), step):
-                piece = out[begin : begin + step]
-                exact = piece if out.dtype == torch.float64 else torch.empty_like(piece, dtype=torch.float64)
-                self._read_changed(tensor, change, exact, start + begin)
-                if exact is not piece:
-                    piece.copy_(exact)
+            self._in_pieces(tensor, out, start, lambda piece, at: self._read_changed(tensor, change, piece, at))
+
+    def read_change_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
+        """What the adapter adds to the base's entries: B A alone, or the difference where it is no sum of that kind."""
+        change = self.changes.get(tensor)
+        if change is None or not change.alters:
+            out.zero_()
+        elif change.is_sum:
+            self._in_pieces(tensor, out, start, lambda piece, at: self._add_parts(change, piece.zero_(), at))
+        else:
+            self._in_pieces(tensor, out, start, lambda piece, at: self._read_difference(tensor, change, piece, at))
+
+    def factors(self, low: LowRank, expert: int) -> tuple[Tensor, Tensor]:
+        """B (outputs, rank) and A (rank, inputs) of one of a parameter's matrices, as the adapter stores them."""
+        a, b = self._read(low.a), self._read(low.b)
+        a = a.reshape(low.experts, low.rank, -1)[expert]
+        return b.reshape(b.shape[0], low.rank, low.experts)[:, :, expert], a
+
+    def _in_pieces(self, tensor: str, out: Tensor, start: int, fill: Callable[[Tensor, int], object]) -> None:
+        """Fill `out` block by block in float64, whatever its dtype."""
+        step = self.block(tensor)
+        for begin in range(0, out.numel(), step):
+            piece = out[begin : begin + step]
+            exact = piece if out.dtype == torch.float64 else torch.empty_like(piece, dtype=torch.float64)
+            fill(exact, start + begin)
+            if exact is not piece:
+                piece.copy_(exact)
+
+    def _read_difference(self, tensor: str, change: Change, out: Tensor, start: int) -> None:
+        self._read_changed(tensor, change, out, start)
+        before = torch.empty_like(out)
+        self.base.read_into(change.own or tensor, before, start)
+        out -= before
 
     def _read_origin(self, change: Change, out: Tensor, start: int) -> None:
         """What the adapter's changes are added to."""
@@ -152,17 +178,19 @@ class AdaptedCheckpoint(FileCheckpoint):
             assert change.own is not None
             self.base.read_into(change.own, out, start)
 
-    def _read_changed(self, tensor: str, change: Change, out: Tensor, start: int) -> None:
-        self._read_origin(change, out, start)
-        columns = prod(change.spec.shape[1:])
-        low = change.low_rank
-        if low:
-            self._add(change, low, out, start)
-            if low.magnitude:
-                out *= self._dora(tensor, change, low)[_outputs(change, low, start, out.numel())]
+    def _add_parts(self, change: Change, out: Tensor, start: int) -> None:
+        if change.low_rank:
+            self._add(change, change.low_rank, out, start)
         if change.shift:
             vector, scale = change.shift
             out += self._read(vector).view(-1)[start : start + out.numel()].double() * scale
+
+    def _read_changed(self, tensor: str, change: Change, out: Tensor, start: int) -> None:
+        self._read_origin(change, out, start)
+        low, columns = change.low_rank, prod(change.spec.shape[1:])
+        self._add_parts(change, out, start)
+        if low and low.magnitude:  # of a matrix, which has no shift
+            out *= self._dora(tensor, change, low)[_outputs(change, low, start, out.numel())]
         if change.rows:
             table, first = self._read(change.rows[0]).view(-1, columns), start // columns
             rows = change.rows[1][bisect_left(change.rows[1], (first,)) :]
@@ -220,7 +248,7 @@ def adapted_alone(ref: ModelRef) -> AdaptedCheckpoint:
     settings = parse_adapter_config(read_json(folder / ADAPTER_CONFIG, str(ref)), str(ref))
     named = settings.base_model_name_or_path or ""
     try:
-        base = _named_base(ref, named, settings.revision)
+        base = named_base(ref, named, settings.revision)
     except CheckpointError as error:
         raise CheckpointError(
             f"{ref} is an adapter, and its base cannot be found by what its config says ({error}): write "
@@ -229,7 +257,7 @@ def adapted_alone(ref: ModelRef) -> AdaptedCheckpoint:
     return AdaptedCheckpoint(ref, open_checkpoint(base, complete=True), ref)
 
 
-def _named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
+def named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
     """A folder, as seen from the adapter's or from here; else a repository. On the Hub, a repository alone."""
     if ref.folder is not None and named.strip():
         places = (ref.folder / named, ref.folder.parent / named, Path(named))
@@ -241,5 +269,5 @@ def _named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
     return ModelRef.on_hub(f"{named}@{revision}" if revision else named)
 
 
-def _last_part(name: str) -> str:
+def last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()

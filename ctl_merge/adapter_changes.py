@@ -48,6 +48,16 @@ class Change:
         parts = (low and low.a, low and low.b, self.shift and self.shift[0], self.rows and self.rows[0])
         return tuple(part for part in parts if part)
 
+    @property
+    def alters(self) -> bool:
+        """Whether the tensor differs from the base's, and is not only stored apart from what it was tied to."""
+        return bool(self.stored or self.low_rank or self.shift or self.rows)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is the base's tensor and something that does not depend on that."""
+        return not (self.stored or self.rows or (self.low_rank and self.low_rank.magnitude))
+
 
 class Matcher:
     """Matches the adapter to its base. Raises CheckpointError where a tensor of it fits nowhere."""

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 import ctl_merge
-from ctl_merge.document import Document
-from ctl_merge.errors import RecipeError
+from ctl_merge.markdown import code, escaped, fenced
 from ctl_merge.plan import Plan, parameter_ranges
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
 
 RECIPE = "ctl_merge_recipe.yaml"
 
 
 def build_card(
-    plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str, attached: str = ""
-) -> str:
+    plan: Plan, manifest: dict[str, Any], licences: dict[ModelRef, str | None], title: str, public: PublicRecipe,
+    attached: str = "", results: Sequence[Mapping[str, Any]] = (),
+) -> str:  # fmt: skip
     """README.md of the merged model: the Hub's metadata, then text.
 
-    `licences`: of each source, in the manifest's order; None where it states none.
+    licences: of each source, in the manifest's order; None where it states none. attached: Markdown, as it is.
+    results: of evaluations, as the Hub's model-index has them: each with `task`, `dataset` and `metrics`.
     """
     agreed = set(licences.values())
     licence = agreed.pop() if len(agreed) == 1 else None
@@ -33,32 +34,61 @@ def build_card(
         "tags": ["merge", "ctl-merge", plan.method.name],
         "license": licence,
     }
-    front = yaml.safe_dump({k: v for k, v in metadata.items() if v}, sort_keys=False, allow_unicode=True)
     if not metadata["base_model"]:
-        front = front.replace("base_model_relation: merge\n", "")  # it says what the relation to base_model is
+        del metadata["base_model_relation"]  # it says what the relation to base_model is
     licence_note = "" if licence else _licence_note(licences)
-    return f"---\n{front}---\n\n" + "\n".join(
+    local = [code(f"./{source['model']}") for source in manifest["sources"] if source.get("local")]
+    local_note = f"\nOf local folders only the names are told: {', '.join(local)}.\n" if local else ""
+    return _front({key: value for key, value in metadata.items() if value}, title, results) + "\n".join(
         [
-            f"# {title}\n",
+            f"\n# {escaped(title)}\n",
             f"A merge of models made with ctl-merge {ctl_merge.__version__} by `{plan.method.name}`"
             f"{_paper(plan)}: {_lower(plan.method.summary)}\n",
             "## Models\n",
             *_table(plan, manifest, licences),
+            local_note,
             licence_note,
             attached,
-            "## Recipe\n",
-            f"{_fence(plan.recipe.text)}yaml\n{plan.recipe.text.rstrip()}\n{_fence(plan.recipe.text)}\n",
+            recipe_section(public.text),
             "## How it was made\n",
-            *(f"- {line}" for line in (*manifest["decisions"], *manifest["warnings"])),
+            *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
             "\n## Make it again\n",
-            f"The recipe above is the file `{RECIPE}`. Branches move: for the same sources write the commits of the "
-            "table after the names, as in `org/name@commit`; folders are looked for beside the recipe. "
-            "`merge_manifest.json` lists every source and weight file with its size and, unless it was made with "
-            "`--no-hash`, its sha256.\n",
-            f"```console\n$ pip install ctl-merge=={ctl_merge.__version__}\n$ ctl-merge {RECIPE} -o merged\n```\n",
+            f"The recipe above is the file `{RECIPE}`; `merge_manifest.json` lists every source with its commit, and "
+            "every weight file with its size and, unless it was made with `--no-hash`, its sha256. In a folder with "
+            "these files,\n",
+            f"```console\n$ pip install ctl-merge=={ctl_merge.__version__}\n$ ctl-merge reproduce .\n```\n",
+            "makes the merge again from the same commits and says whether it is the same to the byte"
+            + ("; local models are given with `--source NAME=FOLDER`.\n" if local else ".\n"),
         ]
     )
+
+
+def with_results(card: str, title: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The card with these results of evaluations (as in `build_card`) in its metadata, in place of any before."""
+    before, front, text = card.split("---\n", 2)
+    if before:
+        raise ValueError("the card has no metadata")
+    metadata = yaml.safe_load(front)
+    metadata.pop("model-index", None)
+    return _front(metadata, title, results) + text
+
+
+def _front(metadata: dict[str, Any], title: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The card's metadata, with results as the Hub's model-index; KeyError where one lacks what that needs."""
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+    if results:
+        _, flat = model_index_to_eval_results([{"name": title, "results": list(results)}])
+        metadata = metadata | {"model-index": _filled(eval_results_to_model_index(title, flat))}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10**9)}---\n"
+
+
+def _filled(value: Any) -> Any:
+    """Without entries that are None."""
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _paper(plan: Plan) -> str:
@@ -66,12 +96,9 @@ def _paper(plan: Plan) -> str:
     return f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
 
 
-def _fence(text: str) -> str:
-    """Backticks that the text cannot close."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return fence
+def recipe_section(text: str) -> str:
+    """The recipe, as others may read it."""
+    return f"## Recipe\n\n{fenced(text, 'yaml')}"
 
 
 def _lower(sentence: str) -> str:
@@ -92,16 +119,16 @@ def _table(plan: Plan, manifest: dict[str, Any], refs: Iterable[ModelRef]) -> li
     parameters = _described(plan)
     under = {source.get("adapter_on") for source in manifest["sources"]}
     for source, ref in zip(manifest["sources"], refs, strict=True):
-        name = f"`{source['model']}`"
+        name = code(source["model"], in_table=True)
         if "commit" in source:
             link = f"https://huggingface.co/{source['model']}/tree/{source['commit']}"
-            name = f"[{source['model']}]({link}) at `{source['commit'][:12]}`"
+            name = f"[{escaped(source['model'])}]({link}) at `{source['commit'][:12]}`"
         models = [r for r in plan.recipe.refs if ref in (r, r.adapter)]  # which the source is, or is the adapter of
         role = _role(plan, models, source["model"] in under)
         if "adapter_on" in source:
-            role += f", adapter on `{source['adapter_on']}`"
+            role += f", adapter on {code(source['adapter_on'], in_table=True)}"
         own = (", ".join(parameters[m, n] for m in models if (m, n) in parameters) for n in names)
-        lines.append(f"| {name} | {role} |" + "".join(f" {value} |" for value in own))
+        lines.append(f"| {name} | {role} |" + "".join(f" {escaped(value)} |" for value in own))
     return lines
 
 
@@ -120,15 +147,3 @@ def _described(plan: Plan) -> dict[tuple[ModelRef, str], str]:
             key = (source.ref, name)
             found[key] = f"{found[key]}, {value}" if key in found else str(value)
     return found
-
-
-def stated_licence(folder: Path | None) -> str | None:
-    """The licence in the metadata of a model's own card, if it is there."""
-    try:
-        text = (folder / "README.md").read_text("utf-8") if folder else ""
-        before, front, _ = text.split("---", 2)
-        data = Document.parse(front)[0].data
-    except (OSError, ValueError, RecipeError):
-        return None
-    licence = data.get("license") if isinstance(data, dict) and not before.strip() else None
-    return licence if isinstance(licence, str) else None

@@ -44,7 +44,7 @@ def check(path: str | Path) -> Checked:
 
 
 def _difference(row: Row) -> str:
-    return f"{row.subject}{', refused' if row.verdict == 'refused' else ''}: {row.note}"
+    return f"{row.subject}{'' if row.verdict == 'ours' else f', {row.verdict}'}: {row.note}"
 
 
 def _ordered(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:

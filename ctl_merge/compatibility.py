@@ -29,6 +29,7 @@ from ctl_merge.traits import (
     rescales,
     revision_beside_a_model,
     shared_below_a_model,
+    stacks,
     tokenizer,
     unknown_keys,
     value,
@@ -99,9 +100,13 @@ KEYS: tuple[Row, ...] = (
     Row(
         "`slices`", "ours",
         "every setting of the config that follows from a layer's number is adapted; mergekit sets the depth",
-        anywhere("slices"),
+        stacks,
     ),
     Row("`residual_weight`", "refused", "mergekit reads it and does nothing with it", anywhere("residual_weight")),
+    Row(
+        "`override_architecture` of a model", "refused", "it chooses a table of mergekit's: tensors are known by name",
+        anywhere("override_architecture"),
+    ),
     Row(
         "`revision` beside a model", "refused", "mergekit ignores it: write `model: org/name@revision`",
         revision_beside_a_model,
@@ -130,7 +135,7 @@ VOCABULARY: tuple[Row, ...] = (
     ),
     Row(
         "`union`: tokens of a BPE core", "ours",
-        "join the core with their merges, so that they are used; there they become literal text, which is never met",
+        "join the core with their merges; there they become literal text: met inside of words, or, with a blank, never",
         tokenizer("union"),
     ),
     Row("`union`: ids of new tokens", "ours", "by model, then id; there in any order", tokenizer("union")),
@@ -162,7 +167,7 @@ VOCABULARY: tuple[Row, ...] = (
 )  # fmt: skip
 
 _OURS = (
-    "consensus", "fisher", "iso_c", "iso_cts", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv", "wudi",
+    "consensus", "fisher", "iso_c", "iso_cts", "knots", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv", "wudi",
 )  # fmt: skip
 
 METHODS: tuple[Row, ...] = (
@@ -190,7 +195,8 @@ METHODS: tuple[Row, ...] = (
         method("breadcrumbs", "breadcrumbs_ties"),
     ),
     Row(
-        "weights that sum to 0, with `normalize`", "refused", "mergekit does not divide then", nothing,
+        "weights that sum to 0, with `normalize`", "refused",
+        "mergekit then does not divide, or (`linear`, `multislerp`) gives infinity or NaN", nothing,
     ),
     Row(
         "`sce`", "ours",
@@ -207,7 +213,7 @@ METHODS: tuple[Row, ...] = (
         "`nuslerp`", "more exact", "vectors shorter than 1e-7 keep their angle", method("nuslerp"),
     ),
     Row(
-        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there",
+        "`multislerp`", "more exact", "directions that cancel are added and reported; an error there, except for two",
         method("multislerp"),
     ),
     Row("`karcher`", "more exact", "`tol` is an angle only; there it also zeroes small tensors", method("karcher")),
@@ -237,7 +243,7 @@ MIXTURES: tuple[Row, ...] = (
         "DeepSeek MoE", "refused", "transformers has no class for it",
         both(a_mixture, lambda data: str(data.get("architecture")).lower().startswith("deepseek")),
     ),
-    Row("all experts one model", "ours", "a warning; an error there", nothing),
+    Row("all experts one model", "ours", "a warning; an error there where gates come from prompts", nothing),
 )  # fmt: skip
 
 ROWS = (*KEYS, *VOCABULARY, *METHODS, *MIXTURES)

@@ -88,7 +88,9 @@ class _Guard:
 
     def visit(self, node: yaml.Node, above: tuple[int, ...]) -> None:
         self.seen += 1
-        if self.seen > _MAX_NODES or id(node) in above or len(above) > 100:
+        if self.seen > _MAX_NODES:
+            raise RecipeError(f"{self.name}: more than {_MAX_NODES:,} values, with aliases written out: shorten it")
+        if id(node) in above or len(above) > 100:
             raise RecipeError(f"{self.name}: the YAML expands without end (aliases or nesting): write it out plainly")
         above = (*above, id(node))
         if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > _MAX_DIGITS:

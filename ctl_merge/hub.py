@@ -13,8 +13,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctl_merge.errors import HubError
@@ -33,11 +35,14 @@ UNSAFE_REVISION = re.compile(UNSAFE_PATH.pattern + r"|\.\.|[\s~^:?*\[\\]")  # gi
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a repository: its size in bytes and, for large files, the sha256 that the Hub publishes."""
+    """One file of a repository: its size in bytes and, for large files, the sha256 that the Hub publishes; `blob` is
+    what git calls the content.
+    """
 
     path: str
     size: int
     sha256: str | None
+    blob: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,25 +73,45 @@ class HubSnapshot:
         raise HubError(f"{self}, {path}: {problem}")
 
 
+_pins: ContextVar[Mapping[tuple[str, str], str]] = ContextVar("pins", default={})  # noqa: B039
+
+
+@contextmanager
+def pinned(commits: Mapping[tuple[str, str], str]) -> Iterator[None]:
+    """Within, `resolve` takes a repository's revision to be the commit that stands here, wherever a branch is now."""
+    token = _pins.set(commits)
+    try:
+        yield
+    finally:
+        _pins.reset(token)
+
+
 def resolve(repo_id: str, revision: str | None = None) -> HubSnapshot:
     """Pin a branch, tag or commit (default "main") to its commit and list the files there, in one request.
 
     HubError if there is no such repository or revision, or if the Hub cannot be reached and the cache has no copy.
     """
+    revision = revision or "main"
+    check_names(repo_id, revision)
+    where = f"{repo_id}@{revision}"
+    commit = _pins.get().get((repo_id, revision), revision)
+    try:
+        return replace(listing(repo_id, commit), revision=revision)
+    except failures() as error:
+        if out_of_reach(error) and (snapshot := _from_cache(repo_id, commit)):
+            logger.warning("%s: the Hub is out of reach; the local cache has commit %s", where, snapshot.commit)
+            return replace(snapshot, revision=revision)
+        raise HubError(f"{where}: {explain(error, repo_id)}") from error
+
+
+def listing(repo_id: str, revision: str) -> HubSnapshot:
+    """The repository as the Hub has it now. Raises what the client raises, and HubError where it is no Hub's answer."""
     from huggingface_hub import HfApi, constants
 
-    revision = revision or "main"
-    _check_names(repo_id, revision)
     where = f"{repo_id}@{revision}"
-    try:
-        info = HfApi().model_info(
-            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
-    except failures() as error:
-        if out_of_reach(error) and (snapshot := _from_cache(repo_id, revision)):
-            logger.warning("%s: the Hub is out of reach; the local cache has commit %s", where, snapshot.commit)
-            return snapshot
-        raise HubError(f"{where}: {explain(error, repo_id)}") from error
+    info = HfApi().model_info(
+        repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
     if not COMMIT.fullmatch(str(info.sha)):
         raise HubError(f"{where}: {NO_HUB}")
     files = []
@@ -96,7 +121,7 @@ def resolve(repo_id: str, revision: str | None = None) -> HubSnapshot:
         if size is None or UNSAFE_PATH.search(path):
             problem = "has no size" if size is None else "is not a path inside the repository"
             raise HubError(f"{where}, {path!r}: this file {problem}. Tell the owner of the repository.")
-        files.append(HubFile(path, size, lfs.sha256 if lfs else None))
+        files.append(HubFile(path, size, lfs.sha256 if lfs else None, sibling.blob_id))
     return HubSnapshot(repo_id, revision, str(info.sha), tuple(files), None)
 
 
@@ -181,7 +206,8 @@ def check_space(needed: int) -> None:
         )
 
 
-def _check_names(repo_id: str, revision: str) -> None:
+def check_names(repo_id: str, revision: str) -> None:
+    """Refuse names that no repository or revision can have. Raises HubError."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

@@ -29,6 +29,20 @@ EXPLANATIONS: dict[str | int, str] = {
     404: f"not found. Check the name at {{page}}; if the repository is private, {LOG_IN}.",
     429: "too many requests. Wait a few minutes and run again.",
 }
+BROKEN_OUT = "no connection to the Hub, or it broke ({kind}). Check it and run again: what was sent is not sent again."
+# Where a push differs.
+BAD_CARD = "Invalid metadata in README.md."  # as the client says it
+EXPLANATIONS_OUT: dict[str | int, str] = {
+    "LocalTokenNotFoundError": f"a push needs a token that may write: {LOG_IN}.",
+    "RepositoryNotFoundError": f"no such repository, or a private one. Check the name, and {LOG_IN}.",
+    "OfflineModeIsEnabled": "offline mode is on. Unset HF_HUB_OFFLINE and run again.",
+    "TransportError": BROKEN_OUT,
+    "ConnectionError": BROKEN_OUT,
+    "TimeoutError": BROKEN_OUT,
+    403: f"the token may not write there. With one that may, {LOG_IN}; or ask for the change with --create-pr.",
+    409: "another change is going on there. Run again.",
+    412: "the branch moved in the meantime. Look at it, then run again.",
+}
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -43,30 +57,44 @@ def _names(error: BaseException) -> list[str]:
     return [kind.__name__ for kind in type(error).__mro__]
 
 
-def _status(error: BaseException) -> int:
+def status_of(error: BaseException) -> int:
     """The HTTP status that the Hub answered with; 0 if there was no answer."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0))
+    return int(getattr(getattr(_root(error), "response", None), "status_code", 0))
+
+
+def _root(error: BaseException) -> BaseException:
+    """The request that failed, where the client says something else of it: "not in the cache", "while uploading"."""
+    wrapped = {"LocalEntryNotFoundError", "RuntimeError", "ValueError"} & set(_names(error))
+    return error.__cause__ if wrapped and error.__cause__ else error
 
 
 def out_of_reach(error: BaseException) -> bool:
     """Whether the Hub did not answer, or only with its own failure, so that a copy in the cache may stand in."""
     reason = next((name for name in _names(error) if name in EXPLANATIONS), "")
-    return reason in ("TransportError", "OfflineModeIsEnabled") or _status(error) >= 500
+    return reason in ("TransportError", "OfflineModeIsEnabled") or status_of(error) >= 500
 
 
-def explain(error: BaseException, repo_id: str) -> str:
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may do better in a moment."""
+    return "TransportError" in _names(_root(error)) or status_of(error) == 429 or status_of(error) >= 500
+
+
+def explain(error: BaseException, repo_id: str, writing: bool = False) -> str:
     """What went wrong and what to do next."""
-    if "LocalEntryNotFoundError" in _names(error) and error.__cause__:
-        error = error.__cause__  # the request that failed before the client looked into its cache
-    status = _status(error)
+    if str(error).startswith(BAD_CARD):
+        return f"the Hub refuses the metadata of README.md:{str(error).removeprefix(BAD_CARD)}"
+    error, status = _root(error), status_of(error)
+    known = EXPLANATIONS | EXPLANATIONS_OUT if writing else EXPLANATIONS
     for key in (*_names(error), status):
-        if key in EXPLANATIONS:
-            return EXPLANATIONS[key].format(page=f"https://huggingface.co/{repo_id}", kind=type(error).__name__)
+        if key in known:
+            return known[key].format(page=f"https://huggingface.co/{repo_id}", kind=type(error).__name__)
     if status >= 500:
         return f"the Hub itself fails (HTTP {status}). Run again later; https://status.huggingface.co may tell more."
     if status:
         return f"the Hub refuses the request (HTTP {status})."
     if isinstance(error, OSError) and error.errno is not None:
+        if writing:
+            return f"a file cannot be read: {error.strerror}."
         return f"the local cache cannot be used: {error.strerror}. Free space there or set HF_HOME elsewhere."
     kind = type(error).__name__
     return f"the transfer failed or was not whole ({kind}). Run again; if it fails again, with HF_HUB_DISABLE_XET=1."

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ctl_merge.methods import Method, Parameter, registry
-from ctl_merge.methods.parameters import EXPONENT
+from ctl_merge.methods.parameters import NUMBER
 from ctl_merge.moe_schema import MixtureSchema
 from ctl_merge.recipe_schema import RecipeSchema
 
@@ -59,8 +59,8 @@ def _setting(parameter: Parameter) -> dict[str, Any]:
     text = value.pop("description", "")
     if parameter.type_is_bool:
         value = {"anyOf": [value, {"enum": [0, 1]}]}
-    elif "'number'" in str(value):  # without a point, YAML 1.1 takes 1e-10 for text
-        value = {"anyOf": [value, {"type": "string", "pattern": f"^{EXPONENT.pattern}$"}]}
+    elif "'number'" in str(value) or "'integer'" in str(value):  # YAML 1.1 takes 1e-10, without a point, for text
+        value = {"anyOf": [value, {"type": "string", "pattern": f"^{NUMBER.pattern}$"}]}
     gradient = {"type": "array", "items": value, "minItems": 1}
     choice = {
         "type": "object",

@@ -8,6 +8,7 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ import torch
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.finished import sha256_of
+from ctl_merge.hub_push import Outgoing
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.plan import parameter_ranges
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard
 
@@ -26,15 +30,21 @@ Map = Callable[[Callable[[Path], str], Iterable[Path]], Iterator[str]]
 def build_manifest(
     merged: MergedCheckpoint,
     checkpoints: Mapping[ModelRef, FileCheckpoint],
+    public: PublicRecipe,
     folder: Path,
     shards: tuple[Shard, ...],
     devices: Mapping[str, str],
     hash_with: Map | None,
+    gone: Mapping[str, Outgoing] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The manifest of a written merge. `hash_with` maps a function over files, maybe in parallel; None hashes none."""
+    """The manifest of a written merge.
+
+    shards, gone: the weight files, those of `gone` (by name) sent away already. `hash_with` maps a function over files,
+    maybe in parallel; None hashes none.
+    """
     plan = merged.plan
     output = [folder / shard.file for shard in shards]
-    hashes = _hashes(_to_hash(checkpoints, output), hash_with)
+    hashes = _hashes(_to_hash(checkpoints, [path for path in output if path.name not in gone]), hash_with)
     operations = Counter(tensor.operation for tensor in plan.tensors.values())
     tensors = {
         "merged": operations["merge"], "copied": operations["copy"],
@@ -48,14 +58,12 @@ def build_manifest(
             "python": platform.python_version(),
         },
         "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,
-        "recipe_sha256": hashlib.sha256(plan.recipe.text.encode()).hexdigest(),
-        "sources": [_source(ref, checkpoint, hashes) for ref, checkpoint in checkpoints.items()],
+        "recipe_sha256": hashlib.sha256(public.text.encode()).hexdigest(),
+        "sources": [_source(ref, checkpoint, public, hashes) for ref, checkpoint in checkpoints.items()],
         "tensors": tensors, "devices": dict(Counter(devices.values())),
-        "decisions": [_without_paths(line, checkpoints) for line in (*plan.decisions, *method_notes(merged))],
-        "warnings": [_without_paths(line, checkpoints) for line in plan.warnings],
-        "output": [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": hashes.get(path)} for path in output
-        ],
+        "decisions": [public.line(line) for line in (*plan.decisions, *method_notes(merged))],
+        "warnings": [public.line(line) for line in plan.warnings],
+        "output": [_written(path, gone.get(path.name), hashes) for path in output],
     }  # fmt: skip
 
 
@@ -63,14 +71,6 @@ def method_notes(merged: MergedCheckpoint) -> list[str]:
     """What the method has to say of its measures, now that they are taken."""
     note = merged.method.report(merged.measured()) if merged.method.report else None
     return [note] if note else []
-
-
-def _without_paths(line: str, refs: Iterable[ModelRef]) -> str:
-    """Folders by name alone: where they lie on this machine is nobody else's business."""
-    for ref in sorted(refs, key=lambda ref: -len(ref.text)):
-        if ref.folder is not None and "/" in ref.text:
-            line = line.replace(ref.text, ref.folder.name)
-    return line
 
 
 def dump(manifest: Mapping[str, Any]) -> str:
@@ -84,24 +84,26 @@ def _to_hash(checkpoints: Mapping[ModelRef, FileCheckpoint], output: list[Path])
 
 
 def _hashes(paths: list[Path], hash_with: Map | None) -> dict[Path, str]:
-    return dict(zip(paths, hash_with(_sha256, paths), strict=True)) if hash_with else {}
+    return dict(zip(paths, hash_with(sha256_of, paths), strict=True)) if hash_with else {}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _written(path: Path, sent: Outgoing | None, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    if sent is not None:
+        return {"file": path.name, "bytes": sent.size, "sha256": sent.sha256}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": hashes.get(path)}
 
 
-def _source(ref: ModelRef, checkpoint: FileCheckpoint, hashes: Mapping[Path, str]) -> dict[str, Any]:
+def _source(
+    ref: ModelRef, checkpoint: FileCheckpoint, public: PublicRecipe, hashes: Mapping[Path, str]
+) -> dict[str, Any]:
     snapshot = checkpoint.snapshot
     published = {file.path: file.sha256 for file in snapshot.files} if snapshot else {}
     files = [
         {"file": file, "bytes": size, "sha256": published.get(file) or hashes.get(checkpoint.folder / file)}
         for file, size in sorted(checkpoint.file_sizes.items())
     ]
-    on = {"adapter_on": checkpoint.applied_to.short} if checkpoint.applied_to else {}
+    on = {"adapter_on": public.name(checkpoint.applied_to)} if checkpoint.applied_to else {}
     if snapshot:
         pinned = {"revision": snapshot.revision, "commit": snapshot.commit}
         return {"model": snapshot.repo_id, **on, **pinned, "files": files}
-    assert ref.folder is not None
-    return {"model": ref.folder.name, **on, "local": True, "files": files}
+    return {"model": public.name(ref), **on, "local": True, "files": files}

@@ -100,6 +100,15 @@ class MergedCheckpoint(Checkpoint):
         for begin in range(start - start % step if whole else start, stop, step):
             yield begin, min(begin + step, plan.spec.numel if whole else stop)
 
+    def coefficients(self, tensor: str) -> list[float] | None:
+        """The c of a linear method's Σ c x, in the order of the tensor's inputs; None where the method is none."""
+        plan = self.plan.tensors[tensor]
+        if not self.method.linear or plan.operation == "copy":
+            return None
+        each = torch.eye(len(plan.inputs), dtype=torch.float64)
+        results = {name: result for name, result in self._results(plan).items() if name in self._accepted}
+        return self.method.function(each, **self._arguments(plan, each, 0), **results).tolist()
+
     # ---- one chunk
 
     def _merge(self, plan: TensorPlan, start: int, count: int, results: Results) -> Tensor:

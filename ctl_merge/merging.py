@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,14 +20,18 @@ import ctl_merge
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
-from ctl_merge.card import RECIPE, build_card, stated_licence
+from ctl_merge.card import RECIPE, build_card
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
+from ctl_merge.front_matter import stated_licence
+from ctl_merge.hub_push import Outgoing
 from ctl_merge.loadable import check_stack
+from ctl_merge.lora_output import LoraOutput
+from ctl_merge.lora_writing import write_merged_adapter
 from ctl_merge.manifest import build_manifest, dump
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -35,9 +39,11 @@ from ctl_merge.moe import plan_mixture
 from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
+from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
+from ctl_merge.shard_stream import ShardStream
 from ctl_merge.sizes import format_size, parse_size
 from ctl_merge.step import StepCheckpoint
 from ctl_merge.stored import open_checkpoint
@@ -101,6 +107,16 @@ class Merge:
         if plan.method.statistic:
             self.merged.evidence = self._evidence
         self.shards = plan_shards(plan.specs, self.shard_bytes)
+        self.lora = self._adapter_of(plan) if self.recipe.lora else None
+
+    def _adapter_of(self, plan: Plan) -> LoraOutput:
+        """The adapter that is written instead of a model; the plan then tells of it too."""
+        lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
+        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        self.plan = replace(plan, decisions=decisions, warnings=warnings)
+        self.merged.plan = lora.lazy.plan = self.plan
+        self.shards = (lora.shard,)
+        return lora
 
     @cached_property
     def _evidence(self) -> TextEvidence | PrefixEvidence:
@@ -147,6 +163,7 @@ class Merge:
 
     def _memory_bound(self) -> int:
         held = sum(checkpoint.held_bytes for checkpoint in self.checkpoints.values())
+        held += self.workers * self.lora.fitting_bytes if self.lora else 0
         return memory_bound(self.merges, self.workers) + held
 
     def _limit_memory(self, limit: int | None) -> None:
@@ -161,24 +178,34 @@ class Merge:
 
     def summary(self) -> dict[str, Any]:
         """The plan and its cost as plain data, from headers alone."""
-        cost = estimate(self.plan, self.merged, self.checkpoints, self.shards, self._memory_bound())
+        lazy, read = self.merged, self.checkpoints
+        if self.lora and not self.lora.needs_base:
+            lazy, read = self.lora.lazy, self.lora.views
+        cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
         return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
 
     def write(
         self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
-        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None,
+        meter: Meter = no_meter, attach: Callable[[Path], str] | None = None, stream: ShardStream | None = None,
     ) -> MergeResult:  # fmt: skip
         """Merge into the folder `output`, which appears whole or not at all.
 
         Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
         `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes. `attach(folder)` may put
-        files into the folder before it is whole, and gives Markdown for the card.
+        files into the folder before it is whole, and gives Markdown for the card. `stream` takes each shard away once
+        it is whole, and everything in the end: the folder then keeps all but the weights.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
+        sizes = sorted((shard.nbytes for shard in self.shards), reverse=True)
         with disk_errors(target.final):
-            target.check(sum(shard.nbytes for shard in self.shards))
+            target.check(sum(sizes[:2] if stream else sizes))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+        if self.lora:
+            manifest = write_merged_adapter(
+                self, self.lora, target, self._fingerprint(), hash_files=hash_files, meter=meter, attach=attach
+            )
+            return MergeResult(target.final, manifest, 0)
         self.fetch()
         folder = target.open(self._fingerprint())
         try:
@@ -186,10 +213,17 @@ class Merge:
                 passes = self.merged.model_passes
                 with meter("measuring", passes * len(self.plan.tensors)) if passes else nullcontext() as told:
                     self.merged.measure(_telling(mapped, told))
-            with meter("merging", sum(shard.nbytes for shard in self.shards)) as told:
-                resumed = ShardWriter(folder, self.shards, self.merged).write(self.workers, told)
+            shards = stream.begin(folder, self.shards) if stream else self.shards
+            with meter("merging", sum(shard.nbytes for shard in shards)) as told:
+                writer = ShardWriter(folder, shards, self.merged, stream.send if stream else None)
+                resumed = writer.write(self.workers, told)
+            resumed += len(self.plan.tensors) - sum(len(shard.specs) for shard in shards)
             with disk_errors(folder):
-                manifest = self._finish(folder, hash_files, attach(folder) if attach else "")
+                attached = attach(folder) if attach else ""
+                manifest = self._finish(folder, hash_files, attached, stream.sent if stream else {})
+            if stream:
+                stream.commit()  # until this is done, --resume can go on
+            with disk_errors(folder):
                 target.commit()
         finally:
             target.close()
@@ -235,16 +269,19 @@ class Merge:
         config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
         (folder / "config.json").write_bytes(config)
 
-    def _finish(self, folder: Path, hash_files: bool, attached: str) -> dict[str, Any]:
+    def _finish(self, folder: Path, hash_files: bool, attached: str, gone: Mapping[str, Outgoing]) -> dict[str, Any]:
         """All that is not weights; index and config last, as readers look for those first."""
-        (folder / RECIPE).write_text(self.recipe.text, "utf-8")
+        public = PublicRecipe.of(self.recipe, self.sources)
+        (folder / RECIPE).write_text(public.text, "utf-8")
         with pool(self.workers) as mapped:
+            hashed = mapped if hash_files else None
             manifest = build_manifest(
-                self.merged, self.sources, folder, self.shards, self.devices, mapped if hash_files else None
-            )
+                self.merged, self.sources, public, folder, self.shards, self.devices, hashed, gone
+            )  # fmt: skip
+        manifest["max_shard_bytes"] = self.shard_bytes
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
-        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, attached), "utf-8")
+        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, public, attached), "utf-8")
         (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)

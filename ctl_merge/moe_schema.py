@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
 
+from ctl_merge.methods.parameters import NUMBER
 from ctl_merge.mixture import GATE_MODES, RANDOM, Expert, GateMode, Mixture
 from ctl_merge.moe_families import named, names, unknown
 from ctl_merge.problems import Place, Problems, nearest
@@ -15,12 +15,11 @@ from ctl_merge.recipe_schema import Dtype
 from ctl_merge.reference import ModelRef
 
 _MODEL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 takes 1e-1, without a point, for text."""
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+    """YAML 1.1 takes 1e-1, without a point, for text; and people put numbers in quotes."""
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
 Number = Annotated[FiniteFloat, BeforeValidator(_number)]

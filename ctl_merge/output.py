@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ctl_merge.errors import OutputError
@@ -16,7 +17,8 @@ from ctl_merge.sizes import format_size
 
 MANIFEST = "merge_manifest.json"
 _FINGERPRINT = "fingerprint"
-_WORKING_FILES = ("journal", _FINGERPRINT)
+UPLOADED = "uploaded"
+WORKING_FILES = ("journal", _FINGERPRINT, UPLOADED)
 
 
 class OutputFolder:
@@ -35,7 +37,9 @@ class OutputFolder:
         self._lock: int | None = None
 
     def check(self, needed_bytes: int) -> None:
-        """Refuse early: a folder that exists, an unfinished merge, too little space. Changes nothing."""
+        """Refuse early: a folder that exists, an unfinished merge, too little space."""
+        if os.path.lexists(self.final):
+            self._clear_replaced()
         self._refuse_to_replace()
         unfinished = os.path.lexists(self.path)
         if unfinished and not _is_ours(self.path, MANIFEST, _FINGERPRINT):
@@ -90,23 +94,32 @@ class OutputFolder:
                     "--overwrite starts again, and loses it"
                 )
         with disk_errors(self.path):
+            marker.write_text("", "utf-8")  # the folder stays ours if this run ends before it is clear
             for left in self.path.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                if left != marker:
+                    _remove(left)
             marker.write_text(fingerprint, "utf-8")
 
     def commit(self) -> None:
         """Make the working folder the output. Refuses, as `check` does, what has come there in the meantime."""
         self._refuse_to_replace()
-        for name in _WORKING_FILES:
+        for name in WORKING_FILES:
             (self.path / name).unlink(missing_ok=True)
         if os.path.lexists(self.final):
             replaced = tempfile.mkdtemp(prefix=f".{self.final.name}.replaced.", dir=self.final.parent)
             os.rename(self.final, replaced)
-            os.rename(self.path, self.final)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(self.path, self.final)
+        os.rename(self.path, self.final)
+        self._clear_replaced()
         self.close()
+
+    def _clear_replaced(self) -> None:
+        """Earlier outputs whose replacement is in place, be they of a run that was killed before it deleted them."""
+        for replaced in self.final.parent.glob(f".{glob.escape(self.final.name)}.replaced.*"):
+            if _is_ours(replaced, MANIFEST):
+                with suppress(OSError):
+                    for path in sorted(replaced.iterdir(), key=lambda path: path.name == MANIFEST):  # the mark last
+                        _remove(path)
+                    replaced.rmdir()
 
     def close(self) -> None:
         """Release the lock; an uncommitted working folder stays for --resume."""
@@ -121,6 +134,10 @@ class OutputFolder:
             raise OutputError(f"{self.final} exists: choose another output, or --overwrite to replace it")
         if not _is_ours(self.final, MANIFEST):
             raise OutputError(f"{self.final} was not made by ctl-merge: delete it yourself, or choose another output")
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _is_ours(folder: Path, *markers: str) -> bool:

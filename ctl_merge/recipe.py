@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ctl_merge.methods import Method
 from ctl_merge.mixture import Mixture
 from ctl_merge.probing.rows import DataSpec
-from ctl_merge.recipe_schema import DataSchema, Dtype, ProbeSchema
+from ctl_merge.recipe_schema import DataSchema, Dtype, LoraSchema, ProbeSchema
 from ctl_merge.recipe_tokenizer import TokenizerSetting
 from ctl_merge.reference import ModelRef
 from ctl_merge.settings import Setting
@@ -75,6 +76,8 @@ class Recipe:
     steps: Mapping[str, Recipe] = field(default_factory=dict)  # earlier documents of the file, by name
     onlookers: tuple[ModelRef, ...] = ()  # among the models, and without a say in the vocabulary
     mixture: Mixture | None = None  # the models side by side, instead of merged
+    place: Path | None = None  # the file's folder, where relative paths are looked for too
+    lora: LoraSchema | None = None  # an adapter is written instead of a model
 
     @property
     def refs(self) -> tuple[ModelRef, ...]:

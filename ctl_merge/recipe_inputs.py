@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ctl_merge.methods import Method, Parameter
 from ctl_merge.problems import Place, Problems
@@ -21,12 +22,16 @@ class InputChecker:
 
     def whole(self, method: Method, sources: list[Source], base: ModelRef | None) -> list[Source]:
         """The inputs in the order in which the method sees them."""
-        if base is None or method.base == "none":
+        if base is None:
+            return sources
+        if method.base == "none":
+            if all(source.ref != base for source in sources):
+                self.problems.append((("base_model",), f"{method.name} takes no `base_model`: remove it"))
             return sources
         if method.space == "task_vectors":
             if any(source.ref == base and source.settings for source in sources):
                 self.warnings.append(_BASE_PARAMETERS)
-            return self._apart(sources, base)
+            return self._apart(method, sources, base)
         if all(source.ref != base for source in sources):
             sources = [*sources, Source(base)]
         return sorted(sources, key=lambda source: source.ref != base) if method.base == "required" else sources
@@ -46,28 +51,28 @@ class InputChecker:
         if method.space == "task_vectors":
             if any(source.settings for source in own):
                 self.warnings.append(_BASE_PARAMETERS)
-            return self._apart(sources, base), own[0] if own else None
+            return self._apart(method, sources, base), own[0] if own else None
         if method.base == "required":
             sources = sorted(sources, key=lambda source: source.ref != base)
         return sources, None
 
-    def _apart(self, sources: list[Source], base: ModelRef) -> list[Source]:
+    def _apart(self, method: Method, sources: list[Source], base: ModelRef) -> list[Source]:
         """The models whose task vectors count; the base's own, which is zero, where it is listed alone."""
         others = [source for source in sources if source.ref != base]
-        if not others and sources:
-            self.warnings.append(f"there is no model besides the base {base}: the output is the base")
-        return others or sources[:1]
+        if others or not sources:
+            return others
+        self.warnings.append(f"there is no model besides the base {base}: the output is the base")
+        needed = [name for name, parameter in method.parameters.items() if parameter.required and parameter.per_model]
+        without_effect = {name: Setting(((None, 1.0),)) for name in needed}
+        return [replace(sources[0], settings={**without_effect, **sources[0].settings})]
 
     def complete(
         self, at: Place, method: Method, sources: list[Source], shared: Mapping[str, Setting], base: ModelRef | None
     ) -> None:
         """What is missing as a whole: the base, models, required parameters. `at`: where the models are listed."""
         if method.base == "required" and base is None:
-            self.problems.append(
-                (("merge_method",), f"{method.name} needs a `base_model`: the model the others come from")
-            )
-        if method.base == "none" and base is not None and all(source.ref != base for source in sources):
-            self.problems.append((("base_model",), f"{method.name} takes no `base_model`: remove it"))
+            what = "that the others come from" if method.space == "task_vectors" else "of the two from which it starts"
+            self.problems.append((("merge_method",), f"{method.name} needs a `base_model`: the model {what}"))
         least, most = method.models
         if len(sources) < least or (most is not None and len(sources) > most):
             wanted = f"{least}" if least == most else f"at least {least}"

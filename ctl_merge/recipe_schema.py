@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt
 
 from ctl_merge.chat_template import TEMPLATES
 from ctl_merge.recipe_tokenizer import MODEL, TokenizerSchema
@@ -84,7 +84,7 @@ class ProbeSchema(BaseModel):
     """How the merge is to be probed: what `ctl-merge probe` takes as options."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    data: list[str] = Field(default_factory=list, description="NAME=FILE:column, FILE, or org/dataset:column@split")
+    data: list[str] = Field(default_factory=list, description="NAME=FILE:column or org/dataset[/config]:column@split")
     sequences: int = Field(default=64, ge=1, description="windows of each data set")
     length: int | None = Field(default=None, ge=2, description="tokens of a window; unset: 256, or a shorter context")
     chat: bool = Field(False, description="columns are user and assistant turns: use the tokenizer's template")
@@ -93,6 +93,28 @@ class ProbeSchema(BaseModel):
     null_vector: bool = Field(False, description="also probe a random task vector of the same size")
     scaling: bool = Field(False, description="also scale the task vectors down, to see where linearity must hold")
     base: str | None = Field(None, description="the model that the others come from, where the recipe names none")
+
+
+class LoraSchema(BaseModel):
+    """One LoRA adapter, merged from adapters on one base."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rank: Annotated[
+        Annotated[StrictInt, Field(ge=1)] | None,
+        BeforeValidator(
+            lambda value: None if value == "auto" else value, json_schema_input_type=int | Literal["auto"] | None
+        ),
+    ] = Field(None, description="of each module's matrices at most; `auto`: what the merge has, or `energy` needs")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="share of a module's squared change that is enough where it is approximated"
+    )
+
+
+class OutputSchema(BaseModel):
+    """What is written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    lora: LoraSchema = Field(description="`rank` and `energy` of the adapter, or {}")
 
 
 class RecipeSchema(BaseModel):
@@ -123,6 +145,13 @@ class RecipeSchema(BaseModel):
     )
     data: DataSchema | None = Field(None, description="texts for methods that measure the models on text")
     probe: ProbeSchema | None = Field(None, description="how `--probe` and `ctl-merge probe` look at the merge")
+    output: Annotated[
+        OutputSchema | None,
+        BeforeValidator(
+            lambda value: {"lora": {}} if value == "lora" else value,
+            json_schema_input_type=OutputSchema | Literal["lora"] | None,
+        ),
+    ] = Field(None, description="`lora`: one adapter, merged from adapters on one base, instead of a model")
     seed: StrictInt = Field(0, ge=0, description="seed of the methods that draw random numbers")
     missing: Literal["error", "base", "skip"] = Field(
         "error", description="tensors that only some models have: refuse, take the base's, or leave them out"

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from ctl_merge.methods import registry
 from ctl_merge.problems import Place, nearest
 from ctl_merge.recipe_schema import (
+    LoraSchema,
     ModelSchema,
     ModuleSchema,
+    OutputSchema,
     ProbeSchema,
     RecipeSchema,
     SliceSchema,
@@ -42,12 +44,20 @@ def _said(path: Place, kind: str, message: str, value: Any) -> str:
             message = "a revision is written after the model's name: `model: org/name@revision`"
         elif name == "residual_weight":
             message = "`residual_weight` has no effect in mergekit, nor here: remove it"
+        elif name == "override_architecture":
+            message = "`override_architecture` chooses one of mergekit's tables of tensors; here is none: remove it"
         elif any(name in method.parameters for method in registry().values()):
             message = f"{name!r} is a parameter: write it under `parameters`"
     elif kind == "model_type" and (path[:1] == ("modules",) or "slices" in path) and "sources" not in path:
         message = f"`{'.'.join(map(str, path))}` is a mapping of {', '.join(_keys_at((*path, '')))}, not {value!r}"
+    elif kind == "model_type" and path[0] == "output":
+        message = f"`output` is `lora`, or {{lora: {{rank: 16}}}}, not {value!r}"
     elif kind == "model_type":
         message = f"a model is written as `model: org/name`, with `parameters` beside it, not as {value!r}"
+    elif name == "layer_range" and kind in ("too_short", "too_long", "list_type"):
+        message = f"`layer_range` is [first, end], the layers from first on and before end, not {value!r}"
+    elif kind == "too_short":
+        message = f"`{'.'.join(map(str, path))}` is empty"
     elif kind == "missing":
         message = f"`{name}` is missing"
     else:
@@ -64,6 +74,7 @@ def _keys_at(path: Place) -> list[str]:
 _BELOW: Mapping[str, Any] = {
     "models": SourceSchema, "base_model": ModelSchema, "model": ModelSchema, "slices": SliceSchema,
     "sources": SliceSourceSchema, "modules": ModuleSchema, "probe": ProbeSchema,
+    "output": OutputSchema, "lora": LoraSchema,
 }  # fmt: skip
 _UNION_BRANCHES = {"str", "ModelSchema", "LongModelSchema"}
 

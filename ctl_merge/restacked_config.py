@@ -10,6 +10,7 @@ from typing import Any
 from ctl_merge.architecture import typed_config
 from ctl_merge.errors import MismatchError
 from ctl_merge.layers import DEPTH_KEYS
+from ctl_merge.model_config import with_changes
 
 # Lists with an entry for each layer. `layer_types` is how transformers says which layers have which attention.
 _PER_LAYER = re.compile(r"layer|block|rope|attention|attn|mlp|window|type|pattern|head|intermediate", re.IGNORECASE)
@@ -48,7 +49,7 @@ def restacked(config: Mapping[str, Any], runs: Sequence[Run], stack: str, depth:
             changes[*holder, name] = "".join(joined) if isinstance(value, str) else joined
     kinds = [kind for run in runs for kind in _kinds(run, holder)]
     if "layer_types" not in own and len(kinds) == total and len(set(kinds)) > 1:
-        changes[*holder, "layer_types"] = kinds
+        changes |= _written_out(config, changes, holder, kinds)
     return {path: value for path, value in changes.items() if own.get(path[-1]) != value}
 
 
@@ -102,6 +103,22 @@ def _kinds(run: Run, holder: Path) -> list[str]:
         typed = getattr(typed, step, None)
     kinds = getattr(typed, "layer_types", None)
     return list(kinds[run.first : run.end]) if isinstance(kinds, list | tuple) else []
+
+
+def _written_out(
+    config: Mapping[str, Any], changes: Mapping[Path, Any], holder: Path, kinds: list[str]
+) -> dict[Path, list[str]]:
+    """The key that says of what kind each layer is; none where the class derives the same, and takes no such key."""
+    derived: list[str] = []
+    for written in ({(*holder, "layer_types"): kinds}, {}):
+        derived = _kinds(Run(with_changes(config, {**changes, **written}), 0, len(kinds)), holder)
+        if derived == kinds:
+            return written
+    wrong = next((i for i, (one, other) in enumerate(zip(derived, kinds, strict=False)) if one != other), len(derived))
+    raise MismatchError(
+        f"a {config.get('model_type')} makes the kind of each layer of its number, and layer {wrong} of this stack "
+        f"would be another one than {kinds[wrong]}, which it is: choose layer_ranges that keep the pattern"
+    )
 
 
 def _at(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -33,7 +33,7 @@ def roles(opened: Merge, base: ModelRef | None) -> tuple[Checkpoint, dict[str, C
             "Give the model that all others were trained from: --base org/name or a folder, or `probe: {base: …}` "
             "in the recipe"
         )
-    same = [ref for ref in recipe.refs if _state(ref) == _state(chosen)]
+    same = [ref for ref in recipe.refs if model_state(ref) == model_state(chosen)]
     chosen = same[0] if same else chosen
     merged = opened.merged if same and _goes_in(opened, chosen) else _with_model(opened, chosen)
     refs = [ref for ref in dict.fromkeys(source.ref for source in recipe.models) if ref != chosen]
@@ -57,7 +57,8 @@ def _check_aligned(recipe: Recipe) -> None:
         if moved or not set(recipe.refs) <= models | ({recipe.base} if recipe.base else set()):
             raise RecipeError(
                 f"{recipe.name}: its slices move layers, or not every model goes into each: the blocks of the merge "
-                "have no counterpart in its parents to be compared with"
+                "have no counterpart in its parents to be compared with. Look at what is stacked instead: a recipe "
+                "for each merge that goes into it"
             )
         place += part.layers or 0
 
@@ -83,7 +84,27 @@ def _with_model(opened: Merge, ref: ModelRef) -> MergedCheckpoint:
     return everyone.merged
 
 
-def _state(ref: ModelRef) -> tuple[Any, ...]:
+def shared_base(recipes: Sequence[Recipe], base: ModelRef | None) -> ModelRef | None:
+    """The base of recipes over the same models, None where the first one names it. Raises RecipeError.
+
+    `base`: the one that is given. A recipe that names none has that of the others.
+    """
+    named = [recipe.base if recipe.method.space == "task_vectors" else None for recipe in recipes]
+    bases = {model_state(ref): ref for ref in (*named, base) if ref is not None}
+    if len(bases) > 1:
+        raise RecipeError(f"recipes that are probed together have one base, not {', '.join(map(str, bases.values()))}")
+    first, *others = ({model_state(ref): ref for ref in recipe.refs} | bases for recipe in recipes)
+    for recipe, models in zip(recipes[1:], others, strict=True):
+        apart = [*(first[s] for s in first.keys() - models.keys()), *(models[s] for s in models.keys() - first.keys())]
+        if apart:
+            raise RecipeError(
+                f"recipes that are probed together have the same models: {', '.join(sorted(map(str, apart)))} "
+                f"{'is' if len(apart) == 1 else 'are'} not in both {recipes[0].name} and {recipe.name}"
+            )
+    return None if named[0] else next(iter(bases.values()), None)
+
+
+def model_state(ref: ModelRef) -> tuple[Any, ...]:
     return ref.folder, ref.repo_id, ref.revision, ref.adapter
 
 

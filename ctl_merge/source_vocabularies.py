@@ -117,7 +117,11 @@ class SourceVocabularies:
                 continue
             what = f"{own} rows in {self.first}, {other} in {ref}"
             if own == other:
-                what = f"{len(difference.conflicting)} ids stand for other tokens in {ref} than in {self.first}"
+                i = difference.conflicting[0]
+                what = (
+                    f"{len(difference.conflicting)} ids stand for other tokens in {ref} than in {self.first}, such as "
+                    f"{i} for {theirs.tokens[i]!r} and {ours.tokens[i]!r}"
+                )
             raise MismatchError(
                 f"different vocabularies ({name}): {what}. Set `tokenizer_source: base` to keep the vocabulary of "
                 f"{self.first}: rows and tokens that only {ref} has are then left out. Or `tokenizer_source: union`, "

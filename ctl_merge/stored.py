@@ -22,6 +22,8 @@ from ctl_merge.reference import ModelRef
 
 ADAPTER_CONFIG = "adapter_config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+Identity = tuple[int, int, int, int]  # device, inode, bytes, time of change
+
 _WEIGHTS = frozenset(name for single in _SINGLE for name in (single, f"{single}.index.json"))
 
 
@@ -31,6 +33,7 @@ class StoredCheckpoint(FileCheckpoint):
     def __init__(
         self, ref: ModelRef, folder: Path, headers: Mapping[str, Header], sizes: Mapping[str, int],
         snapshot: hub.HubSnapshot | None = None, config: str = "config.json",
+        identities: Mapping[str, Identity] | None = None,
     ) -> None:  # fmt: skip
         self.ref, self.name, self.folder, self.snapshot = ref, ref.text, folder, snapshot
         self.config = read_json(folder / config, self.name)
@@ -40,7 +43,7 @@ class StoredCheckpoint(FileCheckpoint):
         if len(self.tensors) < sum(len(header.tensors) for header in headers.values()):
             twice = next(n for n in self.tensors if sum(n in header.tensors for header in headers.values()) > 1)
             raise CheckpointError(f"{self.name}: the tensor {twice!r} is stored in two of its files")
-        self._identity: dict[str, tuple[int, ...]] = {}
+        self._identity = dict(identities or {})
         self._staging = threading.local()
 
     def fetch(self) -> None:
@@ -70,9 +73,8 @@ class StoredCheckpoint(FileCheckpoint):
             descriptor = os.open(self.folder / file, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{self.name}: {file} cannot be read: {error.strerror}") from None
-        stat = os.fstat(descriptor)
-        identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if self._identity.setdefault(file, identity) != identity or stat.st_size != self.file_sizes[file]:
+        identity = _identity(descriptor)
+        if self._identity.setdefault(file, identity) != identity or identity[2] != self.file_sizes[file]:
             os.close(descriptor)
             raise CheckpointError(f"{self.name}: {file} changed while it was being read: start the merge again")
         return descriptor
@@ -94,6 +96,15 @@ class StoredCheckpoint(FileCheckpoint):
         if buffer is None:
             buffer = self._staging.buffer = torch.empty(CHUNK * 8, dtype=torch.uint8)
         return buffer[: count * dtype.itemsize].view(dtype)
+
+
+def _identity(file: Path | int) -> Identity:
+    """What tells a file from another one that has taken its place, and from itself after a change."""
+    try:
+        stat = os.stat(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def companion_folder(ref: ModelRef) -> Path:
@@ -207,11 +218,13 @@ def open_files(
             hub.check_space(sum(listing[file] for file in files))
             folder = hub.download(snapshot, files)
         return PickledCheckpoint(ref, folder, files, sizes, snapshot, config)
+    identities = {}
     if snapshot is None or snapshot.folder is not None:
+        identities = {file: _identity(folder / file) for file in files}  # first: a file replaced in between is noticed
         headers = {file: local_header(folder / file) for file in files}
     else:
         headers = _in_parallel(lambda file: remote_header(snapshot, file, sizes[file]), files)
-    return StoredCheckpoint(ref, folder, headers, sizes, snapshot, config)
+    return StoredCheckpoint(ref, folder, headers, sizes, snapshot, config, identities)
 
 
 def _in_parallel(function: Callable[[str], Header], files: list[str]) -> dict[str, Header]:

@@ -50,6 +50,11 @@ def anywhere(name: str) -> Trait:
     return lambda data: any(found == name and inner is not None for found, inner in _walk(data))
 
 
+def stacks(data: Data) -> bool:
+    """Whether layers are put on top of others."""
+    return any(name == "slices" and isinstance(inner, list) and len(inner) > 1 for name, inner in _walk(data))
+
+
 def parameter(name: str, *values: Any) -> Trait:
     """Whether a parameter is set anywhere, to one of the values if there are any."""
 
@@ -126,7 +131,7 @@ def unknown_keys(data: Data) -> bool:
     top: Any = MixtureSchema if a_mixture(data) else RecipeSchema
     items = {**_ITEMS, "experts": ExpertSchema, "shared_experts": ExpertSchema} if a_mixture(data) else _ITEMS
     listed = [(items[name], item) for name, inner in _walk(data) if name in items for item in _dicts(inner)]
-    told = {"revision", "residual_weight", "genome"}
+    told = {"revision", "residual_weight", "genome", "override_architecture"}
     return any(item.keys() - schema.model_fields.keys() - told for schema, item in [(top, data), *listed])
 
 

@@ -8,6 +8,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,33 +70,48 @@ class ShardWriter:
 
     The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
     are not written again, so an interrupted run goes on where it stopped, to the same bytes.
+
+    `finished(shard)` is called for each shard once it is whole, beside the work on the next one; no more than these
+    two are in work, so that it may take the first away.
     """
 
-    def __init__(self, folder: Path, shards: tuple[Shard, ...], checkpoint: Checkpoint) -> None:
-        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+    def __init__(
+        self, folder: Path, shards: tuple[Shard, ...], checkpoint: Checkpoint,
+        finished: Callable[[Shard], object] | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.shards, self.checkpoint, self.finished = folder, shards, checkpoint, finished
         self._place: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
-    @property
-    def names(self) -> list[str]:
-        return [name for shard in self.shards for name in shard.specs]
-
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
-        with disk_errors(self.folder):
-            self._allocate()
-            done = {name for name, crc in self._journaled() if self._is_intact(name, crc)}
-            for name in done:
-                progress(self.checkpoint.tensors[name].nbytes)
-            with (self.folder / JOURNAL).open("a", buffering=1, encoding="utf-8") as journal, pool(workers) as mapped:
-                todo = [name for name in self.names if name not in done]
+        journaled, there = dict(self._journaled()), 0
+        with (
+            disk_errors(self.folder), (self.folder / JOURNAL).open("a", buffering=1, encoding="utf-8") as journal,
+            pool(workers) as mapped, ThreadPoolExecutor(1, thread_name_prefix="finished") as beside,
+        ):  # fmt: skip
+            taken: Future[object] | None = None
+            for shards in [(shard,) for shard in self.shards] if self.finished else [self.shards]:
+                self._allocate(shards)
+                names = [name for shard in shards for name in shard.specs]
+                done = {name for name in names if name in journaled and self._is_intact(name, journaled[name])}
+                for name in done:
+                    progress(self.checkpoint.tensors[name].nbytes)
+                todo = [name for name in names if name not in done]
                 for _ in mapped(lambda name: self._write_tensor(name, journal, progress), todo):
                     pass
-        return len(done)
+                there += len(done)
+                if self.finished:
+                    if taken:
+                        taken.result()
+                    taken = beside.submit(self.finished, *shards)
+            if taken:
+                taken.result()
+        return there
 
-    def _allocate(self) -> None:
-        """Create every file at its full size with its header, so that a full disk shows before the work starts."""
-        for shard in self.shards:
+    def _allocate(self, shards: tuple[Shard, ...]) -> None:
+        """Create files at their full size with their headers, so that a full disk shows before the work on them."""
+        for shard in shards:
             header, offsets = build_header(shard.specs, METADATA)
             self._place |= {name: (shard.file, at) for name, at in offsets.items()}
             path, size = self.folder / shard.file, len(header) + shard.nbytes
@@ -136,8 +152,7 @@ class ShardWriter:
                 name, crc = json.loads(line)
             except (ValueError, TypeError):
                 continue  # the last line of a run that was killed while writing it
-            if name in self._place:
-                yield name, crc
+            yield name, crc
 
     def _is_intact(self, name: str, crc: int) -> bool:
         file, offset = self._place[name]

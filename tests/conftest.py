@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 import pytest
 import torch
 from checkpoints import recipe_text
+from command import Ctl, Ran
 from definitions_evidence import MADE_UP, MadeUp
-from hub_server import HubServer, use_hub
+from hub_server import TOKEN, HubServer, use_hub
+from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 
 import ctl_merge
+from ctl_merge import cli
 from ctl_merge.merging import MergeResult
 
 torch.set_num_threads(1)
@@ -44,6 +50,13 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
 
 
 @pytest.fixture
+def hub(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    """The Hub, with a token that may write."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
+
+
+@pytest.fixture
 def merged(tmp_path: Path) -> Callable[..., MergeResult]:
     """Merge the experts with half of each one's task vector; the keywords are further keys of the recipe."""
 
@@ -52,3 +65,26 @@ def merged(tmp_path: Path) -> Callable[..., MergeResult]:
         return ctl_merge.merge(ctl_merge.parse_recipe(recipe), tmp_path / output, **(machine or {}))
 
     return run
+
+
+@pytest.fixture
+def ctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Ctl]:
+    """`ctl-merge` in this process, without a terminal."""
+    logger, root = logging.getLogger("ctl_merge"), logging.getLogger()
+    before = logger.handlers[:], logger.level, logger.propagate
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):  # set by the command line, for its own process
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(root, "handlers", root.handlers[:])
+    hub_logging.set_verbosity_error()
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ctl-merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        logger.handlers = before[0][:]
+        return Ran(int(exit.value.code or 0), *capsys.readouterr())
+
+    yield run
+    logger.handlers, logger.level, logger.propagate = before
+    hub_logging.set_verbosity_warning()
+    enable_progress_bars()

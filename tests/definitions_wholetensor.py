@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from definitions import Array, Row, weighted
+from definitions import Array, Row, elect_and_merge, keep_largest, weighted
 
 # ---- on the sphere
 
@@ -148,6 +148,33 @@ def tsv(base: Array, models: Array, noise: Array | None, *, k: int | None = None
     return _each_matrix(base, models, merge, lambda_)
 
 
+def knots(
+    base: Array, models: Array, noise: Array | None, *, weight: Sequence[float] = (1.0, 1.0, 1.0),
+    density: Sequence[float] = (1.0, 1.0, 1.0), inner: str = "ties", elect: str = "unweighted", divide: str = "count",
+    lambda_: float = 1.0,
+) -> Array:  # fmt: skip
+    """arXiv 2410.19735: U · merge(S V_1ᵀ, …, S V_nᵀ) of the task vectors side by side; others are merged directly."""
+    used = [i for i, w in enumerate(weight) if w]
+    own = [weight[i] for i in used]
+
+    def merge(stack: Array) -> Array:
+        kept = np.stack([keep_largest(d, density[i]) for d, i in zip(stack, used, strict=True)])
+        if inner == "linear":
+            return weighted(kept, own) / {"weights": sum(own), "count": len(own), "none": 1.0}[divide]
+        # Coordinates have no overall majority: one that nobody has more of counts as +.
+        return elect_and_merge(kept, own, elect, divide)
+
+    def joint(deltas: Array) -> Array:
+        scale = np.linalg.norm(deltas)
+        u, s, _ = _svd(np.concatenate(list(deltas), axis=1), scale)
+        coordinates = np.stack([u.T @ delta for delta in deltas])  # = S V_iᵀ
+        return u @ merge(np.where(np.abs(coordinates) > 1e-13 * scale, coordinates, 0.0))
+
+    if base.ndim not in (2, 3):
+        return base + lambda_ * merge((models - base)[used])
+    return _each_matrix(base, models[used], joint, lambda_)
+
+
 def iso_c(base: Array, models: Array, noise: Array | None, *, lambda_: float = 1.0) -> Array:
     """arXiv 2502.04959, Iso-C: U σ̄ Vᵀ of the sum."""
 
@@ -243,6 +270,16 @@ ROWS: Mapping[str, Row] = {
         cases=({}, {"lambda": 0.7}, {"k": 4}, {"k": 1000}),
         average={},
         exempt={**_NO_WEIGHTS, "copies": "only the leading triples of each are kept; see the test of its own"},
+    ),
+    "knots": Row(
+        knots,
+        cases=(
+            {"weight": (0.5, 1.0, 2.0), "density": (0.5, 0.3, 1.0)},
+            {"weight": (0.5, 1.0, -2.0), "elect": "weighted", "divide": "weights", "lambda": 0.7},
+            {"elect": "count", "divide": "none"},
+            {"weight": (0.2, 0.3, 0.4), "inner": "linear", "density": (0.8, 0.5, 0.9), "divide": "weights"},
+        ),
+        average={"weight": (1.0, 1.0, 1.0)},
     ),
     "iso_c": Row(
         iso_c,

@@ -10,7 +10,6 @@ Each row of ROUTES is one call of the Hub's protocol. A repository is a set of c
 memory, so a commit stays as it was when the folder or the branch moves on.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -21,47 +20,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_loopbackToken"  # opens private and gated repositories
-LARGE = (".safetensors", ".bin", ".model")  # endings of the files that are stored as large objects
-MAPPED = 1 << 26  # bytes from which on a file is neither read nor hashed: stand-ins of real weights are holes
-
-
-class File:
-    """The bytes of one file and the names that git and the large-file storage have for them.
-
-    The names of a mapped file are made from its size and its first mebibyte only.
-    """
-
-    def __init__(self, path: str, data: bytes | mmap.mmap) -> None:
-        self.data, self.large = data, path.endswith(LARGE)
-        content = data if isinstance(data, bytes) else data[: 1 << 20]
-        self.oid = hashlib.sha1(b"blob %d\0" % len(data) + content).hexdigest()
-        self.sha256 = hashlib.sha256(content if isinstance(data, bytes) else b"%d" % len(data) + content).hexdigest()
-
-    @classmethod
-    def read(cls, path: Path) -> "File":
-        if path.stat().st_size < MAPPED:
-            return cls(path.name, path.read_bytes())
-        with path.open("rb") as file:
-            return cls(path.name, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def lfs(self) -> dict[str, Any]:
-        return {"sha256": self.sha256, "size": len(self.data), "pointerSize": 134}
-
-
-@dataclass
-class Repo:
-    gated: bool = False
-    private: bool = False
-    storage: bool = False  # large files lie elsewhere, behind a redirect to a signed address
-    commits: dict[str, dict[str, File]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
+import hub_reading
+import hub_writing
+from hub_store import TOKEN as TOKEN
+from hub_store import File, Repo, User
 
 
 @dataclass
@@ -73,21 +41,25 @@ class Fault:
     times: int | None = None
     status: int | None = None  # answer with this error
     delay: float = 0.0  # seconds before the answer
-    cut: int | None = None  # promise everything, send this many bytes, close the connection
+    cut: int | None = None  # of an answer, or of an upload: after this many bytes close the connection
     short: int | None = None  # promise and send only this many bytes
     body: bytes | None = None  # answer with this page instead
     whole: bool = False  # ignore the range that was asked for
+    lost: bool = False  # do what was asked for, then close the connection without an answer
+    after: int = 0  # this many requests go well before
+    action: Callable[[], None] | None = None  # what happens before the answer
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answered request. `sent` counts the bytes of the body, `token` tells whether one was shown."""
+    """One answered request. `sent` counts the bytes of the answer's body, `token` tells whether one was shown."""
 
     method: str
     path: str
     status: int
     sent: int
     token: bool
+    body: bytes = b""
 
 
 class Server(ThreadingHTTPServer):
@@ -103,11 +75,12 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.user = User()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.connections: list[socket.socket] = []
         self.closing = threading.Event()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         handler = type("BoundHandler", (Handler,), {"hub": self})
         self._servers = [Server(("127.0.0.1", 0), handler), Server(("127.0.0.1", 0), handler)]
         self.url = f"http://127.0.0.1:{self._servers[0].server_port}"
@@ -139,22 +112,26 @@ class HubServer:
         repo = self.repos.setdefault(repo_id, Repo())
         for name, value in options.items():
             setattr(repo, name, value)
-        return self.commit(repo, revision, files)
-
-    def commit(self, repo: Repo, revision: str, files: dict[str, File]) -> str:
-        listing = json.dumps([[path, file.sha256] for path, file in sorted(files.items())])
-        commit = hashlib.sha1(listing.encode()).hexdigest()
-        repo.commits[commit] = files
-        repo.refs[revision] = commit
-        return commit
+        return repo.commit(revision, files)
 
     def fault(self, part: str, **kind: Any) -> None:
         self.faults.append(Fault(part, **kind))
+
+    def before(self, part: str, action: Callable[[], None]) -> None:
+        """Let something happen once, right before a POST to a path that contains `part` is answered."""
+        self.fault(part, method="POST", times=1, action=action)
+
+    def bodies(self, part: str) -> list[Any]:
+        """The JSON that came with POST requests to paths that contain `part`."""
+        return [json.loads(r.body) for r in self.requests if part in r.path and r.method == "POST"]
 
     def take_fault(self, method: str, path: str) -> Fault:
         with self.lock:
             for fault in self.faults:
                 if fault.part in path and fault.method == method and fault.times != 0:
+                    if fault.after:
+                        fault.after -= 1
+                        continue
                     if fault.times is not None:
                         fault.times -= 1
                     return fault
@@ -164,12 +141,16 @@ class HubServer:
         """Answered requests whose path contains `part`."""
         return sum(part in r.path and method in r.method for r in self.requests)
 
+    def received(self, part: str = "") -> int:
+        """Bytes of bodies that came for paths that contain `part`."""
+        return sum(len(r.body) for r in self.requests if part in r.path)
+
     def sent(self, part: str = "") -> int:
         """Bytes of bodies sent for paths that contain `part`; for a redirected file, its storage path has its name."""
         return sum(r.sent for r in self.requests if part in r.path)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
 
@@ -180,8 +161,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._dispatch()
 
-    def do_HEAD(self) -> None:
-        self._dispatch()
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -189,105 +169,49 @@ class Handler(BaseHTTPRequestHandler):
     def _dispatch(self) -> None:
         path = urlsplit(self.path).path
         self.broken = self.hub.take_fault(self.command, unquote(path))
+        if not self._receive():
+            return None
         self.hub.closing.wait(self.broken.delay)
+        if self.broken.action:
+            self.broken.action()
         if self.broken.body is not None:
             return self.answer(200, self.broken.body, {"Content-Type": "text/html"})
         if self.broken.status is not None:
             return self.refuse(self.broken.status, "")
         for method, pattern, action in ROUTES:
-            if self.command in method.split() and (match := pattern.fullmatch(path)):
+            if self.command in method.split() and (match := re.fullmatch(pattern, path)):
                 return action(self, **{name: unquote(value) for name, value in match.groupdict().items()})
         return self.refuse(404, "")
+
+    def _receive(self) -> bool:
+        """Read the body. False if the connection is to break in the middle of it."""
+        self.body, cut = b"", self.broken.cut if self.command == "PUT" else None
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                self.body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            length = int(self.headers.get("Content-Length", 0))
+            self.body = self.rfile.read(length if cut is None else min(cut, length))
+        if cut is None:
+            return True
+        self._record(0, b"")
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+        return False
 
     @property
     def token(self) -> str | None:
         return self.headers.get("Authorization")
 
-    def open_repo(self, repo: str) -> Repo | None:
-        """The repository, or None after an answer that there is none for this user."""
-        found = self.hub.repos.get(repo)
-        if found is None or (found.private and self.token != f"Bearer {TOKEN}"):
-            self.refuse(404 if self.token else 401, "RepoNotFound")
-            return None
-        return found
-
-    def open_commit(self, repo: str, revision: str) -> tuple[Repo, str, dict[str, File]] | None:
-        found = self.open_repo(repo)
-        if found is None:
-            return None
-        commit = found.refs.get(revision, revision)
-        if commit not in found.commits:
-            self.refuse(404, "RevisionNotFound")
-            return None
-        return found, commit, found.commits[commit]
-
-    def model_info(self, repo: str, revision: str | None = None) -> None:
-        if opened := self.open_commit(repo, revision or "main"):
-            found, commit, files = opened
-            siblings = []
-            for path, file in files.items():
-                sibling: dict[str, Any] = {"rfilename": path}
-                if "blobs=" in self.path:
-                    sibling |= {"size": len(file.data), "blobId": file.oid}
-                    sibling |= {"lfs": file.lfs()} if file.large else {}
-                siblings.append(sibling)
-            gated = "manual" if found.gated else False
-            self.answer_json(
-                {"_id": commit[:24], "id": repo, "sha": commit, "private": found.private, "gated": gated}
-                | {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
-            )
-
-    def tree(self, repo: str, revision: str) -> None:
-        if opened := self.open_commit(repo, revision):
-            entries = []
-            for path, file in opened[2].items():
-                entry: dict[str, Any] = {"type": "file", "oid": file.oid, "size": len(file.data), "path": path}
-                if file.large:
-                    entry["lfs"] = file.lfs() | {"oid": file.sha256}
-                entries.append(entry)
-            self.answer_json(entries)
-
-    def resolve(self, repo: str, revision: str, path: str) -> None:
-        opened = self.open_commit(repo, revision)
-        if opened is None:
-            return None
-        found, commit, files = opened
-        if found.gated and self.token != f"Bearer {TOKEN}":
-            return self.refuse(403 if self.token else 401, "GatedRepo")
-        headers = {"X-Repo-Commit": commit}
-        if path not in files:
-            return self.refuse(404, "EntryNotFound", headers)
-        file = files[path]
-        etag = f'"{file.sha256 if file.large else file.oid}"'
-        headers |= {"ETag": etag}
-        if file.large:
-            headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(file.data))}
-        if file.large and found.storage:
-            signed = f"{self.hub.storage_url}/storage/{repo}/{commit}/{path}?X-Signature={file.sha256[:16]}"
-            return self.answer(302, b"", headers | {"Location": signed})
-        self.answer_file(file.data, headers)
-
-    def storage(self, repo: str, commit: str, path: str) -> None:
-        file = self.hub.repos[repo].commits[commit][path]
-        if self.token or f"X-Signature={file.sha256[:16]}" not in self.path:
-            return self.refuse(400, "")  # as object stores do when there are two ways to be authorised, or none
-        self.answer_file(file.data, {"ETag": '"storage"'})
-
-    def answer_file(self, data: bytes | mmap.mmap, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not asked or self.broken.whole:
-            return self.answer(200, data, headers)
-        start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
-        if start >= stop:
-            return self.answer(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
-        self.answer(206, data[start:stop], headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"})
-
     def refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         names = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
-        self.answer(status, b"", names | (headers or {}))
+        body = json.dumps({"error": code or f"HTTP {status}"}).encode()
+        self.answer(status, body, {"Content-Type": "application/json"} | names | (headers or {}))
 
-    def answer_json(self, value: object) -> None:
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def answer_json(self, value: object, status: int = 200) -> None:
+        self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def answer(self, status: int, body: bytes | mmap.mmap, headers: dict[str, str]) -> None:
         if self.broken.short is not None:
@@ -297,28 +221,29 @@ class Handler(BaseHTTPRequestHandler):
             body = b""
         elif self.broken.cut is not None:
             body, self.close_connection = body[: self.broken.cut], True
+        if self.broken.lost:
+            self._record(status, b"")
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(length)}).items():
             self.send_header(name, value)
         # Recorded before it is sent: a client that has its answer finds it in the record.
-        path = unquote(urlsplit(self.path).path)
-        with self.hub.lock:
-            self.hub.requests.append(Request(self.command, path, status, len(body), bool(self.token)))
+        self._record(status, body)
         try:
             self.end_headers()
             self.wfile.write(body)
         except ConnectionError:  # the client has had enough
             self.close_connection = True
 
+    def _record(self, status: int, body: bytes | mmap.mmap) -> None:
+        path = unquote(urlsplit(self.path).path)
+        with self.hub.lock:
+            self.hub.requests.append(Request(self.command, path, status, len(body), bool(self.token), self.body))
+
 
 # One row per call: methods, path, action. The first row that fits answers.
-ROUTES: list[tuple[str, re.Pattern[str], Callable[..., None]]] = [
-    ("GET", re.compile(r"/api/models/(?P<repo>[^/]+(/[^/]+)?)/revision/(?P<revision>[^/]+)"), Handler.model_info),
-    ("GET", re.compile(r"/api/models/(?P<repo>[^/]+(/[^/]+)?)/tree/(?P<revision>[^/]+)"), Handler.tree),
-    ("GET", re.compile(r"/api/models/(?P<repo>[^/]+(/[^/]+)?)"), Handler.model_info),
-    ("GET HEAD", re.compile(r"/(?P<repo>[^/]+(/[^/]+)?)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"), Handler.resolve),
-    ("GET", re.compile(r"/storage/(?P<repo>.+)/(?P<commit>[0-9a-f]{40})/(?P<path>.+)"), Handler.storage),
-]
+ROUTES: list[tuple[str, str, Callable[..., None]]] = [*hub_writing.ROUTES, *hub_reading.ROUTES]
 
 
 def hub_environment(server: HubServer, tmp_path: Path) -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ctl_merge import compatibility
 from ctl_merge.methods import registry
@@ -19,13 +21,16 @@ README = ROOT / "README.md"
 ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
+    starting family pedigree kinship fitting proposal proposal_text
     checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest card sizes
+    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
+    markdown sizes
+    publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/
     cli/ errors
 """.split()
@@ -42,7 +47,7 @@ EVALUATING = """
     harness api
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
-CLI = "arguments terminal merge probe evaluate tune compare check methods schema".split()
+CLI = "arguments terminal init merge push reproduce probe evaluate tune compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 
 
@@ -78,6 +83,29 @@ def recipes() -> str:
     return "\n".join(f"- [{p.relative_to(ROOT)}]({p.relative_to(ROOT)}): {_comment(p)}" for p in found)
 
 
+def against() -> str:
+    """What the differential benchmark found, a row for each method of mergekit's."""
+    found = json.loads((ROOT / "benchmarks/results/against_mergekit.json").read_text("utf-8"))
+    lines = [
+        "| method | cases | rounded once, %: ours · mergekit · in float32 | worst error: ours · mergekit in float32 "
+        "| by rule, % |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["methods"]:
+        exact = " · ".join(f"{100 * share:.2f}" for share in row["exact"] if share is not None)
+        worst = " · ".join(f"{error:.2g}" for error in row["worst"][::2] if error is not None)
+        if row["method"] in found["sampled"]:
+            worst += " · the same distribution"
+        lines.append(f"| `{row['method']}` | {row['cases']} | {exact} | {worst} | {_share(row, found['reasons'])} |")
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any], reasons: Mapping[str, int]) -> str:
+    """The share of entries in which mergekit differs for a reason, in percent."""
+    count = sum(n for text, n in reasons.items() if text.startswith(f"{row['method']}:"))
+    return f"{100 * count / row['entries']:.2g}" if count else ""
+
+
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return text.partition("\n")[0]
@@ -93,6 +121,7 @@ def generated() -> str:
     for name, content in (
         ("methods", markdown(as_rows(registry().values()))),
         ("compatibility", compatibility.markdown(compatibility.ROWS)),
+        ("against", against()),
         ("tree", tree()),
         ("recipes", recipes()),
     ):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -108,10 +108,16 @@ def _widths(config: Config) -> tuple[int, int]:
 
 def write_tokenizer(folder: Path, plain: int, special: Mapping[int, str]) -> None:
     """A tokenizer.json with `plain` tokens of made-up names from 0 on and the `special` ones at their ids."""
-    vocabulary = {f"t{i}": i for i in range(plain) if i not in special}
-    added = [{"id": i, "content": token, "special": True} for i, token in sorted(special.items())]
+    (folder / "tokenizer.json").write_text(_tokenizer_json(plain, tuple(sorted(special.items()))))
+
+
+@cache
+def _tokenizer_json(plain: int, special: tuple[tuple[int, str], ...]) -> str:
+    taken = dict(special)
+    vocabulary = {f"t{i}": i for i in range(plain) if i not in taken}
+    added = [{"id": i, "content": token, "special": True} for i, token in special]
     whole = {"version": "1.0", "added_tokens": added, "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
-    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return json.dumps(whole)
 
 
 def write_sentencepiece(folder: Path, added: Mapping[str, int] | None = None) -> None:

@@ -57,7 +57,8 @@ def test_models_parameters_and_outcome_are_told(tmp_path: Path) -> None:
         "config of org/base",
         "tokenizer: org/base's; an error where vocabularies differ",
     )
-    assert any(line.startswith("`ties`: all entries that equal the cut") for line in found["against mergekit 0.1.5"])
+    differing = found["against mergekit 0.1.5"]
+    assert any(line.startswith("`ties`, more exact: all entries that equal the cut") for line in differing)
 
 
 def test_slices_modules_and_steps_have_sections_of_their_own(tmp_path: Path) -> None:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pty
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
+from command import Ctl, Ran
 from hub_server import HubServer, use_hub
-from huggingface_hub.utils import enable_progress_bars
-from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,39 +26,6 @@ from ctl_merge.merging import Merge
 from ctl_merge.methods import registry
 
 WEIGHTS = "model.safetensors"
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-
-Ctl = Callable[..., Ran]
-
-
-@pytest.fixture
-def ctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Ctl]:
-    """`ctl-merge` in this process, without a terminal."""
-    logger, root = logging.getLogger("ctl_merge"), logging.getLogger()
-    before = logger.handlers[:], logger.level, logger.propagate
-    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_VERBOSITY"):  # set by the command line, for its own process
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(root, "handlers", root.handlers[:])
-    hub_logging.set_verbosity_error()
-
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["ctl-merge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        logger.handlers = before[0][:]
-        return Ran(int(exit.value.code or 0), *capsys.readouterr())
-
-    yield run
-    logger.handlers, logger.level, logger.propagate = before
-    hub_logging.set_verbosity_warning()
-    enable_progress_bars()
 
 
 def tensors(seed: int, width: int = 8) -> dict[str, Tensor]:
@@ -191,7 +155,7 @@ def test_a_wrong_recipe_lists_its_problems(ctl: Ctl, recipe: Path) -> None:
         f"error: {recipe}: 3 problem(s) in the recipe\n"
         "  line 1: no merge method 'linaer' (did you mean 'linear'?); there are: "
         f"{', '.join(sorted(registry()))}\n"
-        "  line 2: `models`: list should have at least 1 item after validation, not 0 (it is [])\n"
+        "  line 2: `models` is empty\n"
         "  line 3: unknown key 'sede' (did you mean 'seed'?)\n"
     )
 

@@ -25,18 +25,22 @@ STAGES = {
         "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
         "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.knots",
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions header hub_errors layers model_config output reference tokenizer workers",
+        "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
+        "tokenizer workers",
         "architecture chat_template devices hub tokenizer_files",
-        "checkpoint stacks",
-        "low_rank parameter_names stored writer",
-        "adapter_changes pickled",
-        "adapter",
+        "checkpoint destination stacks",
+        "hub_push low_rank parameter_names stored writer",
+        "adapter_changes finished pickled",
+        "adapter shard_stream",
+        "publishing",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",
+        "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",
         "moe_schema recipe recipe_words",
@@ -62,19 +66,28 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "card merged step traits",
-        "compatibility estimate manifest",
-        "check",
+        "merged public_recipe step traits",
+        "card compatibility estimate manifest",
+        "check original",
         "summary",
         "merging",
+        "reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
         "compare_table roles",
         "compare",
     ),
+    "proposals: a recipe to begin with": (
+        "kinship pedigree probing.parents",
+        "family",
+        "fitting",
+        "proposal",
+        "proposal_text",
+        "starting",
+    ),
     "the probe": (
-        "probing.grams probing.intervals probing.lockstep probing.null probing.parents probing.raster "
+        "probing.grams probing.intervals probing.lockstep probing.null probing.raster "
         "probing.record probing.schema probing.texts",
         "probing.metrics probing.svg probing.wording",
         "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
@@ -101,7 +114,8 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.evaluate cli.tune cli.merge cli.methods cli.probe cli.schema",
+        "cli.check cli.compare cli.evaluate cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema cli.tune",
+        "cli.merge",
         "cli.__init__",
         "__main__",
     ),

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from found_models import write_found
 from hub_server import HubServer, use_hub
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
-from stand_ins import LLAMA_3_1_8B, llama_tensors, write_sentencepiece, write_stand_in
 from test_output import CTL_MERGE, Killed, contents, raising
 from tiny_architectures import VOCABULARY, build, finetune, load_whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -695,37 +695,6 @@ def test_a_value_that_is_not_finite_is_refused(dense_models: Any, tmp_path: Path
 
 
 # ---- documents found in the wild
-
-MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
-    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
-}  # fmt: skip
-# Small models as their Hub pages state them: width, feed-forward width, layers, heads, heads of keys, rows.
-LLAMAS = {
-    "TinyLlama/TinyLlama-1.1B-intermediate-step-715k-1.5T": (2048, 5632, 22, 32, 4, 32000),
-    "lightblue/karasu-1.1B": (2048, 5632, 22, 32, 4, 32000),
-    "deepseek-ai/deepseek-coder-1.3b-instruct": (2048, 5504, 24, 16, 16, 32256),
-}
-
-
-def write_found(name: str, folder: Path) -> Path:
-    """The stand-in of a model that a found recipe names; those of 1.1 B stand for themselves, the rest is Mistral."""
-    if name in LLAMAS:
-        keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size")  # fmt: skip
-        config = {**LLAMA_3_1_8B, **dict(zip(keys, LLAMAS[name], strict=True)), "rope_scaling": None}
-    elif name == "yuiseki/YuisekinAI-mistral-1.1B":
-        config = {**MISTRAL_7B, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
-    else:
-        config = {**MISTRAL_7B, "vocab_size": 32032 if "Hermes" in name else 32000}
-    folder.mkdir(parents=True)
-    write_sentencepiece(folder, {"<|im_end|>": 32000} if config["vocab_size"] > 32000 else None)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
-    return write_stand_in(folder, config, llama_tensors(config))
-
 
 FOUND = {
     "000_moe": "(?s)line 3: 'path/to/self_attn_donor' is neither .* line 15: `gate_mode: hidden` makes gates",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import ctl_merge
 from ctl_merge.cli import app
-from ctl_merge.errors import CtlMergeError, OutputError
+from ctl_merge.errors import CtlMergeError, MismatchError, OutputError
 from ctl_merge.merging import Merge
 from ctl_merge.probing.api import check_opened, probe_opened
 from ctl_merge.probing.texts import default_texts
@@ -153,8 +156,9 @@ def test_the_command_line_probes_and_the_card_tells(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.read_text().replace("model: ", f"model: {QUICKSTART}/").replace(": base", f": {BASE}")
                       + "probe: {sequences: 3, length: 16}\n")  # fmt: skip
-    done = CliRunner().invoke(app, [str(recipe), "-o", str(tmp_path / "merged"), "--probe", "-q"])
+    done = CliRunner().invoke(app, [str(recipe), "-o", str(tmp_path / "merged"), "--probe"])
     assert done.exit_code == 0, done.output
+    assert "· Linearity: after the last block" in done.output and max(map(len, done.output.splitlines())) <= 100
     assert "## Probe: Cross-Task Linearity" in (tmp_path / "merged" / "README.md").read_text()
     assert json.loads((tmp_path / "merged" / "probe" / "probe.json").read_text())["settings"]["sequences"] == 3
     done = CliRunner().invoke(
@@ -282,3 +286,50 @@ def test_a_report_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is no folder"):
         CliRunner().invoke(app, ["probe", str(RECIPE), "-o", str(tmp_path / "file" / "x")], catch_exceptions=False)
+
+
+def test_models_that_split_texts_in_other_places_are_refused(tmp_path: Path) -> None:
+    """Same vocabulary, other merges: no id means another token, yet the models read other tokens."""
+    shutil.copytree(SHIFT, tmp_path / "shift")
+    tokens = {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "bc": 5}
+    for folder, merges in ((BASE, [("a", "b"), ("b", "c")]), (str(tmp_path / "shift"), [("b", "c"), ("a", "b")])):
+        own = Path(folder) if folder != BASE else tmp_path / "base"
+        if folder == BASE:
+            shutil.copytree(BASE, own)
+        tokenizer = Tokenizer(BPE(tokens, merges, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(own)
+    (tmp_path / "text.txt").write_text("aabca" * 40)
+    how = {"data": str(tmp_path / "text.txt"), "sequences": 2, "length": 16}
+    models = [str(tmp_path / "shift"), str(tmp_path / "base")]
+    with pytest.raises(MismatchError, match="shift would read text as other.*…'a' 'bc' 'a'… where .*…'ab' 'c' 'a'…"):
+        ctl_merge.probe_pair(models, models[1], **how)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "merge_method: task_arithmetic\nbase_model: ./base\nmodels: [{model: ./shift, parameters: {weight: 1.0}}]\n"
+        "tokenizer_source: base\n"
+    )
+    assert ctl_merge.probe(recipe, **how).data["sets"]["text"]["sequences"] == 2
+
+
+def test_recipes_with_and_without_a_base_are_probed_together() -> None:
+    """What names no base has that of the others, whichever comes first."""
+    average, own = QUICKSTART / "average.yaml", QUICKSTART / "task_arithmetic.yaml"
+    found = ctl_merge.probe([average, own], **SMALL)
+    assert found.data["base"].endswith("base") and found.data["parents"] == ["cycle", "shift"]
+    alone = ctl_merge.probe(average, base=BASE, **SMALL)
+    assert by_block(found, "nonlinearity", "average") == pytest.approx(by_block(alone, "nonlinearity"), rel=1e-6)
+    turned = ctl_merge.probe([own, average], base=BASE, **SMALL)
+    assert by_block(turned, "cos", "average") == pytest.approx(by_block(found, "cos", "average"), rel=1e-6)
+
+
+def test_recipes_over_other_models_are_named(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    one = f"models: [{{model: {CYCLE}, parameters: {{weight: 1.0}}}}]\n"
+    other.write_text(f"merge_method: task_arithmetic\nbase_model: {BASE}\n{one}")
+    with pytest.raises(CtlMergeError, match=r"have the same models: shift is not in both .*ties.yaml and .*other.yaml"):
+        ctl_merge.probe([QUICKSTART / "ties.yaml", other], **SMALL)
+    other.write_text(f"merge_method: task_arithmetic\nbase_model: {SHIFT}\n{one}")
+    with pytest.raises(CtlMergeError, match="have one base, not"):
+        ctl_merge.probe([QUICKSTART / "ties.yaml", other], **SMALL)
+    with pytest.raises(CtlMergeError, match="names of their own"):
+        ctl_merge.probe([QUICKSTART / "ties.yaml"] * 2, **SMALL)

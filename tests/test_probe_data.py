@@ -137,10 +137,63 @@ def test_a_source_that_is_not_there_is_named(source: str, tokenizer: Any, monkey
         load_tokens(DataSpec.parse(source), tokenizer, 2, 4)
 
 
-def test_a_kind_of_file_that_is_not_read_is_named(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.docx").write_text("w1")
-    with pytest.raises(DataError, match=r"a .docx is not read; use .jsonl"):
+@pytest.mark.parametrize("content", [b"PK\x03\x04\xff\xfe", b"w1 \0 w2\n"])
+def test_a_kind_of_file_that_is_not_read_is_named(content: bytes, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_bytes(content)
+    with pytest.raises(DataError, match=r"^a: .*a.docx cannot be read as UTF-8 text .*; rows are read from .jsonl"):
         load_tokens(DataSpec.parse(str(tmp_path / "a.docx")), tokenizer, 2, 4)
+
+
+@pytest.mark.parametrize("name", ["val.fr", "README", "notes.md"])
+def test_a_text_file_may_be_called_anything(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("w1 w2\nw3 w4\n")
+    found = load_tokens(DataSpec.parse(str(tmp_path / name)), tokenizer, 1, 6)
+    assert words(found, tokenizer) == [["w1", "w2", "\n", "w3", "w4", "\n"]]
+
+
+@pytest.mark.parametrize("tail, reason", [(":q,a", "no columns: leave :q,a out"), ("@test", "no split 'test'")])
+def test_a_text_has_neither_columns_nor_splits(tail: str, reason: str, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("w1 w2 w3\n")
+    with pytest.raises(DataError, match=reason):
+        load_tokens(DataSpec.parse(f"{tmp_path / 'a.txt'}{tail}"), tokenizer, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "text, name, asked",
+    [("openai/gsm8k/main:q,a@test", "gsm8k", ("openai/gsm8k", "main", "test")),
+     ("wikitext:q", "wikitext", ("wikitext", None, "train")), ("own=org/set:q", "own", ("org/set", None, "train"))],
+)  # fmt: skip
+def test_a_data_set_of_the_hub_is_streamed_by_name_configuration_and_split(
+    text: str, name: str, asked: Sequence[Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def streamed(source: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        seen.append((source, config, split, streaming))
+        yield from ROWS
+        raise AssertionError("more rows were read than the windows need")
+
+    monkeypatch.setattr(datasets, "load_dataset", streamed)
+    found = load_tokens(DataSpec.parse(text), tokenizer, 2, 3)
+    assert (found.name, seen) == (name, [(*asked, True)]) and found.ids.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "failure, reason",
+    [(ValueError("Config name is missing.\nPlease pick one among: ['main', 'socratic']"),
+      r"\['main', 'socratic'\]: write openai/gsm8k/CONFIG\)"),
+     (RuntimeError("Dataset scripts are no longer supported"), "no longer supported")],
+    ids=["configuration", "script"],
+)  # fmt: skip
+def test_what_the_hub_does_not_give_is_told(
+    failure: Exception, reason: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=reason):
+        load_tokens(DataSpec.parse("openai/gsm8k:question"), tokenizer, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,8 @@ def test_lineage_is_the_size_of_the_task_vector_and_its_angle_to_the_base(tmp_pa
     family = write_family(tmp_path)
     base, *parents = (nn.utils.parameters_to_vector(m.parameters()).detach().double() for m in family.models())
     found = run_probe(family, (0.5, 0.5), TOKENS).data["lineage"]
+    between = float(torch.cosine_similarity(parents[0] - base, parents[1] - base, dim=0))
     for entry, parent in zip(found, parents, strict=True):
+        assert entry["cosine_to_others"] == pytest.approx(between, rel=1e-6)
         assert entry["relative_norm"] == pytest.approx(float((parent - base).norm() / base.norm()), rel=1e-6)
         assert entry["cosine_to_base"] == pytest.approx(float(torch.cosine_similarity(parent, base, dim=0)), rel=1e-6)

@@ -120,7 +120,8 @@ def make_data(
             "nll": nll | {m["name"]: interval(2.5) for m in merges}, "merges": {m["name"]: costs for m in merges}
         },
     }  # fmt: skip
-    lineage = [{"parent": p, "relative_norm": 0.1, "cosine_to_base": 0.99} for p in parents]
+    apart = {"relative_norm": 0.1, "cosine_to_base": 0.99, "cosine_to_others": 0.2}
+    lineage = [{"parent": p, **apart} for p in parents]
     return {
         "format": 1, "ctl_merge": "0.1.0", "base": "/home/me/models/base-model", "parents": parents, "merges": merges,
         "settings": {"sequences": 8}, "lineage": lineage,
@@ -359,8 +360,10 @@ def test_costs_are_split_and_doubts_said() -> None:
 def test_cautions_come_first() -> None:
     data = make_data(floor=0.09, cos=0.995, nonlinearity=0.35)
     data["lineage"][1]["cosine_to_base"] = 0.4
+    data["lineage"][0]["cosine_to_others"] = 0.58
     text = verdict(data)[0]
     assert text.startswith("Caution: the weights of ada have a cosine of 0.400")
+    assert "the task vectors of euler have cosines of up to 0.580" in text
     assert "exceed 0.99 while R is up to 0.350" in text and "below floor" not in text
     low = make_data(floor=0.09)
     assert "below floor on maths: at blocks 0–1 R is under 3 times" in verdict(low)[0]
@@ -417,12 +420,48 @@ def test_the_quadratic_regime_is_named_by_block() -> None:
     rows = [row for row in data["sets"]["maths"]["blocks"] if row["merge"] == "first" and row["part"] == "block"]
     for row, quadratic in zip(rows, (True, False, None), strict=True):
         row["quadratic"] = quadratic
-    assert "shrinks with their square at block 0 on maths" in said(data, "Linearity")
+    assert "shrinks with the task vectors' square at block 0 on maths" in said(data, "Linearity")
     page = render_page(data)
     assert all(f"<td>{word}</td>" in page for word in ("yes", "no", "too small to tell"))
-    for row in rows:
-        row["quadratic"] = False
+    for row, slope in zip(rows, (1.0, 1.5, 1.2), strict=True):
+        row["quadratic"], row["slope_deviation"] = False, slope
     assert "at no block on maths" in said(data, "Linearity")
+    assert "halved, they leave 35 to 50 % of the deviation here" in said(data, "To try")
+
+
+def test_smaller_coefficients_are_advised_where_the_cost_comes_from() -> None:
+    data = make_full(sets=("maths",))
+    blame = data["sets"]["maths"]["losses"]["merges"]["first"]["blame"]
+    blame |= {site: interval(0.0) for site in blame} | {"model.layers.1": interval(0.3)}
+    for row in data["sets"]["maths"]["blocks"]:
+        row["local"] = 0.9 if row["index"] == 2 else 0.1
+    assert "created by block 2 on maths" in said(data, "Origin")
+    assert "smaller ones only in block 1:" in said(data, "To try")
+    blame |= {site: interval(0.0) for site in blame}
+    assert "smaller ones only in block 2:" in said(data, "To try")
+
+
+def test_coefficients_that_differ_between_blocks_are_told() -> None:
+    data = make_data(sets=("maths",))
+    assert not said(data, "Caution")
+    for row in data["sets"]["maths"]["blocks"]:
+        row["effective_weight"] = {"euler": 0.8 if row["index"] == 0 else 0.2, "ada": 0.3}
+    assert "the coefficient of euler in the weights goes from 0.20 to 0.80 over the blocks" in said(data, "Caution")
+
+
+def test_a_random_task_vector_says_whether_the_parents_are_special() -> None:
+    assert said(make_data(nonlinearity_null=0.9), "Lin").count("for maths and 0.900 for code there.") == 1
+    assert "on maths and code the parents mix hardly more linearly" in said(make_data(nonlinearity_null=0.31), "Lin")
+
+
+def test_what_costs_nothing_is_said_to() -> None:
+    data = make_data(sets=("maths",))
+    nothing = {"value": 0.0, "low": -1e-9, "high": 1e-9}
+    data["sets"]["maths"]["losses"]["nll"]["merged"] = interval(2.0)
+    data["sets"]["maths"]["losses"]["merges"]["merged"] |= {
+        "nonlinearity_cost": nothing, "dilution_cost": {"euler": nothing, "ada": interval(-0.5)}
+    }  # fmt: skip
+    assert "that of its best parent euler: dilution costs nothing, non-linearity costs nothing." in said(data, "Cost")
 
 
 def test_small_words() -> None:
@@ -554,3 +593,13 @@ def test_a_png_has_letters_without_serifs_where_a_font_has_them() -> None:
     if len(set(draw)) == 1:
         pytest.skip("no font without serifs is installed")
     assert bytes(resvg_py.svg_to_bytes(svg_string=svg % raster._family())) != draw[-1]
+
+
+def test_names_of_parents_are_as_long_as_the_terminal_has_room() -> None:
+    row = {"floor": 0.01, "nonlinearity_written": 0.2, "nonlinearity_null": 0.9}
+    few, many = (
+        printed(make_data(["french", "cos"], **row)),
+        printed(make_data(["mathematics", "french", "cos"], **row)),
+    )
+    assert "ĉ french" in few and "ĉ french" in many and "ĉ mathematics" not in many
+    assert max(map(len, many.splitlines())) <= 100

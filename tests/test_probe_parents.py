@@ -111,8 +111,9 @@ def test_a_list_of_models_needs_to_know_the_base(tmp_path: Path) -> None:
         (MERGEKIT.replace("{recipe}", "merge_method: linear\nmodels: [{model: org/a, parameters: {weight: 1}}]"),
          "README.md names no base_model"),
         ("\x00\xff" * 1000, "does not say"),
+        ("---\nbase_model: []\n---\n# A merge\n", "its README.md names no models"),
     ],
-    ids=["none", "no names", "broken", "deep", "no front matter", "unknown method", "no base", "noise"],
+    ids=["none", "no names", "broken", "deep", "no front matter", "unknown method", "no base", "noise", "empty"],
 )  # fmt: skip
 def test_a_merge_that_does_not_say_is_told_with_what_was_found(card: str | None, reason: str, tmp_path: Path) -> None:
     if card is not None:

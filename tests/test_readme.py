@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import readme
+from hub_server import TOKEN, HubServer, hub_environment
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
@@ -21,6 +22,9 @@ from ctl_merge.recipe_schema import RecipeSchema
 TEXT = readme.README.read_text("utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", TEXT, re.MULTILINE)
 MAKE = {"make demo", "make test"}  # run by people and CI; the parts of `make demo` are tested in test_quickstart.py
+
+
+ON_HUB = "org/merged"
 
 
 def blocks(language: str) -> list[str]:
@@ -54,17 +58,32 @@ def test_make_targets_exist():
     assert all(re.search(rf"^{command.split()[1]}:", rules, re.MULTILINE) for command in set(COMMANDS) & MAKE)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ctl-merge")])
-def test_commands_run(command, tmp_path):
-    arguments = [str(tmp_path / a) if a in ("merged", "report") else a for a in command.split()[1:]]
+def run(command, tmp_path, **options):
+    arguments = [str(tmp_path / a) if a in ("merged", "report", "recipe.yaml") else a for a in command.split()[1:]]
     done = subprocess.run(
-        [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True, **options
     )
     assert done.returncode == 0, done.stderr
+    return arguments, done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ctl-merge") and ON_HUB not in c])
+def test_commands_run(command, tmp_path):
+    arguments, _ = run(command, tmp_path)
     if "report" in command:
         assert (tmp_path / "report" / "report.html").is_file()
+    elif "init" in command:
+        assert ctl_merge.load_recipe(tmp_path / "recipe.yaml").base
     elif "-o" in arguments:
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+def test_commands_on_the_hub_run(tmp_path):
+    with HubServer() as hub:
+        environment = hub_environment(hub, tmp_path) | {"HF_TOKEN": TOKEN}
+        said = [run(command, tmp_path, env=environment)[1] for command in COMMANDS if ON_HUB in command]
+        assert len(hub.repos[ON_HUB].log) == 2  # its beginning and one commit
+    assert said[-1].startswith("byte-identical")
 
 
 def test_benchmarks_named_here_exist():
@@ -80,7 +99,8 @@ def test_the_table_of_keys_has_every_key_of_a_recipe():
 
 def test_options_named_here_exist():
     group = get_command(app)
-    known = {option for verb in group.commands.values() for own in verb.params for option in own.opts}
+    parameters = [own for verb in group.commands.values() for own in verb.params]
+    known = {option for own in parameters for option in (*own.opts, *own.secondary_opts)}
     scripts = [(readme.ROOT / path).read_text() for path in re.findall(r"python (benchmarks/\S+\.py)", TEXT)]
     known |= {option for script in scripts for option in re.findall(r'add_argument\("(--[a-z-]+)"', script)}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))

@@ -177,6 +177,15 @@ def test_a_model_listed_twice_counts_twice_and_is_told() -> None:
     assert "a model is listed more than once" in recipe.warnings[0]
 
 
+def test_numbers_may_stand_in_quotes() -> None:
+    recipe = parse_recipe(
+        "merge_method: consensus\nbase_model: org/base\nmodels: [{model: org/a, parameters: {tall_lambda: '0.25'}}, "
+        "{model: org/b}]\nparameters: {k: '2', lambda: '1e-1'}"
+    )
+    assert recipe.models[0].settings["tall_lambda"].at("x", 0) == 0.25
+    assert recipe.settings["k"].at("x", 0) == 2 and recipe.settings["lambda"].at("x", 0) == 0.1
+
+
 def test_flags_may_be_written_as_numbers() -> None:
     recipe = parse_recipe(LINEAR + "parameters: {normalize: 0}")
     assert recipe.settings["normalize"].at("any", 0.0) is False
@@ -217,7 +226,7 @@ tokenizer_source: not a model
         "11: `dtype`: input should be 'float32', 'float16', 'bfloat16' or 'float64' (it is 'int8')",
         "12: `seed`: input should be greater than or equal to 0 (it is -1)",
         "13: `missing`: input should be 'error', 'base' or 'skip' (it is 'maybe')",
-        "14: `slices`: list should have at least 1 item after validation, not 0 (it is [])",
+        "14: `slices` is empty",
         "14: give one of `models`, `slices`, `modules`; there is `models` and `slices`",
         "16: ties has no parameter 'lamda' (did you mean 'lambda'?)",
         "17: 'not a model' is neither a folder that exists nor a Hub repository (org/name or org/name@revision)",
@@ -235,7 +244,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "no method": (LINEAR.partition("\n")[2], "1: `merge_method` is missing"),
     "method is a list": (LINEAR.replace("linear", "[linear]"), "1: `merge_method`: input should be a valid string"),
     "no models": ("merge_method: linear\n", "1: give one of `models`, `slices`, `modules`; there is none of them"),
-    "models empty": ("merge_method: linear\nmodels: []\n", "2: `models`: list should have at least 1 item"),
+    "models empty": ("merge_method: linear\nmodels: []\n", "2: `models` is empty"),
     "models is a name": ("merge_method: linear\nmodels: a/b\n", "2: `models`: input should be a valid list"),
     "model is a bare name": (LINEAR + "  - org/c\n", "9: a model is written as `model: org/name`"),
     "model is a number": (LINEAR.replace("org/a", "5"), "3: `models.0.model`: input should be a valid string"),
@@ -270,7 +279,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "no weight": (
         LINEAR.replace("    parameters:\n      weight: 1\n", ""), "3: the model org/a has no `weight`: give it one"
     ),
-    "weight is text": (with_weight('"1"'), "5: `weight`: input should be a valid number (it is '1')"),
+    "weight is text": (with_weight('"one"'), "5: `weight`: input should be a valid number (it is 'one')"),
     "weight is a flag": (with_weight("true"), "5: `weight`: input should be a valid number (it is True)"),
     "weight is not finite": (with_weight(".inf"), "5: `weight`: input should be a finite number (it is inf)"),
     "weight is nothing": (with_weight(""), "5: `weight`: input should be a valid number (it is None)"),
@@ -290,6 +299,20 @@ WRONG: dict[str, tuple[str, str]] = {
     "seed with a fraction": (LINEAR + "seed: 1.5\n", "9: `seed`: input should be a valid integer (it is 1.5)"),
     "seed is text": (LINEAR + "seed: '1'\n", "9: `seed`: input should be a valid integer (it is '1')"),
     "a key that is a number": (LINEAR + "7: x\n", "9: `7`: keys should be strings"),
+    "weight without bound": (TIES.replace("weight: 1,", "weight: 1.0e+308,"), "5: `weight`: input should be less than"),
+    "quoted part of a number": (TIES.replace("weight: 1,", "weight: '0.5x',"), "5: `weight`: input should be a valid"),
+    "architecture of mergekit's": (
+        "merge_method: linear\nmodels: [{model: {model: org/a, override_architecture: X}, parameters: {weight: 1}}]",
+        "2: `override_architecture` chooses one of mergekit's tables of tensors; here is none: remove it",
+    ),
+    "base of a passed slice": (
+        "merge_method: passthrough\nslices: [{base_model: org/b, sources: [{model: org/a, layer_range: [0, 2]}]}]",
+        "2: a slice of passthrough has no `base_model`: remove it",
+    ),
+    "three layers in a range": (
+        "merge_method: passthrough\nslices: [{sources: [{model: org/a, layer_range: [0, 2, 3]}]}]",
+        "2: `layer_range` is [first, end], the layers from first on and before end, not [0, 2, 3]",
+    ),
     "no base": (TIES.replace("base_model: org/base\n", ""), "1: ties needs a `base_model`"),
     "a base where none is taken": (
         "merge_method: passthrough\nbase_model: org/b\nmodels: [{model: org/a}]\n",
@@ -311,7 +334,7 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "slices": (
         "merge_method: passthrough\nslices: [{sources: []}]\n",
-        "2: `slices.0.sources`: list should have at least 1 item after validation, not 0 (it is [])",
+        "2: `slices.0.sources` is empty",
     ),
     "slice": (
         "merge_method: passthrough\nslices: [x]\n",
@@ -535,7 +558,7 @@ BEYOND_A_SCHEMA = {
     "a home that is not there", "a name beyond the file system", "control characters",
     "no weight", "no base", "only the base", "a base where none is taken", "two models for passthrough",
     "three models for slerp", "one model for slerp", "slerp without its parameter", "weight is not finite",
-    "a key that is a number",
+    "a key that is a number", "base of a passed slice",
 }  # fmt: skip
 
 
@@ -578,6 +601,14 @@ def test_a_mergekit_config_is_a_recipe_or_refused_with_reasons(path: Path, schem
         return
     assert recipe.method.name in path.stem
     assert schema.is_valid(yaml.safe_load(path.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "breadcrumbs", "multislerp", "sce", "ram"])
+def test_a_base_listed_alone_needs_no_weight(method: str) -> None:
+    """As in mergekit: its task vector is zero."""
+    recipe = parse_recipe(f"merge_method: {method}\nbase_model: org/a\nmodels: [{{model: org/a}}]")
+    assert [str(source.ref) for source in recipe.models] == ["org/a"]
+    assert "there is no model besides the base org/a: the output is the base" in recipe.warnings
 
 
 def test_a_base_listed_alone_is_the_output(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ def test_a_stack_is_what_its_layers_make_by_hand(kind: str, models: Callable[[st
     )
     assert not told["missing_keys"] and not told["unexpected_keys"]
     assert torch.equal(run(found), run(by_hand(folder, [("a", 0), ("a", 1), *(("b", i) for i in range(1, depth))])))
+    start = IDS[:, :6]  # with a cache, whose places are the layers' numbers
+    generated = found.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2, do_sample=False)
+    for _ in range(generated.shape[1] - 6):
+        start = torch.cat([start, found(input_ids=start, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, start)
 
 
 def by_hand(folder: Path, layers: list[tuple[str, int]]) -> Any:
@@ -251,7 +256,7 @@ WRONG = {
         "sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]", "slice have as many layers"
     ),
     "empty": ("sources: [{model: a, layer_range: [2, 2]}]", "holds no layer"),
-    "negative": ("sources: [{model: a, layer_range: [-1, 2]}]", "holds no layer"),
+    "negative": ("sources: [{model: a, layer_range: [-1, 2]}]", "layers are counted from 0"),
     "revision": ("sources: [{model: a, revision: main, layer_range: [0, 2]}]", "model: org/name@revision"),
     "missing": ("sources: [{model: a}]", "layer_range` is missing"),
     "residual": ("{sources: [{model: a, layer_range: [0, 2]}], residual_weight: 1.0}", "no effect in mergekit"),
@@ -297,6 +302,44 @@ def test_a_stack_that_its_class_does_not_load_is_refused(models: Callable[[str],
         MismatchError, match=r"at its new depth a T5ForConditionalGeneration has no place for decoder.block.1"
     ):
         Merge(parse(text, models("t5")))
+
+
+def test_a_pattern_of_layers_that_the_class_does_not_leave_open_is_kept_or_refused(
+    models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A Jamba's kinds follow from the layers' numbers: every second one has attention."""
+    folder = models("jamba")
+    text = """
+        merge_method: passthrough
+        slices:
+          - sources: [{{model: a, layer_range: [0, 4]}}]
+          - sources: [{{model: b, layer_range: [{}, 4]}}]
+        """
+    with pytest.raises(MismatchError, match="a jamba makes the kind of each layer .* layer 4 of this stack .* full_"):
+        Merge(parse(text.format(1), folder))
+    _, told = transformers.AutoModelForCausalLM.from_pretrained(
+        ctl_merge.merge(parse(text.format(2), folder), tmp_path / "out").folder, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+
+
+def test_a_base_gives_a_passthrough_its_config(family: Any, tmp_path: Path) -> None:
+    """As in mergekit, whether or not it has a slice; of whole models it would be a second input."""
+    text = """
+        merge_method: passthrough
+        base_model: base
+        slices:
+          - sources: [{model: a, layer_range: [0, 3]}]
+          - sources: [{model: b, layer_range: [2, 4]}]
+        """
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    merge = Merge(parse(text, tmp_path))
+    assert merge.merged.config["rope_theta"] == 5e5 and merge.merged.config["num_hidden_layers"] == 5
+    for number, (model, index) in enumerate([("a", 0), ("a", 1), ("a", 2), ("b", 2), ("b", 3)]):
+        assert torch.equal(merge.merged.read(layer(number)), family[model][layer(index)])
+    with pytest.raises(RecipeError, match="passthrough takes no `base_model`: remove it"):
+        parse("merge_method: passthrough\nbase_model: base\nmodels: [{model: a}]", tmp_path)
 
 
 def test_several_stacks_need_modules(models: Callable[[str], Path]) -> None:

@@ -1,4 +1,4 @@
-"""The result as tables, in the terminal and as Markdown, and as data."""
+"""The result as tables in the terminal, and as data."""
 
 from __future__ import annotations
 
@@ -177,7 +177,8 @@ def show(report: Report) -> None:
         console.print(f"and {len(report.failures) - _SHOWN} more failures", style="red")
 
 
-def _notes(report: Report) -> list[str]:
+def _oddities(report: Report) -> list[str]:
+    """What mergekit does in whole configurations; each note ends in the method."""
     found = [
         f"mergekit gives NaN or infinity in {count} of {len(results)} configurations: {method}"
         for method, results in report.results.items()
@@ -188,8 +189,12 @@ def _notes(report: Report) -> list[str]:
         for method, results in report.results.items()
         if (count := sum(r.widened for r in results))
     ]
-    found += [f"{count:,} entries of mergekit's differ: {text}" for text, count in report.reasons.items()]
-    return [*found, *([f"not there yet: {', '.join(report.absent)}"] if report.absent else [])]
+    return found
+
+
+def _notes(report: Report) -> list[str]:
+    found = [f"{count:,} entries of mergekit's differ: {text}" for text, count in report.reasons.items()]
+    return [*_oddities(report), *found, *([f"not there yet: {', '.join(report.absent)}"] if report.absent else [])]
 
 
 def _print(console: Console, title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -201,20 +206,29 @@ def _print(console: Console, title: str, head: Sequence[str], lines: Sequence[Se
     console.print(table)
 
 
-def markdown(report: Report) -> str:
-    """For the README."""
-    parts = [_markdown(HEAD, rows(report)), "", f"{_LEGEND[:1].upper()}{_LEGEND[1:]}.", ""]
-    parts += [f"- {text}" for text in _notes(report)]
-    if sampled_rows(report):
-        parts += ["", _markdown(SAMPLED, sampled_rows(report))]
-    if report.behaviour:
-        parts += ["", _markdown(BEHAVIOUR, [[r.what, r.theirs, r.ours] for r in report.behaviour])]
-    return "\n".join([*parts, ""])
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Results of which the later ones replace those of the same methods. Both as `as_json` gives them."""
+    if not earlier:
+        return later
+    again = [summary["method"] for summary in later["methods"]]
 
+    def kept(text: str) -> bool:  # `ties: equal magnitudes` and `ties-007 (odd): ...` are of ties
+        return not any(text.startswith((f"{method}:", f"{method}-")) for method in again)
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    every = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in every)
+    names = [summary["method"] for summary in earlier["methods"]]
+    rows = {summary["method"]: summary for summary in (*earlier["methods"], *later["methods"])}
+    behaviour = later["behaviour"] or earlier["behaviour"]
+    failures = [*filter(kept, earlier["failures"]), *later["failures"]]
+    return {
+        **later,
+        "holds": not failures,
+        "methods": [rows[name] for name in dict.fromkeys((*names, *again))],
+        "reasons": {text: n for text, n in earlier["reasons"].items() if kept(text)} | later["reasons"],
+        "notes": [*(note for note in earlier["notes"] if not note.endswith(tuple(again))), *later["notes"]],
+        "sampled": earlier["sampled"] | later["sampled"],
+        "behaviour": behaviour,
+        "failures": failures,
+    }
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -224,6 +238,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "holds": not report.failures,
         "methods": [_finite(asdict(summary)) for summary in summaries(report)],
         "absent": list(report.absent),
+        "notes": _oddities(report),
         "reasons": report.reasons,
         "sampled": {m: [{"rescale": s.rescale, **s.numbers} for s in every] for m, every in report.sampled.items()},
         "behaviour": [{"what": r.what, "mergekit": r.theirs, "ours": r.ours} for r in report.behaviour],

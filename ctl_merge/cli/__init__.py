@@ -11,7 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, evaluate, merge, methods, probe, schema, tune
+from ctl_merge.cli import (
+    check, compare, evaluate, extract_lora, init, merge, methods, probe, push, reproduce, schema, tune,
+)  # fmt: skip
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -34,12 +36,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge Hugging Face checkpoints that share a base model.\n\n`ctl-merge RECIPE` is `ctl-merge merge RECIPE`.",
 )  # fmt: skip
+app.command()(init.init)
 app.command()(merge.merge)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(evaluate.evaluate)
 app.command()(tune.tune)
 app.command()(compare.compare)
 app.command()(check.check)
+app.command()(extract_lora.extract_lora)
+app.command()(push.push)
+app.command()(reproduce.reproduce)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

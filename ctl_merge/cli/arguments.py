@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("merge", "probe", "evaluate", "tune", "compare", "check", "methods", "schema")
+VERBS = (
+    "init", "check", "merge", "push", "reproduce", "probe", "evaluate", "tune", "compare", "extract-lora", "methods",
+    "schema",
+)  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

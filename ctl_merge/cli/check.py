@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag, require_recipe
-from ctl_merge.cli.terminal import configure, print_json, print_table
+from ctl_merge.cli.terminal import configure, print_json, print_sections
 
 
 def check(
@@ -27,22 +27,8 @@ def check(
             {"problem": found.problem, "sections": [{"title": t, "lines": lines} for t, lines in found.sections]}
         )
     else:
-        print_table(_text(found.sections))
+        print_sections(found.sections)
         if found.problem:
             print(f"error: {found.problem}", file=sys.stderr)
     if found.problem:
         raise typer.Exit(2)
-
-
-def _text(sections: tuple[tuple[str, tuple[str, ...]], ...]) -> Any:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    shown: list[Any] = []
-    for title, lines in sections:
-        listed = Table.grid(padding=(0, 1), pad_edge=True)
-        for line in lines:
-            listed.add_row("·", Text(line))
-        shown += [Text(title, "bold"), listed]
-    return Group(*shown)

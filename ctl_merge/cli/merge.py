@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag, require_recipe
-from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, warn
+from ctl_merge.cli.push import MessageOption, PrivateFlag, PullRequestFlag, RevisionOption
+from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, print_text, warn
 
 
 def merge(
@@ -49,6 +50,17 @@ def merge(
         bool,
         typer.Option("--trust-remote-code", help="With --probe: run code that comes with the model. Read it before."),
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Push the merge there: org/name. Rights are checked first.", metavar="REPOSITORY")
+    ] = None,
+    private: PrivateFlag = None,
+    revision: RevisionOption = "main",
+    create_pr: PullRequestFlag = False,
+    commit_message: MessageOption = None,
+    stream_upload: Annotated[
+        bool,
+        typer.Option("--stream-upload", help="Upload each shard once it is whole, and drop it here: little disk."),
+    ] = False,
     as_json: JsonFlag = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
@@ -57,6 +69,8 @@ def merge(
     configure(verbose, quiet)
     if device and device_map:
         raise typer.BadParameter("--device and --device-map say the same: give one of them")
+    if not push_to_hub and (private is not None or revision != "main" or create_pr or commit_message or stream_upload):
+        raise typer.BadParameter("--private, --revision, --create-pr and so on are of --push-to-hub: give that too")
     require_recipe(recipe)
     from ctl_merge.merging import Merge
 
@@ -72,30 +86,42 @@ def merge(
         from ctl_merge.probing.api import check_opened
 
         check_opened(opened, trust_remote_code)  # before hours of writing
+    upload = None
+    if push_to_hub:
+        from ctl_merge.publishing import Upload, destination
+
+        upload = Upload(destination(push_to_hub, private, revision, create_pr, commit_message), stream_upload)
+    said: list[str] = []
     try:
         result = opened.write(
             output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
-            meter=meter(quiet),
-            attach=_probe_attached(opened, meter(quiet), trust_remote_code) if probe_too else None,
+            meter=meter(quiet), stream=upload.stream if upload else None,
+            attach=_probe_attached(opened, meter(quiet), trust_remote_code, said) if probe_too else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
         raise typer.Exit(130) from None
+    pushed = upload.finish(result.folder) if upload else None
     if as_json:
-        print_json({"output": str(result.folder), **result.manifest})
+        pushed_too = {"pushed": pushed.data} if pushed else {}
+        print_json({"output": str(result.folder), **pushed_too, **result.manifest})
     elif not quiet:
-        _show_result(result)
+        _show_result(result, said)
+        if pushed:
+            print(pushed)
 
 
-def _probe_attached(opened: Any, told: Meter, trust_remote_code: bool) -> Callable[[Path], str]:
-    """Probes the merge and puts the report into the output's folder."""
+def _probe_attached(opened: Any, told: Meter, trust_remote_code: bool, said: list[str]) -> Callable[[Path], str]:
+    """Probes the merge and puts the report into the output's folder, the verdict into `said`."""
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing import api
         from ctl_merge.probing.section import markdown
+        from ctl_merge.probing.verdict import verdict
 
         report = api.probe_opened(opened, told, trust_remote_code)
         report.save(folder / "probe")
+        said.extend(verdict(report.data))
         section = markdown(report.data, folder / "probe")
         more = "The whole report, with figures and statistics, is in the folder [probe](probe)."
         return f"\n## Probe: Cross-Task Linearity by block\n\n{section}\n{more}\n"
@@ -112,11 +138,13 @@ def _show_plan(data: dict[str, Any], as_json: bool) -> None:
         print_table(render(data))
 
 
-def _show_result(result: Any) -> None:
+def _show_result(result: Any, verdict: list[str]) -> None:
     manifest = result.manifest
     tensors = manifest["tensors"]
     again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
     print(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
     for line in manifest["decisions"]:
         print(f"· {line}")
+    for line in verdict:
+        print_text(f"· {line}")
     print(f"→ {result.folder}")

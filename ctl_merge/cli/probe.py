@@ -36,7 +36,9 @@ def probe(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text: FILE, FILE:column,column or org/dataset:column@split, named NAME=…; may be repeated."),
+        typer.Option(
+            help="Text: FILE, FILE:column,column or org/dataset[/config]:column@split, named NAME=…; may be repeated."
+        ),
     ] = None,
     models: Annotated[list[str] | None, typer.Option(help="Parents, without a recipe: two for a sweep over α.")] = None,
     base: Annotated[str | None, typer.Option(help="The model that --models come from.", metavar="MODEL")] = None,

@@ -65,6 +65,13 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def print_text(text: str) -> None:
+    """Print a line, broken between words."""
+    from rich.text import Text
+
+    print_table(Text(text))
+
+
 def print_table(what: Any) -> None:
     """Print what rich renders, in at most WIDTH columns."""
     from rich.console import Console
@@ -72,3 +79,18 @@ def print_table(what: Any) -> None:
     console = Console(highlight=False, soft_wrap=False)
     console.width = min(console.width, WIDTH)
     console.print(what)
+
+
+def print_sections(sections: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Print lists under titles."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown: list[Any] = []
+    for title, lines in sections:
+        listed = Table.grid(padding=(0, 1), pad_edge=True)
+        for line in lines:
+            listed.add_row("·", Text(line))
+        shown += [Text(title, "bold"), listed]
+    print_table(Group(*shown))

@@ -9,6 +9,7 @@ from ctl_merge.methods import (  # noqa: F401
     fisher,
     iso,
     karcher,
+    knots,
     linear,
     localize_and_stitch,
     metagpt,

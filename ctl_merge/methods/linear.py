@@ -16,7 +16,7 @@ def weights_cancel(parameters: Parameters, flag: str = "normalize") -> str | Non
     return None
 
 
-@merge_method(space="weights", base="optional", check=weights_cancel, paper="2203.05482")
+@merge_method(space="weights", base="optional", linear=True, check=weights_cancel, paper="2203.05482")
 def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = True) -> Tensor:
     """Weighted average Σ w x / Σ w; without `normalize` the weighted sum.
 

@@ -31,6 +31,7 @@ def _say_coefficients(results: Mapping[str, Mapping[str, Tensor]]) -> str | None
 
 @merge_method(
     space="task_vectors",
+    linear=True,
     measures={"coefficient": Measure(_energy, _shares, _whole_model)},
     report=_say_coefficients,
     paper="2406.11385",

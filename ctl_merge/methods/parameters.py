@@ -16,13 +16,14 @@ from pydantic import Field, FiniteFloat, TypeAdapter
 from torch import Tensor
 
 PER_MODEL = "per model"
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 T = TypeVar("T")
 
-Weight = Annotated[FiniteFloat, Field(description="factor of the model (or of its task vector)")]
+_MOST = 1e9  # with numbers without bound sums need not be finite
+Weight = Annotated[FiniteFloat, Field(ge=-_MOST, le=_MOST, description="factor of the model (or of its task vector)")]
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Density = Annotated[Fraction, Field(description="share of the task vector's entries that is kept")]
-Scale = Annotated[FiniteFloat, Field(description="factor on the merged task vector")]
+Scale = Annotated[FiniteFloat, Field(ge=-_MOST, le=_MOST, description="factor on the merged task vector")]
 Normalize = Annotated[bool, Field(description="divide by the sum of the weights")]
 
 
@@ -65,8 +66,9 @@ class Parameter:
         """`value` as the parameter's type; raises pydantic.ValidationError."""
         if self.type_is_bool and isinstance(value, int | float) and value in (0, 1):
             value = bool(value)  # mergekit's configs write flags as numbers too
-        if isinstance(value, str) and EXPONENT.fullmatch(value):
-            value = float(value)  # YAML 1.1 takes 1e-1, without a point, for text
+        if isinstance(value, str) and NUMBER.fullmatch(value):
+            # YAML 1.1 takes 1e-1, without a point, for text; and people put numbers in quotes.
+            value = int(value) if value.lstrip("+-").isdecimal() else float(value)
         return self._adapter.validate_python(value, strict=True)
 
     @cached_property

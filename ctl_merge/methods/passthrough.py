@@ -13,7 +13,7 @@ from ctl_merge.methods.registry import merge_method
 Factor = Annotated[FiniteFloat, Field(description="factor of the tensor")]
 
 
-@merge_method(space="weights", models=(1, 1))
+@merge_method(space="weights", models=(1, 1), linear=True)
 def passthrough(tensors: Tensor, *, scale: PerModel[Factor] = 1.0) -> Tensor:
     """The one input, times `scale`.
 

@@ -58,6 +58,7 @@ class Method:
     paper: str | None
     grain: Grain | Callable[[Parameters], Grain] = "element"
     statistic: Statistic | None = None  # taken of each model on its own text, and passed under this name
+    linear: bool = False  # the result is Σ c x, its c the same whatever the stack, but for what is measured
     summary: str = field(default="")
 
     def grain_for(self, parameters: Parameters) -> Grain:
@@ -86,6 +87,7 @@ def merge_method(
     models: tuple[int, int | None] = (1, None),
     grain: Grain | Callable[[Parameters], Grain] = "element",
     statistic: Statistic | None = None,
+    linear: bool = False,
     measures: Mapping[str, Measure] | None = None,
     check: Callable[[Parameters], str | None] = no_objection,
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
@@ -102,7 +104,8 @@ def merge_method(
     number; or only whole tensors; a function of the parameters where it depends on them. `statistic`: what the engine
     measures of each model on its own text and passes under that name (None for tensors that have none): "gram", the
     mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight then being (models, out, in);
-    "fisher", the mean squared gradient, as large as the stack. `check(parameters)` returns an objection or None;
+    "fisher", the mean squared gradient, as large as the stack. `linear`: the result is Σ c_i x_i entry by entry, with
+    factors that depend on the parameters and the measures alone. `check(parameters)` returns an objection or None;
     `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
     """
 
@@ -114,7 +117,7 @@ def merge_method(
         engine_made = {"noise", "gram", "fisher", *(measures or {})}
         _REGISTRY[key] = Method(
             name=key, function=function, space=space, grain=grain, models=models, paper=paper, check=check,
-            report=report, statistic=statistic,
+            report=report, statistic=statistic, linear=linear,
             base=base or ("required" if space == "task_vectors" else "none"),
             random="noise" in keywords, measures=measures or {},
             parameters={p.name: p for p in _declared(function) if p.name not in engine_made},

@@ -10,7 +10,7 @@ from ctl_merge.methods.parameters import Normalize, PerModel, Scale, Weight
 from ctl_merge.methods.registry import merge_method
 
 
-@merge_method(space="task_vectors", check=weights_cancel, paper="2212.04089")
+@merge_method(space="task_vectors", linear=True, check=weights_cancel, paper="2212.04089")
 def task_arithmetic(
     deltas: Tensor, *, weight: PerModel[Weight], normalize: Normalize = False, lambda_: Scale = 1.0
 ) -> Tensor:

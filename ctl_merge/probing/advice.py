@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ctl_merge.probing.record import (
@@ -14,6 +15,7 @@ from ctl_merge.probing.record import (
     named,
     number,
     place,
+    quadratic,
     recipes,
     rows,
     sweep,
@@ -28,10 +30,8 @@ def advice(data: Data) -> str:
     paying = [name for name, found in costs.items() if (number(found["nonlinearity"], "low") or 0) > 0]
     bent = [name for name in names if (number(rows(data, name)[-1], "nonlinearity") or 0) >= 0.3]
     tips = []
-    blamed = list(dict.fromkeys(place(row) for name in paying or bent for row in _top_local(data, name)))
     if paying or (bent and not costs):
-        where = f", or smaller ones only in block{'s' if len(blamed) > 1 else ''} {listed(blamed)}" if blamed else ""
-        tips.append(f"smaller coefficients{where}: the deviation shrinks with their square where linearity holds")
+        tips.append(_smaller(data, paying or bent))
     elif costs:
         tips.append("leave linearity alone: its cost is not above 0 beyond doubt")
     diluted = [
@@ -52,9 +52,28 @@ def advice(data: Data) -> str:
     return f"To try: {'; '.join(tips)}." if tips else ""
 
 
-def _top_local(data: Data, name: str) -> list[dict[str, Any]]:
+def _smaller(data: Data, names: Sequence[str]) -> str:
+    """Smaller coefficients, where, and how much they help as far as that was measured."""
+    blamed = [row for name in names for row in _to_blame(data, name)]
+    labels = list(dict.fromkeys(map(place, blamed)))
+    where = f", or smaller ones only in block{'s' if len(labels) > 1 else ''} {listed(labels)}" if labels else ""
+    text = f"smaller coefficients on the base's task vectors{where}"
+    known = [row for name in names for row in rows(data, name) if quadratic(row) is not None]
+    slow = [slope for row in known if not quadratic(row) and (slope := number(row, "slope_deviation")) is not None]
+    if slow:
+        ends = dict.fromkeys(f"{100 * 2**-slope:.0f}" for slope in (max(slow), min(slow)))
+        return f"{text}: halved, they leave {' to '.join(ends)} % of the deviation here, not a quarter"
+    return f"{text}: the deviation shrinks with their square where linearity holds"
+
+
+def _to_blame(data: Data, name: str) -> list[dict[str, Any]]:
+    """The block that the non-linearity cost mostly comes from, if that was measured, else that of most deviation."""
+    blame = (costs_of(data, name) or {}).get("blame") or {}
+    sure = {site: own["value"] for site, own in blame.items() if (number(own, "low") or 0) > 0}
     known = [row for row in rows(data, name) if (number(row, "local") or 0) > 0]
-    return [max(known, key=lambda row: row["local"])] if known else []
+    if sure:
+        known = [row for row in rows(data, name) if row["block"] in sure]
+    return [max(known, key=lambda row: sure.get(row["block"]) or row["local"])] if known else []
 
 
 def _best_alpha(data: Data, name: str) -> float | None:

@@ -27,7 +27,7 @@ from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.recipe_schema import ProbeSchema
 from ctl_merge.reference import ModelRef
-from ctl_merge.roles import roles, short_names
+from ctl_merge.roles import roles, shared_base, short_names
 from ctl_merge.stacks import find_blocks, text_sites
 from ctl_merge.stored import open_checkpoint
 from ctl_merge.weights import task_grams
@@ -59,10 +59,13 @@ def probe(
     opened = [r if isinstance(r, Merge) else Merge(r) for r in several]
     names = [MERGED] if len(opened) == 1 else [Path(merge.recipe.name).stem for merge in opened]
     merges = dict(zip(names, opened, strict=True))
-    if len({frozenset(merge.recipe.refs) for merge in opened}) > 1 or len(merges) < len(opened):
-        raise ProbeError("recipes that are probed together have the same models, and names of their own")
+    if len(merges) < len(opened):
+        raise ProbeError(f"recipes that are probed together have names of their own, not {', '.join(names)}")
+    chosen = _parsed(base)
+    if len(opened) > 1:
+        chosen = shared_base([merge.recipe for merge in opened], chosen)
     notes = {name: _notes(merge) for name, merge in merges.items()}
-    return _run(merges, notes, names[0], data, options or Options(**how), meter, base)
+    return _run(merges, notes, names[0], data, options or Options(**how), meter, chosen)
 
 
 def probe_pair(
@@ -202,14 +205,17 @@ def _recipe_text(method: str, models: Sequence[str], weights: Sequence[float], b
 
 def _run(
     merges: Mapping[str, Merge], notes: Mapping[str, dict[str, Any]], main: str, data: str | Sequence[str],
-    options: Options, meter: Meter, base: str | None = None,
+    options: Options, meter: Meter, base: ModelRef | None = None,
 ) -> ProbeReport:  # fmt: skip
     for merge in merges.values():
         merge.fetch()
     opened = merges[main]
-    own, parents = roles(opened, _parsed(base))
+    own, parents = roles(opened, base)
     placed(options, own)
     sets = token_sets(opened, own, data, options)
+    for name, merge in merges.items():
+        if merge.merged.tensors.keys() != opened.merged.tensors.keys():
+            raise ProbeError(f"{name} and {main} do not write the same tensors: probe them one by one")
     lazy: dict[str, Checkpoint] = {name: merge.merged for name, merge in merges.items()}
     subject = _subject(own, parents, lazy, opened.workers, meter)
     riders = [Rider(name, checkpoint, ghost=name == main) for name, checkpoint in lazy.items()]

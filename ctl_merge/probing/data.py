@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ctl_merge.probing.turns import PROMPT, RESPONSE, Text, is_conversation, joi
 
 STRATA = ("first", "delimiter", PROMPT, RESPONSE, "other")
 _ROLES = (None, PROMPT, RESPONSE)  # a token's role as a number
+SAMPLE = 20_000  # characters of the texts that are kept, for tokenizers to be compared on
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TokenSet:
     """Windows of one data set: ids (N, T); strata (N, S, T) bool, in the order of STRATA.
 
     `first`: the first window of the whole set (1, T) where these are a later part of it. `skipped`: rows that were
-    left out on the way to these windows, since they hold a null.
+    left out on the way to these windows, since they hold a null. `text`: the beginning of what was tokenised.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TokenSet:
     strata: Tensor
     first: Tensor | None = None
     skipped: int = 0
+    text: str = ""
 
 
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> Any:
@@ -68,17 +70,19 @@ def load_tokens(
     """
     ids: list[int] = []
     roles: list[int] = []
-    skipped, wanted = 0, sequences * length
+    skipped, wanted, sample = 0, sequences * length, ""
     for text in texts_of(spec, tokenizer if chat else None):
         if text is None:
             skipped += 1
             continue
+        sample += text.text[: SAMPLE - len(sample)]
         own, of_own = tokenised(text, tokenizer)
         ids += own
         roles += of_own
         if len(ids) >= wanted:
             break
-    return cut(spec.name, ids, tokenizer, sequences, length, roles=roles, special=special, skipped=skipped)
+    found = cut(spec.name, ids, tokenizer, sequences, length, roles=roles, special=special, skipped=skipped)
+    return replace(found, text=sample)
 
 
 def cut(

@@ -33,8 +33,8 @@ a{color:var(--s0)}
 .tile strong{display:block;font-size:1.9rem;line-height:1.2;font-variant-numeric:tabular-nums}
 .tile h3{margin:0 0 4px;font-size:.95rem;overflow-wrap:anywhere}
 .tile p{margin:0;font-size:.88rem;color:var(--soft)}
-.figures{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:18px;align-items:start}
-figure{margin:0;padding:16px 18px}
+.figures{columns:2;column-gap:18px}
+figure{margin:0 0 18px;padding:16px 18px;break-inside:avoid}
 figure h3{margin:0 0 6px;font-size:1.02rem}
 figure svg{display:block;width:100%;height:auto}
 figcaption{font-size:.88rem;color:var(--soft);margin-top:8px}
@@ -47,7 +47,7 @@ th:first-child,td:first-child{text-align:left}
 th{color:var(--soft);font-weight:600}
 dt{font-weight:600}dd{margin:0 0 8px;color:var(--soft)}
 :focus-visible{outline:2px solid var(--s0);outline-offset:2px}
-@media(max-width:820px){.figures{grid-template-columns:minmax(0,1fr)}main{padding:18px 12px 40px}
+@media(max-width:820px){.figures{columns:1}main{padding:18px 12px 40px}
  figure{padding:12px 8px}figure h3,figcaption{padding:0 6px}h1{font-size:1.4rem}.verdict{padding:12px 14px 4px}}
 @media print{body{background:none}figure,.tile,.verdict{break-inside:avoid}}
 """

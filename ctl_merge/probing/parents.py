@@ -6,16 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from ctl_merge.errors import CtlMergeError, ProbeError, RecipeError
+from ctl_merge.front_matter import CARD, card_text, stated_bases
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
 
 RECIPES = ("ctl_merge_recipe.yaml", "mergekit_config.yml")
-CARD = "README.md"
-_MOST_BYTES = 1_000_000
 _FENCED = re.compile(r"^(`{3,})ya?ml[ \t]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
@@ -27,9 +24,9 @@ def parents_of(folder: Path, models: Sequence[str], base: str | None) -> tuple[l
     the others. Raises ProbeError where they cannot be known, with what was found.
     """
     seen: list[str] = []
-    for name, recipe in _recipes(folder, seen):
-        chosen = base or (_found_again(recipe.base) if recipe.base else None)
-        own = _without(chosen, [_found_again(source.ref) for source in recipe.models])
+    for name, recipe in recipes_in(folder, seen):
+        chosen = base or (found_again(recipe.base) if recipe.base else None)
+        own = _without(chosen, [found_again(source.ref) for source in recipe.models])
         if chosen and own:
             return list(models) or own, chosen
         seen.append(f"{name} names no base_model")
@@ -39,12 +36,14 @@ def parents_of(folder: Path, models: Sequence[str], base: str | None) -> tuple[l
         return list(models) or own, base
     if listed:
         seen.append(f"{CARD} lists {', '.join(listed)}, without saying which one the others were trained from")
-    what = "give --base C, and --models A B … for others" if listed else "give --models A B … and --base C"
-    found = "; ".join(seen) or f"there is no recipe and no {CARD} in it"
+    what = "give --models A B …" if base else "give --models A B … and --base C"
+    what = "give --base C, and --models A B … for others" if listed else what
+    said = f"its {CARD} names no models" if (folder / CARD).is_file() else f"there is no recipe and no {CARD} in it"
+    found = "; ".join(seen) or said
     raise ProbeError(f"{folder} does not say what it was merged from ({found}): {what}")
 
 
-def _recipes(folder: Path, seen: list[str]) -> list[tuple[str, Recipe]]:
+def recipes_in(folder: Path, seen: list[str]) -> list[tuple[str, Recipe]]:
     """The recipes that can be read; why the others cannot goes to `seen`."""
     found = []
     for name in RECIPES:
@@ -53,7 +52,7 @@ def _recipes(folder: Path, seen: list[str]) -> list[tuple[str, Recipe]]:
                 found.append((name, load_recipe(folder / name)))
             except RecipeError as error:
                 seen.append(f"{name} cannot be read: {_first(error)}")
-    for _, block in _FENCED.findall(_card(folder)):
+    for _, block in _FENCED.findall(card_text(folder)):
         if re.search(r"^merge_method[ \t]*:", block, re.MULTILINE):
             try:
                 found.append((CARD, parse_recipe(block, f"the recipe in {CARD}", folder)))
@@ -63,26 +62,19 @@ def _recipes(folder: Path, seen: list[str]) -> list[tuple[str, Recipe]]:
 
 
 def _listed(folder: Path, seen: list[str]) -> list[str]:
-    """`base_model` of the card's metadata, a name or a list of names."""
-    before, _, rest = _card(folder).partition("---")
-    front = rest.partition("\n---")[0]
-    if before.strip() or not front.strip():
-        return []
+    """`base_model` of the card's metadata."""
     try:
-        data = yaml.safe_load(front)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        seen.append(f"the metadata of {CARD} is not YAML: {_first(error)}")
+        return stated_bases(folder)
+    except RecipeError as error:
+        seen.append(_first(error))
         return []
-    models = data.get("base_model") if isinstance(data, dict) else None
-    models = [models] if isinstance(models, str) else models
-    return [m for m in models if isinstance(m, str) and m.strip()] if isinstance(models, list) else []
 
 
 def _without(base: str | None, models: Sequence[str]) -> list[str]:
     return [model for model in dict.fromkeys(models) if base is None or not _same(model, base)]
 
 
-def _found_again(ref: ModelRef) -> str:
+def found_again(ref: ModelRef) -> str:
     """The model's name as it is found from the working directory: the folder's own, where it lies beside the merge."""
     return str(ref.folder) if ref.folder and not _same(ref.text, str(ref.folder)) else ref.text
 
@@ -92,14 +84,6 @@ def _same(one: str, other: str) -> bool:
         return one == other or ModelRef.parse(one) == ModelRef.parse(other)
     except CtlMergeError:
         return False
-
-
-def _card(folder: Path) -> str:
-    try:
-        with (folder / CARD).open("rb") as file:
-            return file.read(_MOST_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
-    except OSError:
-        return ""
 
 
 def _first(error: Exception) -> str:

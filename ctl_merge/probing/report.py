@@ -92,9 +92,10 @@ def rebuild(statistics: Statistics) -> ProbeReport:
 
 
 def lineage(weights: TaskGrams, parents: Sequence[str]) -> list[dict[str, Any]]:
-    """How far each parent is from the base: ‖τ‖/‖θ_0‖ and cos(θ_i, θ_0), over the whole model.
+    """How far each parent is from the base: ‖τ‖/‖θ_0‖, cos(θ_i, θ_0), the largest cos(τ_i, τ_j), over the whole model.
 
-    Finetunes have cosines above 0.9 as a rule; far below it, the base is not the base.
+    Finetunes have cosines above 0.9 with their base as a rule; far below it, the base is not the base. Task vectors
+    share much where the parents have a nearer common ancestor: 1/2 if the base is another finetune of it.
     """
     gram, k = weights.total(), len(parents)
     own = gram[k, k]
@@ -103,8 +104,17 @@ def lineage(weights: TaskGrams, parents: Sequence[str]) -> list[dict[str, Any]]:
         both = gram[i, i] + 2 * gram[i, k] + own
         cosine = (gram[i, k] + own) / math.sqrt(both * own) if both > 0 and own > 0 else math.nan
         norm = math.sqrt(gram[i, i] / own) if own > 0 and gram[i, i] >= 0 else math.nan
-        found.append({"parent": name, "relative_norm": norm, "cosine_to_base": cosine})
+        others = [c for j in range(k) if j != i and not math.isnan(c := _cosine(gram, i, j))]
+        found.append({
+            "parent": name, "relative_norm": norm, "cosine_to_base": cosine,
+            "cosine_to_others": max(others, default=math.nan),
+        })  # fmt: skip
     return found
+
+
+def _cosine(gram: Any, i: int, j: int) -> float:
+    square = gram[i, i] * gram[j, j]
+    return float(gram[i, j] / math.sqrt(square)) if square > 0 else math.nan
 
 
 def _set(statistics: Statistics, name: str, found: Observations) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 from ctl_merge.errors import DataError
 
-_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """`[NAME=]SOURCE[:column,column][@split]`: a file, or a data set on the Hub."""
+    """`[NAME=]SOURCE[:column,column][@split]`: a file, or `org/dataset` or `org/dataset/config` on the Hub."""
 
     name: str
     source: str
@@ -34,7 +34,7 @@ class DataSpec:
         if not source:
             raise DataError(f"{text!r} names no data: write NAME=FILE, FILE:column or org/dataset:column@split")
         chosen = tuple(column.strip() for column in columns.removeprefix(":").split(",") if column.strip())
-        name = name or Path(source).stem
+        name = name or Path(source.rpartition("/")[0] if _has_config(source) else source).stem
         if not name.isprintable():
             raise DataError(f"{text!r}: the name of a data set is printable text: write NAME= in front")
         return cls(name, source, chosen, split or "train")
@@ -46,8 +46,8 @@ class DataSpec:
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether the source is a text file, which has no rows."""
-        return self.path.suffix == ".txt" and os.path.isfile(self.source)
+        """Whether the source is a text file, which has no rows: any file that is none of rows."""
+        return self.path.suffix not in _LOADERS and os.path.isfile(self.source)
 
 
 def _existing(text: str) -> tuple[str, str, str] | None:
@@ -68,14 +68,31 @@ def _split(text: str) -> tuple[str, str, str]:
     return name, rest[:end], rest[end:]
 
 
+def _has_config(source: str) -> bool:
+    """Whether a source that is no file says which configuration of a data set it means: `openai/gsm8k/main`."""
+    return not os.path.isfile(source) and source.count("/") == 2 and not source.startswith((".", "/"))
+
+
 def read_pieces(spec: DataSpec) -> Iterator[str]:
     """A text file in pieces that end with a line. Raises DataError."""
+    _check_whole(spec)
+    if spec.columns:
+        columns = ",".join(spec.columns)
+        raise DataError(f"{spec.name}: {spec.path} is read as plain text and has no columns: leave :{columns} out")
     try:
         with spec.path.open(encoding="utf-8") as file:
             while lines := file.readlines(1 << 20):
+                if any("\0" in line for line in lines):
+                    raise ValueError("it is no text")
                 yield "".join(lines)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{spec.name}: {spec.path} cannot be read ({error})") from None
+    except (OSError, ValueError) as error:
+        kinds = "" if spec.path.suffix == ".txt" else f"; rows are read from {', '.join(_LOADERS)}"
+        raise DataError(f"{spec.name}: {spec.path} cannot be read as UTF-8 text ({error}){kinds}") from None
+
+
+def _check_whole(spec: DataSpec) -> None:
+    if spec.split != "train":
+        raise DataError(f"{spec.name}: {spec.path} is a file and has no split {spec.split!r}: leave @{spec.split} out")
 
 
 def read_rows(spec: DataSpec) -> Iterator[dict[str, Any]]:
@@ -83,22 +100,23 @@ def read_rows(spec: DataSpec) -> Iterator[dict[str, Any]]:
     import datasets
 
     path, local = spec.path, os.path.isfile(spec.source)
-    if local and path.suffix not in _LOADERS:
-        raise DataError(f"{path}: a {path.suffix or 'file without suffix'} is not read; use {', '.join(_LOADERS)}")
-    if local and spec.split != "train":
-        raise DataError(f"{spec.name}: {path} is a file and has no split {spec.split!r}: leave @{spec.split} out")
-    if not local and (path.suffix in _LOADERS or path.is_absolute() or spec.source.startswith(".")):
+    if local:
+        _check_whole(spec)
+    elif path.suffix in (*_LOADERS, ".txt") or path.is_absolute() or spec.source.startswith("."):
         raise DataError(f"{spec.name}: there is no file {spec.source!r}")  # and no data set is called so
     try:
         if local:
             loader = _LOADERS[path.suffix]
             yield from datasets.load_dataset(loader, data_files=_literal(path), split="train", streaming=True)
         else:
-            yield from datasets.load_dataset(spec.source, split=spec.split, streaming=True)
+            source, config = spec.source.rsplit("/", 1) if _has_config(spec.source) else (spec.source, None)
+            yield from datasets.load_dataset(source, config, split=spec.split, streaming=True)
     except StopIteration:  # what datasets raises for an empty file
         raise DataError(f"{spec.name}: {path} is empty") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]  # what there is to choose from stands in later lines
+        if not local and "Config name is missing" in reason:
+            reason += f": write {spec.source}/CONFIG"
         trouble = "cannot be read" if local else "is neither a file nor a data set that can be reached"
         raise DataError(f"{spec.name}: {spec.source} {trouble} ({reason})") from None
 

@@ -57,6 +57,7 @@ class Lineage(_Strict):
     parent: str
     relative_norm: Number = Field(description="‖τ‖ / ‖θ_0‖")
     cosine_to_base: Number = Field(description="cos(θ_i, θ_0)")
+    cosine_to_others: Number = Field(description="the largest cos(τ_i, τ_j) with another parent")
 
 
 class Row(_Strict):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ctl_merge.markdown import escaped
 from ctl_merge.probing.figures import figures
 from ctl_merge.probing.record import Data, costs_of, main_merge, number, prepared, rows
 from ctl_merge.probing.verdict import verdict
-from ctl_merge.probing.wording import escaped, interval, share, shown
+from ctl_merge.probing.wording import interval, share, shown
 
 _EMBEDDED = ("nonlinearity", "coefficients", "losses")
 

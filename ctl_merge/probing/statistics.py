@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ctl_merge
+from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.weights import TaskGrams
 
@@ -41,7 +42,9 @@ class Statistics:
             if rider.patch:
                 patches.setdefault(rider.name.rpartition("/patch@")[0], {})[rider.patch] = rider.name
         notes = {name: dict((merges or {}).get(name, {})) for name in subject.merges}
-        return cls(subject.base.name, list(subject.parents), notes, subject.weights, observed, patches, **more)
+        base = subject.base
+        name = base.ref.short if isinstance(base, FileCheckpoint) else base.name  # where it lies is nobody's business
+        return cls(name, list(subject.parents), notes, subject.weights, observed, patches, **more)
 
     @property
     def main(self) -> str:

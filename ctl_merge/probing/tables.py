@@ -135,10 +135,10 @@ def _patch_table(data: Data, name: str) -> Iterator[str]:
 
 
 def _lineage(data: Data) -> Iterator[str]:
-    keys = ("relative_norm", "cosine_to_base")
+    keys = ("relative_norm", "cosine_to_base", "cosine_to_others")
     body = [[r["parent"], *(shown(number(r, key), digits=4) for key in keys)] for r in data.get("lineage") or ()]
     if body:
-        yield _table("Lineage", ["parent", "‖τ‖ / ‖base‖", "cos to base"], body)
+        yield _table("Lineage", ["parent", "‖τ‖ / ‖base‖", "cos to base", "cos(τ, τ) with another"], body)
 
 
 def _strata(data: Data) -> Iterator[str]:

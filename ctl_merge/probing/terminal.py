@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ctl_merge.probing.record import Data, below_floor, best_parent, bounded, costs_of, number, place, prepared, rows
@@ -11,6 +12,7 @@ from ctl_merge.probing.wording import interval, shown
 
 PARENTS = 3  # columns of coefficients that fit; probe.json has them all
 _NAME = 18
+_WIDTH = 100
 
 
 def render(data: Data) -> Any:
@@ -43,9 +45,9 @@ def _blocks(data: Data, name: str) -> Any:
     table = _table(f"{name}: {found['sequences']:,} sequences, {found['tokens']:,} tokens{belongs}")
     for column in ("block", "R [95 %]", "cos", "coef", "local", "prop."):
         table.add_column(column, justify="left" if column == "block" else "right", no_wrap=True)
-    room = min(14, max(4, (38 - 6 * null - 16 * rounded) // max(len(parents), 1) - 4))
-    for parent in parents:
-        table.add_column(Text(f"ĉ {shorten(parent, room)}"), justify="right", no_wrap=True)
+    first = len(table.columns)
+    for _ in parents:
+        table.add_column(justify="right", no_wrap=True)
     for column in ["null"] * null + ["written", "floor"] * rounded:
         table.add_column(column, justify="right", no_wrap=True)
     for row in blocks:
@@ -58,11 +60,25 @@ def _blocks(data: Data, name: str) -> Any:
             cells += [shown(number(row, "nonlinearity_written")), f"{floor}*" if below_floor(row) else floor]
         table.add_row(*map(Text, cells), style="dim" if below_floor(row) else None)
     table.padding = (0, 1, 0, 0) if len(table.columns) <= 10 else 0
+    _name_parents(table, table.columns[first : first + len(parents)], parents)
     notes = ["* below floor: R is under 3 times what rounding alone gives"] if any(map(below_floor, blocks)) else []
     if len(data["parents"]) > PARENTS:
         notes.append(f"ĉ of {len(data['parents']) - PARENTS} more parents: see probe.json")
     table.caption = Text("\n".join(notes)) if notes else None
     return table
+
+
+def _name_parents(table: Any, columns: Sequence[Any], parents: Sequence[str]) -> None:
+    """Head the parents' columns with as much of their names as fits."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=2 * _WIDTH)
+    for room in range(14, 3, -1):
+        for column, parent in zip(columns, parents, strict=True):
+            column.header = Text(f"ĉ {shorten(parent, room)}")
+        if console.measure(table).maximum <= _WIDTH:
+            return
 
 
 def _losses(data: Data, name: str) -> Any:

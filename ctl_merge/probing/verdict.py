@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ctl_merge.kinship import STRAIGHT
 from ctl_merge.probing.advice import advice
 from ctl_merge.probing.record import (
     FLOOR,
@@ -28,6 +29,8 @@ from ctl_merge.probing.wording import degree, interval, listed, share, shown, sp
 
 LINEAGE = 0.9  # finetunes of a base have a cosine to it above this
 LEAN = 0.05  # how far ĉ has to part from the weights, between two parents, to be called a preference
+UNEVEN = 0.1  # by so much a parent's coefficient in the weights may differ between blocks without a word
+UNSEEN = 5e-4  # nats that would be written as 0.000
 _NEAR = 0.9  # blocks whose value is at least this share of the largest are named beside it
 
 
@@ -52,6 +55,8 @@ def cautions(data: Data) -> str:
                 f"the weights of {row['parent']} have a cosine of {shown(cosine)} with the base (finetunes are above "
                 f"{LINEAGE}): it may not descend from this base, and then the rest means little"
             )
+    found += _nearer_base(data)
+    found += _uneven(data)
     for name in focus(data):
         blocks = _has_r(data, name)
         labels = [place(row) for row in blocks]
@@ -66,6 +71,34 @@ def cautions(data: Data) -> str:
             where = spans([place(r) for r in odd], labels)
             found.append(f"on {name} cosines at {where} exceed 0.99 while R is up to {shown(top)}: trust R, not cos")
     return f"Caution: {'; '.join(found)}." if found else ""
+
+
+def _nearer_base(data: Data) -> list[str]:
+    """Parents whose task vectors share much: they may have a nearer common ancestor than this base."""
+    near = {r["parent"]: c for r in data.get("lineage", []) if (c := number(r, "cosine_to_others") or 0) > STRAIGHT}
+    if not near:
+        return []
+    most = shown(max(near.values()))
+    return [
+        f"the task vectors of {listed([str(parent) for parent in near])} have cosines of up to {most} "
+        f"(finetunes that were trained apart are below {STRAIGHT}): if they have a nearer common ancestor than this "
+        "base, name that as the base"
+    ]
+
+
+def _uneven(data: Data) -> list[str]:
+    """The parent whose coefficient differs most between blocks: what a block reads was then mixed otherwise."""
+    blocks = rows(data, next(iter(data["sets"])))
+    found = {p: [c for row in blocks if (c := number(row, "effective_weight", p)) is not None] for p in data["parents"]}
+    spread = {parent: max(own) - min(own) for parent, own in found.items() if own}
+    parent = max(spread, key=lambda p: spread[p], default=None)
+    if parent is None or spread[parent] < UNEVEN:
+        return []
+    ends = f"{shown(min(found[parent]), digits=2)} to {shown(max(found[parent]), digits=2)}"
+    return [
+        f"the coefficient of {parent} in the weights goes from {ends} over the blocks: where it changes, features "
+        "still carry what the blocks before have mixed otherwise, and that counts in R and in the local part too"
+    ]
 
 
 def _linearity(data: Data) -> str:
@@ -84,17 +117,24 @@ def _linearity(data: Data) -> str:
     )
     if first is not last:
         text += f" After block {place(first)} it was {listed([share(f['nonlinearity']) for f, _ in ends.values()])}."
-    nulls = [
-        f"{shown(r)} for {n}" for n, (_, end) in ends.items() if (r := number(end, "nonlinearity_null")) is not None
-    ]
-    if nulls:
-        text += f" A random task vector of the same size gives R {listed(nulls)} there."
+    text += _null({name: last for name, (_, last) in ends.items()})
     text += _scaling(data, names)
     every = [row for name in names for row in _has_r(data, name)]
     floors = [floor for row in every if (floor := number(row, "floor")) is not None]
     if floors and not any(map(below_floor, every)):
         text += f" Rounding alone gives R of at most {shown(max(floors))}: it does not matter."
     return text
+
+
+def _null(ends: Data) -> str:
+    """R of a random task vector, and whether the parents' are any more linear."""
+    known = {n: (end["nonlinearity"], r) for n, end in ends.items() if (r := number(end, "nonlinearity_null"))}
+    if not known:
+        return ""
+    nulls = listed([f"{shown(null)} for {name}" for name, (_, null) in known.items()])
+    alike = [name for name, (own, null) in known.items() if own >= _NEAR * null]
+    so = f": on {listed(alike)} the parents mix hardly more linearly than that" if alike else ""
+    return f" A random task vector of the same size gives R {nulls} there{so}."
 
 
 def _scaling(data: Data, names: Sequence[str]) -> str:
@@ -106,7 +146,7 @@ def _scaling(data: Data, names: Sequence[str]) -> str:
         if known:
             some = spans(good, [place(row) for row in known]) if good else "no block"
             parts.append(f"{'every block' if len(good) == len(known) else some} on {name}")
-    return f" When task vectors are scaled down, it shrinks with their square at {listed(parts)}." if parts else ""
+    return f" Scaled down, the deviation shrinks with the task vectors' square at {listed(parts)}." if parts else ""
 
 
 def _r(row: Data) -> str:
@@ -198,6 +238,7 @@ def _cost(data: Data) -> str:
             continue
         gap = costs["merged"] - costs["loss"]
         side = f"{shown(abs(gap))} {'worse' if gap > 0 else 'better'} than its best parent {costs['parent']}"
+        side = f"that of its best parent {costs['parent']}" if abs(gap) < UNSEEN else side
         base = f" (base {shown(costs['base'])})" if costs["base"] is not None else ""
         texts.append(
             f"{'On' if texts else 'on'} {name} the merge's loss is {shown(costs['merged'])} nats per token{base}, "
@@ -211,6 +252,8 @@ def _costing(found: Any) -> str:
     value, low, high = (number(found, key) for key in ("value", "low", "high"))
     if value is None:
         return "unknown"
+    if max(abs(end) for end in (value, low or 0, high or 0)) < UNSEEN:
+        return "costs nothing"
     if value < 0 and low is not None and high is not None:
         value, low, high, verb = -value, -high, -low, "gains"
     else:

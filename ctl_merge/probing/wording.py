@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import Any
 
 from ctl_merge.probing.record import number
@@ -61,8 +59,3 @@ def spans(chosen: Iterable[str], among: Sequence[str]) -> str:
 def listed(texts: Sequence[str]) -> str:
     """`a, b and c`."""
     return " and ".join([", ".join(texts[:-1]), texts[-1]]) if len(texts) > 1 else "".join(texts)
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", escape(text, quote=False))

@@ -1,0 +1,121 @@
+"""Runs that are killed: at each of their file operations, and at random instants.
+
+A run happens in a forked process, which shares the imports of this one. `operations` counts what it does to the file
+system below a folder; `killed_before` makes the process kill itself, with SIGKILL, right before one of these;
+`killed_after` kills it from outside after some time. What is left on the disk is what a crash leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_CHANGES = {f"os.{name}" for name in ("rename", "mkdir", "remove", "rmdir", "link", "symlink", "truncate")}
+_CALLS = ("pwrite", "posix_fallocate", "ftruncate", "fsync", "sendfile")  # of which Python tells no auditor
+_GIVEN_UP = 120.0  # seconds after which a run counts as hanging
+
+Run = Callable[[], Any]
+
+
+class _Watch:
+    """Counts file operations below a folder; at the chosen one the process ends."""
+
+    def __init__(self, folder: Path, last: int | None) -> None:
+        self.folder, self.last, self.count = str(folder), last, 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        for name in _CALLS:
+            self._wrap(name)
+        sys.addaudithook(self._hear)
+
+    def _wrap(self, name: str) -> None:
+        real = getattr(os, name)
+
+        def counted(*args: Any) -> Any:
+            self._tick()
+            return real(*args)
+
+        setattr(os, name, counted)
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = args
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if not writes and not (isinstance(mode, str) and set("wax+") & set(mode)):
+                return
+        elif event in _CHANGES:
+            path = args[0]
+        else:
+            return
+        if isinstance(path, str | bytes | os.PathLike) and os.fsdecode(path).startswith(self.folder):
+            self._tick()
+
+    def _tick(self) -> None:
+        with self._lock:
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(1)  # until it comes
+            self.count += 1
+
+
+def operations(run: Run, folder: Path) -> int:
+    """How many operations the run does below the folder, left to itself. Raises AssertionError if it fails."""
+    code, told = _forked(run, _Watch(folder, None))
+    assert code == 0, told
+    return int(told)
+
+
+def killed_before(run: Run, folder: Path, operation: int) -> bool:
+    """Whether the run was killed before this operation (from 0), or was over by then."""
+    return _ended(*_forked(run, _Watch(folder, operation)))
+
+
+def killed_after(run: Run, seconds: float) -> bool:
+    """Whether the run was killed after that time, or was over by then."""
+    return _ended(*_forked(run, None, seconds))
+
+
+def _ended(code: int, told: str) -> bool:
+    assert code in (0, -signal.SIGKILL), told
+    return code != 0
+
+
+def _forked(run: Run, watch: _Watch | None, seconds: float = _GIVEN_UP) -> tuple[int, str]:
+    """The run's exit code, negative for a signal, and what it tells: its number of operations, or its traceback."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os._exit(_as_child(run, watch, writer))
+    os.close(writer)
+    limit = threading.Timer(seconds, os.kill, (child, signal.SIGKILL))
+    limit.start()
+    with os.fdopen(reader, encoding="utf-8") as pipe:
+        told = pipe.read()
+    _, status = os.waitpid(child, 0)
+    limit.cancel()
+    limit.join()
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL and watch is not None and watch.last is None:
+        raise AssertionError(f"the run did not end within {seconds:g} seconds")
+    return code, told
+
+
+def _as_child(run: Run, watch: _Watch | None, writer: int) -> int:
+    try:
+        if watch:
+            watch.start()
+        run()
+        os.write(writer, str(watch.count if watch else 0).encode())
+        return 0
+    except BaseException:
+        os.write(writer, traceback.format_exc()[-4000:].encode())
+        return 1

@@ -109,7 +109,9 @@ class AdapterLayout:
 
         ranks = Counter((own.rank, own.alpha) for own in self.low)
         (rank, alpha), _ = ranks.most_common(1)[0]
-        by_length = sorted(self.low, key=lambda own: -len(own.pattern))  # a pattern also matches the end of longer names
+        by_length = sorted(
+            self.low, key=lambda own: -len(own.pattern)
+        )  # a pattern also matches the end of longer names
         rows = {own.target.module: list(own.rows) for own in self.held if own.form == "rows"}
         saved = [path for own in self.held if own.form == "whole" for path in self._saved(own.target)]
         LoraConfig(

@@ -181,9 +181,7 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, b
     return "parameter", len(shape) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _entries(
-    checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _entries(checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     out = torch.empty(count, dtype=dtype)
     checkpoint.read_into(tensor, out, start)
     return out

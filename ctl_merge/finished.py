@@ -40,7 +40,7 @@ def read_finished(folder: Path) -> list[Outgoing]:
     """
     if not folder.is_dir():
         raise OutputError(f"{folder}: there is no such folder")
-    if folder.name.endswith(".partial") or any((folder / name).exists() for name in WORKING_FILES):
+    if folder.name.endswith(".partial") or any(any(folder.glob(name)) for name in WORKING_FILES):
         raise OutputError(f"{folder} is an unfinished merge: finish it with --resume, then push the folder")
     names = {path.relative_to(folder).as_posix(): path for path in _paths(folder)}
     listed = _listed(folder, names)

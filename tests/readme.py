@@ -26,10 +26,10 @@ ORDER = """
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
-    model_config chat_template loadable estimate summary
+    model_config chat_template loadable estimate calibrate rates summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
-    markdown sizes
+    merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
+    public_recipe local_paths card front_matter markdown sizes
     publishing finished shard_stream destination hub_push original reproduce
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/
     cli/ errors
@@ -47,7 +47,7 @@ EVALUATING = """
     harness api
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
-CLI = "arguments terminal init merge push reproduce probe evaluate tune compare check methods schema".split()
+CLI = "arguments terminal init merge finalize push reproduce probe evaluate tune compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes",),
+    "what everything uses": ("__init__ errors sizes", "processes"),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -31,7 +31,7 @@ STAGES = {
     "checkpoints in folders, on the Hub, with an adapter": (
         "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
         "tokenizer workers",
-        "architecture chat_template devices hub tokenizer_files",
+        "architecture chat_template devices hub rates sums tokenizer_files",
         "checkpoint destination stacks",
         "hub_push low_rank parameter_names stored writer",
         "adapter_changes finished pickled",
@@ -66,12 +66,12 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "merged public_recipe step traits",
-        "card compatibility estimate manifest",
+        "identity merged public_recipe step traits",
+        "card compatibility estimate manifest measured",
         "check original",
         "summary",
         "merging",
-        "reproduce",
+        "calibrate parts reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
@@ -116,6 +116,7 @@ STAGES = {
         "cli.arguments cli.terminal",
         "cli.check cli.compare cli.evaluate cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema cli.tune",
         "cli.merge",
+        "cli.finalize",
         "cli.__init__",
         "__main__",
     ),

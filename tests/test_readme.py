@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import readme
 from hub_server import TOKEN, HubServer, hub_environment
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
@@ -102,6 +103,7 @@ def test_options_named_here_exist():
     parameters = [own for verb in group.commands.values() for own in verb.params]
     known = {option for own in parameters for option in (*own.opts, *own.secondary_opts)}
     scripts = [(readme.ROOT / path).read_text() for path in re.findall(r"python (benchmarks/\S+\.py)", TEXT)]
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}  # torchrun's
     known |= {option for script in scripts for option in re.findall(r'add_argument\("(--[a-z-]+)"', script)}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
     assert shown - known == set()

@@ -12,10 +12,23 @@ from typer.core import TyperGroup
 
 import ctl_merge
 from ctl_merge.cli import (
-    check, compare, evaluate, extract_lora, init, merge, methods, probe, push, reproduce, schema, tune,
-)  # fmt: skip
+    check,
+    compare,
+    evaluate,
+    extract_lora,
+    finalize,
+    init,
+    merge,
+    methods,
+    probe,
+    push,
+    reproduce,
+    schema,
+    tune,
+)
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
+from ctl_merge.processes import leave, report
 
 
 class RecipeFirst(TyperGroup):
@@ -38,6 +51,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(init.init)
 app.command()(merge.merge)
+app.command()(finalize.finalize)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(evaluate.evaluate)
 app.command()(tune.tune)
@@ -70,5 +84,7 @@ def main() -> None:
     try:
         app()
     except CtlMergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         sys.exit(2)
+    finally:
+        leave()

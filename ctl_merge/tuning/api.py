@@ -187,10 +187,9 @@ class _Tuning:
             return search(self.writer, self.trier, seen, self.options.trials, self.options.study, self.splits.said,
                           self.options.seed, told)  # fmt: skip
 
-    def _own(self) -> tuple[str, str] | None:
-        """The recipe as it is, where it is none of the kinds that are compared anyway."""
-        recipe = self.opened.recipe
-        return (Path(recipe.name).stem or "recipe", recipe.text)
+    def _own(self) -> tuple[str, str]:
+        """The recipe as it is."""
+        return (Path(self.opened.recipe.name).stem or "recipe", self.writer.original())
 
     def _text(self, found: Found, account: Sequence[str] = ()) -> str:
         _, place = self.model.places(found.level)
@@ -199,11 +198,7 @@ class _Tuning:
 
     def _compare(self, made: Sequence[Rival]) -> Evaluation:
         """All merges, the parents and the base on the held-out texts: each recipe as it will be read."""
-        own = Path(self.opened.recipe.name).stem or "recipe"
-        merges: dict[str, Checkpoint] = {
-            rival.name: self.opened.merged if rival.name == own else self.trier.open(rival.text).merged
-            for rival in made
-        }
+        merges: dict[str, Checkpoint] = {rival.name: self.trier.open(rival.text).merged for rival in made}
         table: dict[str, dict[str, dict[str, Measured]]] = {}
         for name, checkpoint in {**merges, **self.parents, "base": self.root}.items():
             found = self.trier.predictions(checkpoint, self.splits.held_out)

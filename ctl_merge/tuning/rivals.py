@@ -74,7 +74,7 @@ def best_uniform(model: Adjustable, texts: Texts) -> tuple[float, dict[float, fl
 
 
 def rivals(
-    writer: Writer, uniform: float, recipe: tuple[str, str] | None, trier: Trier, texts: Texts,
+    writer: Writer, uniform: float, recipe: tuple[str, str], trier: Trier, texts: Texts,
     told: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Rival]:  # fmt: skip
     """The average, task arithmetic at its best λ, TIES at its best density and λ, and the recipe as it is.
@@ -90,8 +90,7 @@ def rivals(
         for density in (0.2, 0.6) for scale in (0.6, 1.0)
     }  # fmt: skip
     yield best_of("ties", ties, trier, texts, told)
-    if recipe:
-        yield Rival(*recipe)
+    yield Rival(*recipe)
 
 
 def best_of(

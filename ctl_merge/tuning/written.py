@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ctl_merge.document import Document
 from ctl_merge.errors import RecipeError
 from ctl_merge.recipe import Recipe
@@ -32,10 +34,18 @@ class Writer:
                 f"{recipe.name}: only a recipe of whole models in one document is tuned, not slices, modules, experts "
                 "or several steps"
             )
-        documents = list(Document.parse(recipe.text, recipe.name))
-        data = documents[-1].data
-        self.kept = {key: data[key] for key in _KEPT if key in data}
+        self.recipe, self.data = recipe, Document.parse(recipe.text, recipe.name)[-1].data
+        self.kept = {key: self.data[key] for key in _KEPT if key in self.data}
         self.base, self.parents, self.start = base, list(parents), start
+
+    def original(self) -> str:
+        """The recipe as it is, its models named from `start`."""
+        models = [
+            {**{key: value for key, value in own.items() if key != "lora"}, "model": self.address(source.ref)}
+            for own, source in zip(self.data["models"], self.recipe.models, strict=False)
+        ]
+        named = {"base_model": self.address(self.recipe.base)} if self.recipe.base else {}
+        return yaml.safe_dump({**self.data, **named, "models": models}, sort_keys=False, allow_unicode=True)
 
     def method(self, method: str, own: Mapping[str, Any], shared: Mapping[str, Any] | None = None) -> str:
         """A recipe in which every parent has the same parameters."""

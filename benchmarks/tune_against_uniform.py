@@ -35,8 +35,10 @@ UNIFORM = "task arithmetic"
 SHOWN = (TUNED, UNIFORM, "average", "ties", "dare", "localize_and_stitch", "regmean", "lot", "best expert", "base")
 
 
-def recipe(method: str, base: Path | None, experts: Mapping[str, Path], own: Mapping[str, Any], shared: Mapping[str, Any],
-           train: Mapping[str, str] | None = None) -> str:  # fmt: skip
+def recipe(
+    method: str, base: Path | None, experts: Mapping[str, Path], own: Mapping[str, Any], shared: Mapping[str, Any],
+    train: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
     """A recipe's text; JSON is YAML."""
     models = [
         {

@@ -41,8 +41,8 @@ def figure(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
         parts.append(f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(group.replace("+", " + "))}</text>')
         for gain, low, high in _gains(rows, group):
             tip = f"{group}: tuned {-gain:+.3f} [{-high:.3f}, {-low:.3f}]"
-            parts.append(f'<path d="M{across(-high):.1f} {y}H{across(-low):.1f}" stroke="{COLOURS[0]}" stroke-width="5" '
-                         f'stroke-opacity=".25"><title>{escape(tip)}</title></path>')  # fmt: skip
+            parts.append(f'<path d="M{across(-high):.1f} {y}H{across(-low):.1f}" stroke="{COLOURS[0]}" '
+                         f'stroke-width="5" stroke-opacity=".25"><title>{escape(tip)}</title></path>')  # fmt: skip
         for colour, model in reversed(list(zip(COLOURS, models, strict=False))):
             own = points[group, model]
             if own:

@@ -325,7 +325,6 @@ MISTAKES = {
     f"{AVERAGE} --code x=%s/cycle.jsonl:prompt,answer --allow-code-execution --k 2": "--samples 2",
     f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,answer --extract (": "no regular expression",
     f"{AVERAGE} --data x=%s/cycle.jsonl:answer --mask-prompt": "at least two columns",
-    f"{AVERAGE} --rows": "whole rows are asked for",
     f"{AVERAGE} --data mean=%s/cycle.jsonl:answer": "cannot be called mean",
     f"{AVERAGE} --data x=%s/cycle.jsonl:answer --match x=%s/cycle.jsonl:prompt,answer": "several data sets",
     f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,answer --chat": "no chat template",

@@ -137,7 +137,9 @@ def test_what_holds_for_the_models_is_kept():
 def test_a_recipe_elsewhere_finds_its_models_by_relative_paths(tmp_path):
     (tmp_path / "models").symlink_to(QUICKSTART)
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("merge_method: task_arithmetic\nbase_model: models/base\nmodels: [{model: models/cycle, parameters: {weight: 1}}]")
+    recipe.write_text(
+        "merge_method: task_arithmetic\nbase_model: models/base\nmodels: [{model: models/cycle, parameters: {weight: 1}}]"
+    )
     loaded = ctl_merge.load_recipe(recipe)
     place = tmp_path / "out" / "deep"
     place.mkdir(parents=True)
@@ -283,7 +285,6 @@ def test_several_steps_are_refused(texts):
 
 
 MISTAKES = {
-    "": "tuning needs data",
     "--data c=%s/cycle.jsonl:q,a --level head": "it is one of model, block, part, tensor",
     "--data c=%s/cycle.jsonl:q,a --least 1 --most 0.5": "not above the least",
     "--data c=%s/nothing.jsonl:q,a": "there is no file",

@@ -34,7 +34,7 @@ def passages_of(
     if not (options.rows or options.mask_prompt):
         return {tokens.name: of_windows(tokens) for tokens in cut_sets(specs, tokenizer, options, length)}
     if not specs:
-        raise DataError(f"whole rows are asked for: name data sets that have some, not {', '.join(default_texts())}")
+        return {name: list(_lines(text, tokenizer, options, length)) for name, text in default_texts(2000).items()}
     return {spec.name: list(_rows(spec, tokenizer, options, length)) for spec in specs}
 
 
@@ -64,6 +64,14 @@ def _rows(spec: DataSpec, tokenizer: Any, options: TextOptions, length: int) -> 
     if not found:
         hint = ": name at least two columns, the last of them the response" if options.mask_prompt else ""
         raise DataError(f"{spec.name}: no row has a token to be predicted within {length} tokens{hint}")
+
+
+def _lines(text: str, tokenizer: Any, options: TextOptions, length: int) -> Iterator[Passage]:
+    """The shipped tasks as rows: `cycle: kdmqa ->` and its answer."""
+    for line in text.splitlines()[: options.sequences]:
+        prompt, arrow, answer = line.partition(" ->")
+        found = continuation(prompt + arrow, answer, tokenizer, length)
+        yield found if options.mask_prompt else passage_of(found.ids.tolist(), [True] * len(found.ids))
 
 
 def passage_of(ids: list[int], counted: list[bool]) -> Passage:

@@ -43,20 +43,21 @@ _RIDGES, _SHARES = (0.01, 0.1, 1.0), (0.25, 0.5, 0.75, 1.0)
 
 
 def tune(
-    recipe: Recipe | str | Path, data: str | Sequence[str], *, held_out: str | Sequence[str] = (),
+    recipe: Recipe | str | Path, data: str | Sequence[str] = (), *, held_out: str | Sequence[str] = (),
     base: str | None = None, folder: str | Path = ".", also: Mapping[str, Mapping[str, str]] | None = None,
     options: TuneOptions | None = None, meter: Meter = no_meter, **how: Any,
 ) -> Tuned:  # fmt: skip
     """Find coefficients with which the recipe's models merge at the least loss on `data`, and compare on other data.
 
-    `data`: a data set for each task, `TASK=SPEC` as the probe reads them; `held_out`: of the same names, to compare on.
+    `data`: a data set for each task, `TASK=SPEC` as the probe reads them, else the shipped tasks; `held_out`: of the
+    same names, to compare on.
     `folder`: where the recipe will lie, for relative paths of models. `also`: more to compare with, by name recipes to
     choose from, as text. `how`: fields of TuneOptions. Tried are, in turn:
     one coefficient for all, by its loss; coefficients of blocks by least squares on features; descent on the loss; a
     search, if `trials` are given. The validation data choose among them, the held-out data judge.
     """
     options = options or TuneOptions(**how)
-    _check(data, options)
+    _check(options)
     opened = Merge(recipe)
     opened.fetch()
     root, parents = roles(opened, ModelRef.parse(base) if base else None)
@@ -66,7 +67,8 @@ def tune(
     length = window_length(root, options)
     tokenizer = merge_tokenizer(opened, options.trust_remote_code)
     texts, others = (
-        passages_of(parse_specs(own), tokenizer, options, length) if own else {} for own in (data, held_out)
+        passages_of(parse_specs(own), tokenizer, options, length) if own is data or own else {}
+        for own in (data, held_out)
     )
     placement = place(root, options.device_map or "cpu", options.max_memory, options.blocks,
                       trust_remote_code=options.trust_remote_code)  # fmt: skip
@@ -86,9 +88,7 @@ def tune(
     return work.run()
 
 
-def _check(data: str | Sequence[str], options: TuneOptions) -> None:
-    if not data:
-        raise DataError("tuning needs data: --data TASK=FILE:column,column for each task")
+def _check(options: TuneOptions) -> None:
     if options.level not in LEVELS:
         raise DataError(f"--level {options.level}: it is one of {', '.join(LEVELS)}")
     if options.least >= options.most:

@@ -6,7 +6,7 @@
 
 Every pair of experts and all of them together, for each seed of data: the windows of each `--text` are turned round by
 the seed, some tune and validate, and half are compared on. λ, density and sparsity of the other methods are chosen on
-the windows that tuning sees too. `--train`: the experts' own texts, for regmean and lot. The last line is JSON;
+the windows that tuning sees too. Coefficients are free here: the command line keeps them between 0 and 2. `--train`: the experts' own texts, for regmean and lot. The last line is JSON;
 `--output` keeps it, with a figure.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,13 +27,12 @@ from ctl_predicts_loss import groups, named
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tune_figure import figure
+from tune_figure import SHOWN, UNIFORM, figure, means
 
 import ctl_merge
 from ctl_merge.tuning.tuned import TUNED
 
-UNIFORM = "task arithmetic"
-SHOWN = (TUNED, UNIFORM, "average", "ties", "dare", "localize_and_stitch", "regmean", "lot", "best expert", "base")
+BOUNDS = {"least": -math.inf, "most": math.inf}
 
 
 def recipe(
@@ -81,7 +81,7 @@ def measure(
     start = ctl_merge.parse_recipe(recipe("task_arithmetic", base, experts, {"weight": 0.5}, {}), "start")
     own = {name: train[name] for name in experts if name in train}
     also = others(base, experts, own if len(own) == len(experts) else {})
-    found = ctl_merge.tune(start, [texts[name] for name in experts], also=also, seed=seed, **size)
+    found = ctl_merge.tune(start, [texts[name] for name in experts], also=also, seed=seed, **BOUNDS, **size)
     evaluation, over = found.evaluation, "mean"
     reference = evaluation.of(UNIFORM, over, "loss")
     best = min(experts, key=lambda name: evaluation.of(name, over, "loss")["value"])
@@ -101,12 +101,6 @@ def measure(
     print(f"{'+'.join(experts)}, seed {seed}: {found.verdict} ({time.process_time() - began:.0f} s)", flush=True)
 
 
-def means(rows: Sequence[Mapping[str, Any]], group: str, model: str) -> float:
-    """The mean held-out loss over seeds."""
-    known = [row["mean"] for row in rows if row["experts"] == group and row["model"] == model]
-    return float(np.mean(known)) if known else float("nan")
-
-
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Mean held-out loss of each model for each group, at 100 columns."""
     listed = list(dict.fromkeys(row["experts"] for row in rows))
@@ -116,22 +110,6 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     for group in listed:
         table.add_row(group.replace("+", " "), *(f"{means(rows, group, model):.3f}" for model in SHOWN))
     Console(width=100).print(table)
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: means over seeds, and in how many seeds tuning wins beyond doubt."""
-    lines = [
-        f"| experts | {' | '.join(SHOWN)} | gain over task arithmetic, seed by seed |",
-        f"|---{'|---' * (len(SHOWN) + 1)}|",
-    ]
-    for group in dict.fromkeys(row["experts"] for row in rows):
-        values = {model: means(rows, group, model) for model in SHOWN}
-        least = min(v for v in values.values() if v == v)
-        cells = [f"**{v:.2f}**" if v == least else f"{v:.2f}" if v == v else "–" for v in values.values()]
-        gains = [row["gain"] for row in rows if row["experts"] == group and row["model"] == UNIFORM]
-        told = "; ".join(f"{g:+.2f} [{low:.2f}, {high:.2f}]" for g, low, high in gains)
-        lines.append(f"| {group.replace('+', ' + ')} | {' | '.join(cells)} | {told} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

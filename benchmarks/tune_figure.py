@@ -1,4 +1,4 @@
-"""The figure of tune_against_uniform.py: held-out loss above plain task arithmetic, by group of experts."""
+"""Figure and table of tune_against_uniform.py: held-out losses by group of experts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,33 @@ from typing import Any
 import numpy as np
 from predicts_loss_figure import ticks_of
 
+UNIFORM = "task arithmetic"
+SHOWN = ("tuned", UNIFORM, "average", "ties", "dare", "localize_and_stitch", "regmean", "lot", "best expert", "base")
 COLOURS = ("#0072B2", "#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00")
 _LEFT, _WIDTH, _ROW = 190, 540, 30
 _MOST = 1.0  # nats per token beyond which a mark stands at the edge
+
+
+def means(rows: Sequence[Mapping[str, Any]], group: str, model: str) -> float:
+    """The mean held-out loss over seeds."""
+    known = [row["mean"] for row in rows if row["experts"] == group and row["model"] == model]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: means over seeds, and in how many seeds tuning wins beyond doubt."""
+    lines = [
+        f"| experts | {' | '.join(SHOWN)} | gain over task arithmetic, seed by seed |",
+        f"|---{'|---' * (len(SHOWN) + 1)}|",
+    ]
+    for group in dict.fromkeys(row["experts"] for row in rows):
+        values = {model: means(rows, group, model) for model in SHOWN}
+        least = min(v for v in values.values() if v == v)
+        cells = [f"**{v:.2f}**" if v == least else f"{v:.2f}" if v == v else "–" for v in values.values()]
+        gains = [row["gain"] for row in rows if row["experts"] == group and row["model"] == UNIFORM]
+        told = "; ".join(f"{g:+.2f} [{low:.2f}, {high:.2f}]" for g, low, high in gains)
+        lines.append(f"| {group.replace('+', ' + ')} | {' | '.join(cells)} | {told} |")
+    return "\n".join(lines)
 
 
 def figure(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from ctl_merge.methods.table import as_rows, markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tune_figure  # noqa: E402
 
 # The order of the tree: the way that weights take. A module that is not here stands at the end, and a test fails.
 ORDER = """
@@ -106,6 +107,12 @@ def _share(row: Mapping[str, Any], reasons: Mapping[str, int]) -> str:
     return f"{100 * count / row['entries']:.2g}" if count else ""
 
 
+def tuning() -> str:
+    """The table of the experiment on tuning, from its results."""
+    rows = json.loads((ROOT / "benchmarks/results/tune_against_uniform.json").read_text("utf-8"))["rows"]
+    return tune_figure.markdown(rows)
+
+
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return text.partition("\n")[0]
@@ -124,6 +131,7 @@ def generated() -> str:
         ("against", against()),
         ("tree", tree()),
         ("recipes", recipes()),
+        ("tuning", tuning()),
     ):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)  # noqa: B023

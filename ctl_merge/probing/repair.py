@@ -76,7 +76,7 @@ def _changed(data: Data) -> str:
     if uniform is None or not tuning["coefficients"]:
         return ""
     moved = [
-        (abs(value - uniform), f"{parent} {shown(value, digits=2)} in {row['group'].removesuffix('.weight')}")
+        (abs(value - uniform), f"{parent} {shown(value, digits=2)} in {row['group'].removesuffix('.weight').rstrip('.')}")
         for row in tuning["coefficients"] for parent in data["parents"]
         if (value := number(row, parent)) is not None
     ]  # fmt: skip

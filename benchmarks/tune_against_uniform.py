@@ -6,8 +6,9 @@
 
 Every pair of experts and all of them together, for each seed of data: the windows of each `--text` are turned round by
 the seed, some tune and validate, and half are compared on. λ, density and sparsity of the other methods are chosen on
-the windows that tuning sees too. Coefficients are free here: the command line keeps them between 0 and 2. `--train`: the experts' own texts, for regmean and lot. The last line is JSON;
-`--output` keeps it, with a figure.
+the windows that tuning sees too. Coefficients are free here: the command line keeps them between 0 and 2. `--train`:
+the experts' own texts, for regmean and lot. The last line is JSON; `--output` keeps it, with a figure, and what it has
+is not measured again.
 """
 
 from __future__ import annotations

@@ -328,7 +328,6 @@ MISTAKES = {
     f"{AVERAGE} --data mean=%s/cycle.jsonl:answer": "cannot be called mean",
     f"{AVERAGE} --data x=%s/cycle.jsonl:answer --match x=%s/cycle.jsonl:prompt,answer": "several data sets",
     f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,answer --chat": "no chat template",
-    f"{QUICKSTART / 'cycle'} --card": "no card",
 }
 
 

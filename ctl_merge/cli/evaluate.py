@@ -87,6 +87,7 @@ def evaluate(
     configure()
     from ctl_merge.evaluating import api, results
     from ctl_merge.evaluating.options import EvaluationOptions
+    from ctl_merge.processes import launched
 
     for folder in filter(None, map(_folder, models if card else [])):
         results.check_card(folder)
@@ -109,6 +110,8 @@ def evaluate(
             models, data or [], match=match or [], choice=choice or [], code=code or [], base=base, options=options,
             meter=meter(),
         )  # fmt: skip
+    if not launched().first:
+        return
     if output:
         found.save(output)
     if as_json:

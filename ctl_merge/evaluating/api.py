@@ -19,10 +19,10 @@ from ctl_merge.evaluating.passages import Passage, passages_of
 from ctl_merge.evaluating.subjects import Evaluated, Group, open_groups
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.model import load_weights
-from ctl_merge.probing import ranks
 from ctl_merge.probing.placement import place
 from ctl_merge.probing.rows import DataSpec
 from ctl_merge.probing.windows import parse_specs, window_length
+from ctl_merge.processes import Ranks, launched
 from ctl_merge.recipe import Recipe
 
 _KINDS = ("data", "match", "choice", "code")
@@ -55,7 +55,7 @@ def evaluate(
     _check(specs, options)
     given: Sequence[Given] = models if isinstance(models, list | tuple) else [models]  # type: ignore[list-item]
     groups = open_groups(given, base, options.parents, options.trust_remote_code)
-    work = _Work(options, specs, ranks.state(), meter)
+    work = _Work(options, specs, launched(), meter)
     for group in groups:
         work.run(group)
     shown = {spec.name: spec for kind in _KINDS for spec in specs[kind]}
@@ -93,7 +93,7 @@ class _Work:
 
     options: EvaluationOptions
     specs: Mapping[str, Sequence[DataSpec]]
-    ranks: Any
+    ranks: Ranks
     meter: Meter
     table: dict[str, dict[str, dict[str, Measured]]] = field(default_factory=dict)
     answers: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class _Work:
         for model in new:
             asked = {kind: self.specs[kind] for kind in _KINDS[1:]}
             found, written = measure_answers(
-                model, running[model.name], asked, options, self.length, placement.device, self.part, self.gather,
+                model, running[model.name], asked, options, self.length, placement.device, self.part, self.ranks.gather,
                 self.meter,
             )  # fmt: skip
             self.table.setdefault(model.name, {}).update(found)
@@ -129,18 +129,8 @@ class _Work:
 
     def part(self, items: Sequence[Any]) -> Sequence[Any]:
         """This rank's consecutive share of the items."""
-        if self.ranks is None:
-            return items
-        count, at = self.ranks.num_processes, self.ranks.process_index
-        return items[len(items) * at // count : len(items) * (at + 1) // count]
-
-    def gather(self, found: Any) -> list[Any]:
-        """What every rank found, in the items' order."""
-        if self.ranks is None:
-            return [found]
-        from accelerate.utils import gather_object
-
-        return gather_object([found])
+        start, end = (len(items) * i // self.ranks.count for i in (self.ranks.index, self.ranks.index + 1))
+        return items[start:end]
 
     def _compare_tokens(self, model: Evaluated, passages: Mapping[str, list[Passage]]) -> None:
         """Losses per token compare only where the tokens are the same."""
@@ -162,7 +152,7 @@ class _Work:
                 calibration=self.options.calibration, device=device, told=told,
             )  # fmt: skip
         whole: dict[str, Predictions] = {}
-        for part in self.gather(own):
+        for part in self.ranks.gather(own):
             for model, predictions in part.items():
                 whole.setdefault(model, Predictions()).extend(predictions)
         for model, predictions in whole.items():

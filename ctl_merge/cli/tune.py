@@ -1,4 +1,4 @@
-"""`ctl-merge tune RECIPE`: coefficients found on data, compared on other data."""
+"""`ctl-merge tune RECIPE`: coefficients found on data, proven on other."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def generate(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: list[list[str]] = [[] for _ in prompts]
     ending = list(ends) or [e for e in [tokenizer.eos_token_id] if e is not None]
-    sampling = {"do_sample": samples > 1}
+    sampling: dict[str, Any] = {"do_sample": samples > 1}
     if samples > 1:
         sampling |= {"temperature": temperature, "top_k": 0, "num_return_sequences": samples}
     for start in range(0, len(order), batch):

@@ -1,4 +1,4 @@
-"""How models predict passages: sums for each, models side by side."""
+"""How models predict passages, several models side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, item by item, and what follows from it."""
+"""What was measured item by item, and what follows."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Results in the card of a model that lies in a folder."""
+"""Results in the card of a model's folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ctl_merge.errors import OutputError
 from ctl_merge.evaluating.evaluation import Evaluation
@@ -25,7 +26,7 @@ def write_results(found: Evaluation, model: str, folder: Path) -> Path:
     path = folder / "README.md"
     check_card(folder)
     try:
-        card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=False)
+        card: Any = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=False)
     except (OSError, ValueError) as error:
         raise OutputError(f"the metadata of {path} cannot be read ({str(error).partition(chr(10))[0]})") from None
     new = found.results(model)

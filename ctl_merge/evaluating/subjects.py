@@ -1,4 +1,4 @@
-"""What is evaluated: models in folders or on the Hub, recipes' merges."""
+"""What is evaluated: folders, models on the Hub, recipes' merges."""
 
 from __future__ import annotations
 

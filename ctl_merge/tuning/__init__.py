@@ -1,1 +1,1 @@
-"""Make a merge better: coefficients found on data, proven on other data."""
+"""Make a merge better: coefficients found on data, then proven."""

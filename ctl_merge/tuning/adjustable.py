@@ -1,4 +1,4 @@
-"""A model whose weights are a base plus coefficients times task vectors."""
+"""A model of base plus coefficients times task vectors."""
 
 from __future__ import annotations
 

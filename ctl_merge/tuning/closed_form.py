@@ -47,7 +47,7 @@ def normal_equations(
     normal, right = np.zeros((parents, parents)), np.zeros(parents)
     for name, found in observed.items():
         grams = found.grams.sites[site]
-        gram = sum(g.sum(0).numpy() for g in grams.gram)
+        gram = np.sum([g.sum(0).numpy() for g in grams.gram], axis=0)
         size = gram.shape[-1]
         deltas = np.stack([unit(1 + i, size) - unit(0, size) for i in range(parents)])
         inner = deltas @ gram @ deltas.T

@@ -1,4 +1,4 @@
-"""Merges that tuning must beat: each a recipe, the best of its kind."""
+"""Merges that tuning must beat, each best of its kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sequences of a data set: to tune on, to validate, to compare."""
+"""Sequences to tune on, to validate, to compare."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def split(texts: Texts, held_out: Texts, seed: int) -> Splits:
     sizes = ", ".join(f"{name} {' + '.join(str(len(part[name])) for part in parts)}" for name in texts)
     longest = max(len(passage.ids) for own in texts.values() for passage in own)
     said = f"sequences of up to {longest} tokens to tune on + to validate + held out: {sizes} (seed {seed})"
-    return Splits(*parts, said)
+    return Splits(parts[0], parts[1], parts[2], said)
 
 
 def windows(texts: Texts, tokenizer: Any, most: int | None = None) -> list[TokenSet]:

@@ -1,4 +1,4 @@
-"""Coefficients as a recipe: explicit numbers, and how they were found."""
+"""Coefficients as a recipe with explicit numbers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Writer:
         # A filter is a part of a name, and the first that matches counts.
         position = {group: i for i, group in enumerate(of_group)}
         ordered = sorted(of_group, key=lambda group: (_contained(group, of_group), position[group]))
-        settings = []
+        settings: list[dict[str, Any]] = []
         for i in range(len(self.parents)):
             values = {group: round(float(of_group[group][i]), _DIGITS) for group in ordered}
             mean = round(sum(values.values()) / len(values), _DIGITS)

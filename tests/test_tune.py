@@ -138,7 +138,8 @@ def test_a_recipe_elsewhere_finds_its_models_by_relative_paths(tmp_path):
     (tmp_path / "models").symlink_to(QUICKSTART)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
-        "merge_method: task_arithmetic\nbase_model: models/base\nmodels: [{model: models/cycle, parameters: {weight: 1}}]"
+        "merge_method: task_arithmetic\nbase_model: models/base\n"
+        "models: [{model: models/cycle, parameters: {weight: 1}}]"
     )
     loaded = ctl_merge.load_recipe(recipe)
     place = tmp_path / "out" / "deep"

@@ -76,12 +76,16 @@ def _changed(data: Data) -> str:
     if uniform is None or not tuning["coefficients"]:
         return ""
     moved = [
-        (abs(value - uniform), f"{parent} {shown(value, digits=2)} in {row['group'].removesuffix('.weight').rstrip('.')}")
+        (abs(value - uniform), f"{parent} {shown(value, digits=2)} in {_group(row)}")
         for row in tuning["coefficients"] for parent in data["parents"]
         if (value := number(row, parent)) is not None
     ]  # fmt: skip
     largest = [text for _, text in sorted(moved, reverse=True)[:_MOST]]
     return f"Changed: {len(moved)} coefficients instead of one λ of {shown(uniform)}; most of all {listed(largest)}."
+
+
+def _group(row: Data) -> str:
+    return str(row["group"]).removesuffix(".weight").rstrip(".")
 
 
 def _back(data: Data) -> str:

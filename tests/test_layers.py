@@ -93,6 +93,7 @@ STAGES = {
         "probing.record probing.schema probing.texts",
         "probing.metrics probing.svg probing.wording",
         "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
+        "probing.repair",
         "probing.coefficients probing.comparisons probing.curves probing.observer probing.patches probing.verdict",
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
@@ -100,9 +101,24 @@ STAGES = {
         "probing.api probing.loaded probing.text_losses",
     ),
     "adapters of whole models": ("extraction",),
+    "evaluation": (
+        "evaluating.__init__ evaluating.execution evaluating.items evaluating.metrics evaluating.options",
+        "evaluating.measured evaluating.passages evaluating.subjects",
+        "evaluating.evaluation evaluating.generation evaluating.likelihood",
+        "evaluating.answers evaluating.harness evaluating.results evaluating.table",
+        "evaluating.api",
+    ),
+    "tuning": (
+        "tuning.__init__ tuning.closed_form tuning.levels tuning.options tuning.splits tuning.tuned tuning.written",
+        "tuning.adjustable",
+        "tuning.descent tuning.rivals tuning.table",
+        "tuning.search",
+        "tuning.api",
+    ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.extract_lora cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema",
+        "cli.check cli.compare cli.evaluate cli.extract_lora cli.init cli.methods cli.probe cli.push "
+        "cli.reproduce cli.schema cli.tune",
         "cli.merge",
         "cli.finalize",
         "cli.__init__",

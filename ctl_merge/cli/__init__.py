@@ -14,6 +14,7 @@ import ctl_merge
 from ctl_merge.cli import (
     check,
     compare,
+    evaluate,
     extract_lora,
     finalize,
     init,
@@ -23,6 +24,7 @@ from ctl_merge.cli import (
     push,
     reproduce,
     schema,
+    tune,
 )
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
@@ -51,6 +53,8 @@ app.command()(init.init)
 app.command()(merge.merge)
 app.command()(finalize.finalize)
 app.command(cls=probe.ManyModels)(probe.probe)
+app.command()(evaluate.evaluate)
+app.command()(tune.tune)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command()(extract_lora.extract_lora)

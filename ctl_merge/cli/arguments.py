@@ -10,7 +10,8 @@ import typer
 from ctl_merge.problems import nearest
 
 VERBS = (
-    "init", "check", "merge", "finalize", "push", "reproduce", "probe", "compare", "extract-lora", "methods", "schema"
+    "init", "check", "merge", "finalize", "push", "reproduce", "probe", "evaluate", "tune", "compare", "extract-lora",
+    "methods", "schema",
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -77,3 +78,15 @@ def _in_its_place(path: Path) -> str:
     if (path / "config.json").is_file():
         return f"{str(path)!r} is a model, not a recipe: `ctl-merge init` writes a recipe for models"
     return f"{str(path)!r} is a folder: name a recipe, which is a YAML file"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before an hour of work. Raises OutputError."""
+    import os
+
+    from ctl_merge.errors import OutputError
+
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "may not be written to" if place.is_dir() else "is no folder"
+        raise OutputError(f"{folder} cannot be written: {place} {reason}: choose another folder")

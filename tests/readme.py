@@ -52,7 +52,9 @@ EVALUATING = """
     harness api
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
-CLI = "arguments terminal init merge finalize push reproduce probe evaluate tune compare check extract_lora methods schema".split()
+CLI = """
+    arguments terminal init merge finalize push reproduce probe evaluate tune compare check extract_lora methods schema
+""".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 
 

@@ -32,11 +32,11 @@ from ctl_merge.hub_push import Outgoing
 from ctl_merge.loadable import check_stack
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.lora_writing import write_merged_adapter
-from ctl_merge.manifest import build_manifest, dump
+from ctl_merge.manifest import build_manifest, write_manifest
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
-from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
+from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
 from ctl_merge.public_recipe import PublicRecipe
@@ -270,7 +270,7 @@ class Merge:
         (folder / "config.json").write_bytes(config)
 
     def _finish(self, folder: Path, hash_files: bool, attached: str, gone: Mapping[str, Outgoing]) -> dict[str, Any]:
-        """All that is not weights; index and config last, as readers look for those first."""
+        """All that is not weights; index and config late, as readers look for those first, and the manifest last."""
         public = PublicRecipe.of(self.recipe, self.sources)
         (folder / RECIPE).write_text(public.text, "utf-8")
         with pool(self.workers) as mapped:
@@ -282,10 +282,10 @@ class Merge:
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
         (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, public, attached), "utf-8")
-        (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)
         self.write_companions(folder)
+        write_manifest(folder, manifest, [shard for shard in self.shards if shard.file not in gone])
         return manifest
 
 

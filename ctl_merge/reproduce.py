@@ -15,8 +15,8 @@ import yaml
 from ctl_merge import hub
 from ctl_merge.card import RECIPE
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, DataError, MismatchError
-from ctl_merge.finished import sha256_of
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.original import Original
 from ctl_merge.probing.rows import DataSpec

@@ -17,7 +17,7 @@ from ctl_merge import hub
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
-from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
+from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_header, parse_length
 from ctl_merge.reference import ModelRef
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -127,17 +127,6 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{name}: {path.name} is not a JSON object")
     return data
-
-
-def local_header(path: Path) -> Header:
-    """The checked header of a local safetensors file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = parse_length(file.read(8), size, str(path))
-            return parse_header(file.read(length), size, str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def remote_header(snapshot: hub.HubSnapshot, path: str, size: int) -> Header:

@@ -22,7 +22,7 @@ ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
     starting family pedigree kinship fitting proposal proposal_text
-    checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank step
+    checkpoint header hub hub_content hub_errors digests stored pickled adapter adapter_config adapter_changes low_rank step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
@@ -42,7 +42,7 @@ PROBING = """
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
     alphas figures
 """.split()
-CLI = "arguments terminal init merge push reproduce probe compare check methods schema".split()
+CLI = "arguments terminal init merge push verify reproduce probe compare check methods schema".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

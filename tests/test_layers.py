@@ -29,9 +29,10 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions header hub_errors layers local_paths markdown model_config output reference "
+        "adapter_config companions digests header hub_errors layers local_paths markdown model_config output reference "
         "tokenizer workers",
-        "architecture chat_template devices hub tokenizer_files",
+        "architecture chat_template devices hub_content tokenizer_files",
+        "hub",
         "checkpoint destination stacks",
         "hub_push low_rank parameter_names stored writer",
         "adapter_changes finished pickled",
@@ -99,7 +100,7 @@ STAGES = {
     ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema",
+        "cli.check cli.compare cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema cli.verify",
         "cli.merge",
         "cli.__init__",
         "__main__",

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, push, reproduce, schema
+from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, push, reproduce, schema, verify
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 
@@ -42,6 +42,7 @@ app.command()(check.check)
 app.command()(extract_lora.extract_lora)
 app.command()(push.push)
 app.command()(reproduce.reproduce)
+app.command()(verify.verify)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("init", "check", "merge", "push", "reproduce", "probe", "compare", "extract-lora", "methods", "schema")
+VERBS = (
+    "init",
+    "check",
+    "merge",
+    "push",
+    "verify",
+    "reproduce",
+    "probe",
+    "compare",
+    "extract-lora",
+    "methods",
+    "schema",
+)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 

@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test long lint types environment clean
+.PHONY: demo test launchers long lint types environment clean
 
 demo: environment  ## merge the models that ship with the repository, and measure what came out
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: environment  ## the whole suite
 	$(BIN)/python -m pytest
+
+launchers: environment  ## what the suite leaves out: several processes, killed ones, several machines
+	$(BIN)/python -m pytest -m launchers
 
 long: environment  ## what the suite takes a slice of: every kill, more cases (about half an hour)
 	$(BIN)/python -m pytest -m long -s

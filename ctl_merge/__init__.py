@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from ctl_merge.starting import propose_recipe as propose_recipe
 
 _PUBLIC = {
-    "CtlMergeError": "errors", "extract_lora": "extraction", "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
+    "CtlMergeError": "errors", "extract_lora": "extraction",
+    "MergeResult": "merging", "merge": "merging", "open_merge": "merging",
     "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe_file",
     "parse_recipe": "recipe_file", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
     "observing": "probing.loaded", "probe_pair": "probing.api", "probe_merged": "probing.api",

@@ -1,4 +1,4 @@
-"""An adapter's config and the names of its tensors, as PEFT has them."""
+"""An adapter's config and tensor names, as PEFT has them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ class Held:
     def pattern(self) -> str:
         """By which `rank_pattern` names it."""
         return self.target.parameter if self.target.kind == "parameter" else self.target.module
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The same, and those of what is tied to it."""
+        return (self.pattern, *self.target.tied)
 
     @property
     def kept(self) -> float:
@@ -109,15 +114,15 @@ class AdapterLayout:
 
         ranks = Counter((own.rank, own.alpha) for own in self.low)
         (rank, alpha), _ = ranks.most_common(1)[0]
-        by_length = sorted(self.low, key=lambda own: -len(own.pattern))  # a pattern also matches the end of longer names
+        by_length = sorted(self.low, key=lambda own: -len(own.pattern))  # a pattern also fits the end of others
         rows = {own.target.module: list(own.rows) for own in self.held if own.form == "rows"}
         saved = [path for own in self.held if own.form == "whole" for path in self._saved(own.target)]
         LoraConfig(
             r=rank, lora_alpha=_plain(alpha),
             target_modules=self._short([own.target.module for own in self.low if own.target.kind != "parameter"], 1),
             target_parameters=self._short_parameters() or None,
-            rank_pattern={own.pattern: own.rank for own in by_length if own.rank != rank},
-            alpha_pattern={own.pattern: _plain(own.alpha) for own in by_length if own.alpha != alpha},
+            rank_pattern={path: own.rank for own in by_length if own.rank != rank for path in own.patterns},
+            alpha_pattern={path: _plain(own.alpha) for own in by_length if own.alpha != alpha for path in own.patterns},
             modules_to_save=list(dict.fromkeys(saved)) or None, trainable_token_indices=rows or None,
             bias="all" if any(own.form == "bias" for own in self.held) else "none",
             fan_in_fan_out=any(own.target.kind == "linear" and own.target.transposed for own in self.low),
@@ -125,7 +130,7 @@ class AdapterLayout:
                 own.target.tied and own.target.tied_by_peft and own.form in ("low_rank", "whole") for own in self.held
             ),
             task_type=_task(config), base_model_name_or_path=base, revision=revision, inference_mode=True,
-        ).save_pretrained(folder)  # fmt: skip
+        ).save_pretrained(str(folder))  # fmt: skip
         path = folder / ADAPTER_CONFIG
         written = json.loads(path.read_text("utf-8"))
         if isinstance(written["target_modules"], list):  # a set in PEFT, whose order differs from run to run
@@ -151,7 +156,7 @@ def _end(path: str, parts: int) -> str:
     return ".".join(path.split(".")[-parts:])
 
 
-def _plain(number: float) -> float | int:
+def _plain(number: float) -> Any:
     return int(number) if number == int(number) else number
 
 

@@ -1,4 +1,4 @@
-"""The change of one parameter, made into what an adapter holds of it."""
+"""The change of one parameter, as an adapter holds it."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ class Fit:
         a = torch.cat([factors.a for factors in padded])
         b = torch.stack([factors.b for factors in padded], dim=2).flatten(1)  # (outputs, rank · experts)
         parts = {"a": a, "b": b}
+        fresh = torch.contiguous_format  # a row is its own transpose, and is stored twice all the same
         if target.tied:
-            parts |= {"at": a.T.contiguous(), "bt": b.T.contiguous()}
+            parts |= {"at": a.T.clone(memory_format=fresh), "bt": b.T.clone(memory_format=fresh)}
         return held, parts
 
     def _factors(self, target: Target, number: int) -> tuple[Factors, float, float]:

@@ -1,4 +1,4 @@
-"""An adapter's folder: fitted module by module, resumable, whole or absent."""
+"""An adapter's folder: fitted by module, resumable, whole or absent."""
 
 from __future__ import annotations
 

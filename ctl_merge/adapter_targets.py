@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ctl_merge.parameter_names import ParameterNames, Place
 Kind = Literal["linear", "kernel", "embedding", "parameter", "bias", "none"]
 _TIED_BY_PEFT = {"embed_tokens", "lm_head"}  # the leaves of tied modules that PEFT ties again (ensure_weight_tying)
 
+_BEFORE_STACKING = {"gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3"}
 # Layers whose weights Mamba's kernels read past the layers' forward: PEFT refuses LoRA on them.
 _MAMBA, _READ_DIRECTLY = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}, (".out_proj", ".conv1d")
 
@@ -133,17 +134,23 @@ def find_targets(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], n
             f"{name}: transformers has no model for its config, so that the modules of an adapter cannot be named"
         )
     found = [t for path, module in model.named_modules() for t in _of_module(names, path, module)]
+    if any(target.count > 1 for target in found):
+        found = [replace(t, kind="parameter") if _means_experts(t) else t for t in found]
     stored = {target.parameter: target for target in found if all(p.name in tensors for p in target.places)}
     tied: dict[str, list[str]] = {}
     for target in found:
         if target.parameter not in stored and target.places:  # the same tensor as another parameter
             tied.setdefault(target.places[0].own, []).append(target.module)
     parameters = [
-        Target(**{**vars(t), "tied": tuple(tied.get(t.places[0].name, ()))}) if len(t.places) == 1 else t
-        for t in stored.values()
+        replace(t, tied=tuple(tied.get(t.places[0].name, ()))) if len(t.places) == 1 else t for t in stored.values()
     ]
     used = {place.name for target in parameters for place in target.places}
     return Targets(parameters, [n for n in tensors if n not in used], Counter(target.module for target in found))
+
+
+def _means_experts(target: Target) -> bool:
+    """Whether PEFT would take the layer's name, in a model of stacked experts, for that of theirs before stacking."""
+    return target.kind == "linear" and target.module.rpartition(".")[2] in _BEFORE_STACKING
 
 
 def _of_module(names: ParameterNames, path: str, module: nn.Module) -> Iterator[Target]:
@@ -181,9 +188,7 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, b
     return "parameter", len(shape) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _entries(
-    checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _entries(checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     out = torch.empty(count, dtype=dtype)
     checkpoint.read_into(tensor, out, start)
     return out

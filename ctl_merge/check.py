@@ -195,6 +195,12 @@ def _plain(value: Any) -> str:
 
 def _outcome(recipe: Recipe) -> Iterator[str]:
     first = _name(recipe.refs[0])
+    if recipe.lora:
+        rank = f"rank at most {recipe.lora.rank}" if recipe.lora.rank else "the rank that the merge has"
+        enough = f", or that {recipe.lora.energy:g} of ‖change‖² takes" if recipe.lora.energy else ""
+        yield f"one LoRA adapter: {rank}{enough}"
+        yield f"dtype: {recipe.dtype or 'the widest of the adapters'}; arithmetic is float64, rounded once"
+        return
     yield f"dtype: {recipe.dtype or f'each tensor as {first} has it'}; arithmetic is float64, rounded once"
     if recipe.mixture:
         yield from _mixture(recipe.mixture, first, recipe.refs[0])

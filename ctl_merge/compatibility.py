@@ -167,7 +167,8 @@ VOCABULARY: tuple[Row, ...] = (
 )  # fmt: skip
 
 _OURS = (
-    "consensus", "fisher", "iso_c", "iso_cts", "knots", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean", "tsv", "wudi",
+    "consensus", "fisher", "iso_c", "iso_cts", "knots", "localize_and_stitch", "lot", "metagpt", "pcb", "regmean",
+    "tsv", "wudi",
 )  # fmt: skip
 
 METHODS: tuple[Row, ...] = (

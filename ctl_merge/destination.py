@@ -1,4 +1,4 @@
-"""A repository to push to, and the right to do so."""
+"""Where a push goes, and the right to go there."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 
 from ctl_merge.errors import DeviceError
 from ctl_merge.header import TensorSpec
+from ctl_merge.processes import deal
 from ctl_merge.sizes import parse_size
 
 
@@ -58,20 +59,23 @@ def accelerators(limits: Mapping[int | str, int]) -> dict[str, int]:
     if kind is None or kind.type == "mps":  # it has no float64
         return {}
     allowed = get_max_memory(dict(limits) or None)
-    numbers = sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0)
+    numbers = _own(sorted(key for key, size in allowed.items() if isinstance(key, int) and size > 0))
     return {checked_device(number): allowed[number] for number in numbers}
 
 
+def _own(numbers: list[int]) -> list[int]:
+    """Of this machine's accelerators those of this process, where a launcher started several here."""
+    index, count = (int(os.environ.get(name) or usual) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    return numbers[index::count] or numbers[index % max(1, len(numbers)) :][:1]
+
+
 def _spread(specs: Mapping[str, TensorSpec], devices: list[str]) -> dict[str, str]:
-    """Largest first, each to the device with the least to do."""
+    """Tensors spread by bytes."""
     if not devices:
         return dict.fromkeys(specs, "cpu")
-    load = dict.fromkeys(devices, 0)
-    found = {}
-    for name in sorted(specs, key=lambda n: (-specs[n].nbytes, n)):
-        found[name] = min(devices, key=lambda device: load[device])
-        load[found[name]] += specs[name].nbytes
-    return found
+    names = sorted(specs)
+    owners = deal([specs[name].nbytes for name in names], len(devices))
+    return {name: devices[owner] for name, owner in zip(names, owners, strict=True)}
 
 
 def parse_table(text: str) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def checked_device(device: Any) -> str:
     if wanted.type != kind or (wanted.index or 0) >= count:
         there = ", ".join(["cpu", *(f"{kind}:{i}" for i in range(count))])
         raise DeviceError(f"there is no device {device!r} here; there are: {there}")
-    return f"{wanted.type}:{wanted.index or 0}"
+    return f"{wanted.type}:{_own([*range(count)])[0] if wanted.index is None else wanted.index}"
 
 
 def physical_memory() -> int:

@@ -19,6 +19,8 @@ traceback. A message says what is wrong, where, and what to do next.
 class CtlMergeError(Exception):
     """Root of all errors that the user can fix; never raised itself."""
 
+    agreed = False  # whether all processes of a run raise it
+
 
 class RecipeError(CtlMergeError):
     """The recipe cannot be understood. Lists every problem found, each with its place in the file."""

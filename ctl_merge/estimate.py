@@ -38,7 +38,7 @@ def estimate(
     memory: int,
 ) -> Estimate:
     """What carrying out the plan with so many workers takes."""
-    inputs = sum(_input_bytes(tensor, checkpoints) for tensor in plan.tensors.values())
+    inputs = input_bytes(plan, checkpoints)
     passes = merged.model_passes
     sources = {ref: source for checkpoint in checkpoints.values() for ref, source in checkpoint.sources().items()}
     return Estimate(
@@ -73,8 +73,10 @@ def _at_once(plan: Plan, tensor: TensorPlan, chunk: int) -> int:
     return tensor.spec.numel if whole else min(chunk, tensor.spec.numel)
 
 
-def _input_bytes(tensor: TensorPlan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
-    return sum(checkpoints[part.model].read_bytes(part.tensor) for part in tensor.everyone)
+def input_bytes(plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> int:
+    """What reading every input once reads from files."""
+    parts = (part for tensor in plan.tensors.values() for part in tensor.everyone)
+    return sum(checkpoints[part.model].read_bytes(part.tensor) for part in parts)
 
 
 def chunk_of(merged: MergedCheckpoint) -> int:

@@ -1,4 +1,4 @@
-"""Matrices as products of two thin ones, and what that loses."""
+"""Matrices as products of thin ones, and the loss."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def inspect(folder: Path, meter: Meter = lambda what, total: nullcontext(lambda 
     """
     if not folder.is_dir():
         raise OutputError(f"{folder}: there is no such folder")
-    if folder.name.endswith(".partial") or any((folder / name).exists() for name in WORKING_FILES):
+    if folder.name.endswith(".partial") or any(any(folder.glob(name)) for name in WORKING_FILES):
         raise OutputError(f"{folder} is an unfinished merge: finish it with --resume, then push the folder")
     check = _Check(folder)
     check.names()
@@ -274,7 +274,7 @@ def public_files(folder: Path, known: Mapping[str, str] = MappingProxyType({})) 
     for name, path, problem in _walk(folder):
         if problem:
             raise OutputError(f"{path} {problem}")
-        if name not in WORKING_FILES:
+        if not _is_working(name):
             paths[name] = path
     for name in _SPOKEN:
         if name in paths and (found := local_path(paths[name].read_text("utf-8", errors="replace"))):
@@ -288,8 +288,8 @@ def public_files(folder: Path, known: Mapping[str, str] = MappingProxyType({})) 
 
 def written_files(folder: Path, weights: Iterable[str]) -> list[dict[str, Any]]:
     """What a manifest states of the files beside the weights; not of itself, nor of the card, which people edit."""
-    left = {*weights, *WORKING_FILES, _CARD, MANIFEST}
-    paths = {name: path for name, path, _ in _walk(folder) if name not in left}
+    left = {*weights, _CARD, MANIFEST}
+    paths = {name: path for name, path, _ in _walk(folder) if name not in left and not _is_working(name)}
     digests = hash_all(paths)
     return [{"file": name, "bytes": path.stat().st_size, "sha256": digests[name]} for name, path in paths.items()]
 
@@ -301,6 +301,10 @@ def hash_all(
     total = sum(path.stat().st_size for path in paths.values())
     with meter("verifying", total) as told, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         return dict(zip(paths, threads.map(lambda path: sha256_of(path, told), paths.values()), strict=True))
+
+
+def _is_working(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in WORKING_FILES)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path, str | None]]:

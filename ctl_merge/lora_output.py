@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -15,17 +15,15 @@ from ctl_merge.adapter_changes import Change
 from ctl_merge.adapter_files import Form
 from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_output import WEIGHTS, Wanted, completed
-from ctl_merge.adapter_targets import Target, Targets, find_targets
+from ctl_merge.adapter_targets import Target, find_targets
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.factors import Factors, concatenated
 from ctl_merge.header import TensorSpec
 from ctl_merge.merged import Evidence, MergedCheckpoint
 from ctl_merge.plan import Plan, TensorPlan
-from ctl_merge.recipe_schema import LoraSchema
 from ctl_merge.reference import ModelRef
 from ctl_merge.task_vectors import AdapterChange, BaseView, Difference
-from ctl_merge.token_rows import Input
 from ctl_merge.writer import Shard
 
 _WIDEST = ("F64", "F32", "BF16", "F16")
@@ -133,8 +131,8 @@ class LoraOutput:
         if self.setting.energy:
             asked += f", or for {self.setting.energy:.4g} of ‖change‖²"
         yield (
-            f"written as one adapter of {self.base.ref.short}: {len(low)} parameters of low rank ({asked}), {exact} of "
-            f"them exact, by concatenation; {len(self.wanted) - len(low)} stored whole or by rows"
+            f"written as one {self.dtype} adapter of {self.base.ref.short}: {len(low)} parameters of low rank "
+            f"({asked}), {exact} of them exact, by concatenation; {len(self.wanted) - len(low)} stored whole or by rows"
         )
         if not self.needs_base:
             yield f"{self.base.ref.short} is not read: the adapters' task vectors are merged without it"
@@ -215,8 +213,8 @@ class LoraOutput:
         for target in self.targets.parameters:
             if forms.get(target.parameter) == "whole" and not self.targets.can_be_saved(target):
                 raise MismatchError(
-                    f"{target.parameter} is changed in a way that no low rank holds, and PEFT cannot store it whole: merge into "
-                    "a model (without `output`)"
+                    f"{target.parameter} is changed in a way that no low rank holds, and PEFT cannot store it whole: "
+                    "merge into a model (without `output`)"
                 )
         wanted = [
             Wanted(target, forms[target.parameter], self._rows(target) if forms[target.parameter] == "rows" else ())

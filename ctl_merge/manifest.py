@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +22,7 @@ from ctl_merge.hub_push import Outgoing
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.output import MANIFEST
 from ctl_merge.plan import parameter_ranges
+from ctl_merge.processes import Ranks
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard, check_shards
@@ -46,7 +47,7 @@ def build_manifest(
     """
     plan = merged.plan
     output = [folder / shard.file for shard in shards]
-    hashes = _hashes(_to_hash(checkpoints, [path for path in output if path.name not in gone]), hash_with)
+    hashes = _hashes([*(path for path in output if path.name not in gone), *local_files(checkpoints)], hash_with)
     operations = Counter(tensor.operation for tensor in plan.tensors.values())
     tensors = {
         "merged": operations["merge"], "copied": operations["copy"],
@@ -62,7 +63,7 @@ def build_manifest(
         "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,
         "recipe_sha256": hashlib.sha256(public.text.encode()).hexdigest(),
         "sources": [_source(ref, checkpoint, public, hashes) for ref, checkpoint in checkpoints.items()],
-        "tensors": tensors, "devices": dict(Counter(devices.values())),
+        "tensors": tensors, "devices": dict(Counter(device.partition(":")[0] for device in devices.values())),
         "decisions": [public.line(line) for line in (*plan.decisions, *method_notes(merged))],
         "warnings": [public.line(line) for line in plan.warnings],
         "output": [_written(path, gone.get(path.name), hashes) for path in output],
@@ -85,10 +86,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any], shards: Iterable[Shar
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _to_hash(checkpoints: Mapping[ModelRef, FileCheckpoint], output: list[Path]) -> list[Path]:
-    """The output's files and local sources; the Hub has published the hashes of its own."""
-    local = [c for c in checkpoints.values() if c.snapshot is None]
-    return [*output, *(c.folder / file for c in local for file in c.file_sizes)]
+def local_files(checkpoints: Mapping[ModelRef, FileCheckpoint]) -> list[Path]:
+    """The files of local sources; the Hub has published the hashes of its own."""
+    return [c.folder / file for c in checkpoints.values() if c.snapshot is None for file in c.file_sizes]
+
+
+def shared_hashes(paths: Sequence[Path], owners: Sequence[int], hash_with: Map, ranks: Ranks) -> dict[Path, str]:
+    """The SHA-256 of files that ranks share as `owners` says; `hash_with` maps a function, maybe in parallel."""
+    own = [path for path, owner in zip(paths, owners, strict=True) if owner == ranks.index]
+    found = ranks.gather(_hashes(own, hash_with))
+    return {path: digest for part in found for path, digest in part.items()}
 
 
 def _hashes(paths: list[Path], hash_with: Map | None) -> dict[Path, str]:

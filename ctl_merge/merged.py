@@ -19,7 +19,9 @@ from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
+from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.reference import ModelRef
+from ctl_merge.sums import total
 from ctl_merge.token_rows import Input, RowReader
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
@@ -57,6 +59,16 @@ class MergedCheckpoint(Checkpoint):
         self._of_tensor: dict[str, Results] = {}
         self._lock = threading.RLock()
         self._buffers = threading.local()
+
+    @property
+    def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
+        """The models that are read."""
+        return self._checkpoints
+
+    @property
+    def devices(self) -> Mapping[str, str]:
+        """Where the arithmetic of each tensor happens; the CPU where nothing is said."""
+        return self._devices
 
     @property
     def code(self) -> Path | None:
@@ -200,11 +212,12 @@ class MergedCheckpoint(Checkpoint):
     # ---- statistics beyond a chunk
 
     def measure(
-        self, each: Callable[[Callable[[TensorPlan], Tensor], Iterable[TensorPlan]], Iterable[Tensor]] = map
-    ) -> None:
+        self, each: Callable[[Callable[[TensorPlan], Tensor], Iterable[TensorPlan]], Iterable[Tensor]] = map,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         """Take the statistics that run over the whole model; `each` maps over tensors, in order, maybe in parallel.
 
-        Done on the first read if it was not called before.
+        Ranks share the tensors, and all come to the same results. Done on the first read if it was not called before.
         """
         with self._lock:
             merged = [plan for plan in self.plan.tensors.values() if plan.operation == "merge" and plan.spec.numel]
@@ -212,18 +225,32 @@ class MergedCheckpoint(Checkpoint):
                 return
             scopes = self.method.scopes(merged[0].parameters)
             numel = sum(plan.spec.numel for plan in merged)
+            owners = deal([plan.spec.numel for plan in merged], ranks.count)
+            own = [index for index, owner in enumerate(owners) if owner == ranks.index]
             for name in (n for n, scope in scopes.items() if scope == "model" and n not in self._of_model):
-                state: Tensor | None = None
-                for part in each(partial(self._accumulate, name=name, results=dict(self._of_model)), merged):
-                    state = part if state is None else state + part
-                assert state is not None
+                accumulate = partial(self._accumulate, name=name, results=dict(self._of_model))
+                state = total(zip(own, each(accumulate, [merged[index] for index in own]), strict=True), ranks)
                 self._of_model[name] = self._conclude(merged[0], name, state, numel, dict(self._of_model))
+
+    def known(self) -> dict[str, Results]:
+        """The measures' results so far by tensor; those of the whole model under ""."""
+        return {"": self._of_model, **self._of_tensor}
+
+    def recall(self, known: Mapping[str, Results]) -> None:
+        """Take results that were known before, or to another process, for one's own."""
+        self._of_model |= known.get("", {})
+        self._of_tensor |= {name: results for name, results in known.items() if name}
 
     @property
     def model_passes(self) -> int:
         """How many times all inputs are read before the merge itself."""
         merged = next((plan for plan in self.plan.tensors.values() if plan.operation == "merge"), None)
         return list(self.method.scopes(merged.parameters).values()).count("model") if merged else 0
+
+    @property
+    def passes_left(self) -> int:
+        """As `model_passes`, without those whose results are known."""
+        return self.model_passes - len(self._of_model)
 
     def _results(self, plan: TensorPlan) -> Results:
         """The measures' results for one tensor, those of the whole model included."""

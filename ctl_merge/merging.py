@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import ctl_merge
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
@@ -29,16 +24,19 @@ from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
 from ctl_merge.front_matter import stated_licence
 from ctl_merge.hub_push import Outgoing
+from ctl_merge.identity import agreed_fingerprint, identity
 from ctl_merge.loadable import check_stack
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.lora_writing import write_merged_adapter
-from ctl_merge.manifest import build_manifest, write_manifest
+from ctl_merge.manifest import build_manifest, local_files, shared_hashes, write_manifest
+from ctl_merge.measured import keep, recall
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
 from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
+from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe
@@ -50,7 +48,7 @@ from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
 from ctl_merge.workers import pool
-from ctl_merge.writer import INDEX, ShardWriter, plan_shards, write_index
+from ctl_merge.writer import INDEX, JOURNAL, Shard, ShardWriter, owned, plan_shards, write_index
 
 logger = logging.getLogger("ctl_merge")
 
@@ -112,7 +110,8 @@ class Merge:
     def _adapter_of(self, plan: Plan) -> LoraOutput:
         """The adapter that is written instead of a model; the plan then tells of it too."""
         lora = LoraOutput(plan, self.merged, self.checkpoints, self.devices, lambda: self._evidence)
-        decisions, warnings = (*plan.decisions, *lora.decisions()), (*plan.warnings, *lora.warnings())
+        others = (line for line in plan.decisions if not line.startswith("written as "))
+        decisions, warnings = (*others, *lora.decisions()), (*plan.warnings, *lora.warnings())
         self.plan = replace(plan, decisions=decisions, warnings=warnings)
         self.merged.plan = lora.lazy.plan = self.plan
         self.shards = (lora.shard,)
@@ -176,58 +175,85 @@ class Merge:
                 )
             self.workers -= 1
 
-    def summary(self) -> dict[str, Any]:
-        """The plan and its cost as plain data, from headers alone."""
+    def summary(self, processes: int = 1) -> dict[str, Any]:
+        """The plan and its cost as plain data, from headers alone; how so many processes share the shards."""
         lazy, read = self.merged, self.checkpoints
         if self.lora and not self.lora.needs_base:
-            lazy, read = self.lora.lazy, self.lora.views
+            lazy, read = self.lora.lazy, {**self.lora.views}
         cost = estimate(self.plan, lazy, read, self.shards, self._memory_bound())
-        return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices)
+        return as_json(self.plan, cost, self.checkpoints, self.shards, self.devices, processes)
 
     def write(
         self, output: str | Path, *, overwrite: bool = False, resume: bool = False, hash_files: bool = True,
         meter: Meter = no_meter, attach: Callable[[Path], str] | None = None, stream: ShardStream | None = None,
+        ranks: Ranks = ALONE,
     ) -> MergeResult:  # fmt: skip
         """Merge into the folder `output`, which appears whole or not at all.
 
         Raises a CtlMergeError for all that can go wrong; the unfinished work then lies in `output`.partial for
         `resume`. `meter(what, bytes)` gives a context in which progress is told in bytes. `attach(folder)` may put
-        files into the folder before it is whole, and gives Markdown for the card. `stream` takes each shard away once
-        it is whole, and everything in the end: the folder then keeps all but the weights.
+        files into the folder before it is whole, and gives Markdown for the card; every rank calls it. `stream` takes
+        each shard away once it is whole, and everything in the end: the folder then keeps all but the weights.
+        `ranks`: the processes that write together, each its shards; all call this, and the first has the manifest.
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
-        sizes = sorted((shard.nbytes for shard in self.shards), reverse=True)
-        with disk_errors(target.final):
-            target.check(sum(sizes[:2] if stream else sizes))
-        if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
-            raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+        ranks.at_first(lambda: self.check_output(target, bool(stream)))
+        if ranks.count > 1 and (stream or self.lora):
+            what = "a streamed upload" if stream else "an adapter"
+            raise DeviceError(f"{what} is the work of one process: run this without a launcher")
         if self.lora:
             manifest = write_merged_adapter(
-                self, self.lora, target, self._fingerprint(), hash_files=hash_files, meter=meter, attach=attach
+                self, self.lora, target, self.fingerprint(), hash_files=hash_files, meter=meter, attach=attach
             )
             return MergeResult(target.final, manifest, 0)
-        self.fetch()
-        folder = target.open(self._fingerprint())
+        if ranks.count > 1:
+            ranks.together(lambda: self.fetch() if ranks.local_index == 0 else None)  # one download a machine
+        ranks.together(self.fetch)
+        fingerprint = self.fingerprint(ranks)
+        ranks.at_first(lambda: target.open(fingerprint))
         try:
-            with pool(self.workers) as mapped:
-                passes = self.merged.model_passes
-                with meter("measuring", passes * len(self.plan.tensors)) if passes else nullcontext() as told:
-                    self.merged.measure(_telling(mapped, told))
-            shards = stream.begin(folder, self.shards) if stream else self.shards
-            with meter("merging", sum(shard.nbytes for shard in shards)) as told:
-                writer = ShardWriter(folder, shards, self.merged, stream.send if stream else None)
-                resumed = writer.write(self.workers, told)
-            resumed += len(self.plan.tensors) - sum(len(shard.specs) for shard in shards)
-            with disk_errors(folder):
-                attached = attach(folder) if attach else ""
-                manifest = self._finish(folder, hash_files, attached, stream.sent if stream else {})
-            if stream:
-                stream.commit()  # until this is done, --resume can go on
-            with disk_errors(folder):
-                target.commit()
+            ranks.together(lambda: target.check_same(fingerprint))
+            resumed = sum(ranks.gather(self.write_shards(target.path, ranks, meter, True, stream)))
+            manifest = self.finish(target, hash_files, attach, ranks, stream)
         finally:
             target.close()
         return MergeResult(target.final, manifest, resumed)
+
+    def check_output(self, target: OutputFolder, streamed: bool = False) -> None:
+        """Refuse early an output that cannot be written or would cost the user something."""
+        sizes = sorted((shard.nbytes for shard in self.shards), reverse=True)
+        with disk_errors(target.final):
+            target.check(sum(sizes[:2] if streamed else sizes))
+        if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
+            raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+
+    def write_shards(
+        self, folder: Path, ranks: Ranks, meter: Meter, shared: bool, stream: ShardStream | None = None
+    ) -> int:
+        """Write this process's shards; `shared`: the others help to measure. Returns how many tensors were there."""
+        process = "" if ranks.count == 1 else f".{ranks.index}-of-{ranks.count}"
+        self.recall(folder)
+        self._measure(meter, ranks if shared else ALONE)
+        keep(self.merges, folder, process)
+        own: Sequence[Shard] = owned(self.shards, ranks.index, ranks.count)
+        shards = stream.begin(folder, self.shards) if stream else own
+        with meter("merging", sum(shard.nbytes for shard in shards)) as told:
+            sent = stream.send if stream else None
+            found = ShardWriter(folder, shards, self.merged, sent, f"{JOURNAL}{process}").write(self.workers, told)
+        keep(self.merges, folder, process)
+        return found + sum(len(shard.specs) for shard in own) - sum(len(shard.specs) for shard in shards)
+
+    def recall(self, folder: Path) -> None:
+        """Take over what was measured for an unfinished output."""
+        recall(self.merges, folder)
+
+    def _measure(self, meter: Meter, ranks: Ranks) -> None:
+        """Take the statistics of whole models, those of steps before those of what reads them."""
+        pending = [merged for merged in reversed(self.merges) if merged.passes_left]
+        count = sum(merged.passes_left * len(merged.tensors) for merged in pending) // ranks.count
+        with pool(self.workers) as mapped, meter("measuring", count) if count else nullcontext() as told:
+            for merged in pending:
+                merged.measure(_telling(mapped, told), ranks)
 
     def fetch(self) -> None:
         """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""
@@ -241,16 +267,9 @@ class Merge:
         if settled is not self.plan:
             self._use(settled)
 
-    def _fingerprint(self) -> str:
-        """What an unfinished output belongs to: the plan, the sources' state, the cut into shards."""
-        sources = [source.state() for source in self.sources.values()]
-        tensors = [
-            (t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in self.plan.tensors.values()
-        ]
-        shards = [(shard.file, list(shard.specs)) for shard in self.shards]
-        versions = [ctl_merge.__version__, torch.__version__, sorted(set(self.devices.values()))]
-        content = json.dumps([self.recipe.text, sources, tensors, shards, versions], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def fingerprint(self, ranks: Ranks = ALONE) -> str:
+        """What an unfinished output belongs to. Raises MismatchError where it is not the same for all ranks."""
+        return agreed_fingerprint(identity(self.plan, self.sources, self.shards, self.devices), ranks)
 
     def write_companions(self, folder: Path) -> None:
         """Config, tokenizer and what else belongs to the model beside its weights; the config last."""
@@ -269,15 +288,46 @@ class Merge:
         config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
         (folder / "config.json").write_bytes(config)
 
-    def _finish(self, folder: Path, hash_files: bool, attached: str, gone: Mapping[str, Outgoing]) -> dict[str, Any]:
+    def finish(
+        self, target: OutputFolder, hash_files: bool, attach: Callable[[Path], str] | None, ranks: Ranks = ALONE,
+        stream: ShardStream | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Make the folder whole once its shards are, with hashes, what is attached, the small files: the manifest."""
+        gone = stream.sent if stream else {}
+        if self.plan.method.report:
+            for known in ranks.gather(self.merged.known()):
+                self.merged.recall(known)
+        with disk_errors(target.path):
+            hashes = self._hashes(target.path, gone, ranks) if hash_files else None
+            attached = attach(target.path) if attach else ""
+
+        def last() -> dict[str, Any]:
+            with disk_errors(target.path):
+                manifest = self._write_small_files(target.path, hashes, attached, gone)
+            if stream:
+                stream.commit()  # until this is done, --resume can go on
+            with disk_errors(target.path):
+                target.commit()
+            return manifest
+
+        return ranks.at_first(last) or {}
+
+    def _hashes(self, folder: Path, gone: Mapping[str, Outgoing], ranks: Ranks) -> dict[Path, str]:
+        """Of the output's files, each by the rank that wrote it, and of local sources."""
+        shards, sources = [s for s in self.shards if s.file not in gone], local_files(self.sources)
+        owners = deal([shard.nbytes for shard in shards], ranks.count)
+        owners += deal([path.stat().st_size for path in sources], ranks.count)
+        with pool(self.workers) as mapped:
+            return shared_hashes([*(folder / shard.file for shard in shards), *sources], owners, mapped, ranks)
+
+    def _write_small_files(
+        self, folder: Path, hashes: Mapping[Path, str] | None, attached: str, gone: Mapping[str, Outgoing]
+    ) -> dict[str, Any]:
         """All that is not weights; index and config late, as readers look for those first, and the manifest last."""
         public = PublicRecipe.of(self.recipe, self.sources)
         (folder / RECIPE).write_text(public.text, "utf-8")
-        with pool(self.workers) as mapped:
-            hashed = mapped if hash_files else None
-            manifest = build_manifest(
-                self.merged, self.sources, public, folder, self.shards, self.devices, hashed, gone
-            )  # fmt: skip
+        hashed = None if hashes is None else lambda _, paths: map(hashes.__getitem__, paths)
+        manifest = build_manifest(self.merged, self.sources, public, folder, self.shards, self.devices, hashed, gone)
         manifest["max_shard_bytes"] = self.shard_bytes
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")

@@ -18,7 +18,8 @@ from ctl_merge.sizes import format_size
 MANIFEST = "merge_manifest.json"
 _FINGERPRINT = "fingerprint"
 UPLOADED = "uploaded"
-WORKING_FILES = ("journal", _FINGERPRINT, UPLOADED)
+WORKING_FILES = ("journal*", "measured*", _FINGERPRINT, UPLOADED)  # patterns
+_OTHER = "is of another recipe, other sources, another shard size, device or version"
 
 
 class OutputFolder:
@@ -64,7 +65,7 @@ class OutputFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
             if not os.path.samestat(os.fstat(self._lock), os.stat(self.path)):
                 raise BlockingIOError  # what was locked is another run's folder, which that run has renamed by now
         except (BlockingIOError, FileNotFoundError):
@@ -79,6 +80,37 @@ class OutputFolder:
             raise
         return self.path
 
+    def join(self, fingerprint: str) -> Path:
+        """Take up the working folder, made if need be, beside other processes that write other shards.
+
+        It appears with its fingerprint, so that of processes that start at once one makes it and all may use it.
+        """
+        made = tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=_made(self.path.parent))
+        try:
+            os.chmod(made, 0o777 & ~_umask())
+            Path(made, _FINGERPRINT).write_text(fingerprint, "utf-8")
+            os.rename(made, self.path)
+        except OSError as error:
+            shutil.rmtree(made, ignore_errors=True)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise OutputError(f"{self.path} cannot be created: {error.strerror}") from None
+        self.check_same(fingerprint)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            lock(self._lock, fcntl.LOCK_SH)
+        except BlockingIOError:
+            self.close()
+            raise OutputError(f"another run is writing all of {self.final}: wait for it") from None
+        return self.path
+
+    def check_same(self, fingerprint: str) -> None:
+        """Refuse a working folder that is of another merge, or not there."""
+        marker = self.path / _FINGERPRINT
+        if not marker.is_file():
+            raise OutputError(f"{self.path} is no unfinished merge, or not on a file system that all processes share")
+        if marker.read_text("utf-8", errors="replace") != fingerprint:
+            raise OutputError(f"{self.path} {_OTHER}: choose another output, or delete it")
+
     def _prepare(self, fingerprint: str) -> None:
         """Keep the work that is of this merge; clear away any other that may be lost."""
         marker = self.path / _FINGERPRINT
@@ -89,10 +121,7 @@ class OutputFolder:
             if not self.overwrite and not fingerprint.startswith(
                 found
             ):  # else a run ended while it wrote this, its first file
-                raise OutputError(
-                    f"{self.path} is of another recipe, other sources or another shard size: "
-                    "--overwrite starts again, and loses it"
-                )
+                raise OutputError(f"{self.path} {_OTHER}: --overwrite starts again, and loses it")
         with disk_errors(self.path):
             marker.write_text("", "utf-8")  # the folder stays ours if this run ends before it is clear
             for left in self.path.iterdir():
@@ -103,8 +132,9 @@ class OutputFolder:
     def commit(self) -> None:
         """Make the working folder the output. Refuses, as `check` does, what has come there in the meantime."""
         self._refuse_to_replace()
-        for name in WORKING_FILES:
-            (self.path / name).unlink(missing_ok=True)
+        for pattern in WORKING_FILES:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
         if os.path.lexists(self.final):
             replaced = tempfile.mkdtemp(prefix=f".{self.final.name}.replaced.", dir=self.final.parent)
             os.rename(self.final, replaced)
@@ -134,6 +164,32 @@ class OutputFolder:
             raise OutputError(f"{self.final} exists: choose another output, or --overwrite to replace it")
         if not _is_ours(self.final, MANIFEST):
             raise OutputError(f"{self.final} was not made by ctl-merge: delete it yourself, or choose another output")
+
+
+def lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> None:
+    """Lock a file or folder, or raise BlockingIOError where another process holds it.
+
+    Some shared file systems have no locks, or only among the processes of one machine.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created: {error.strerror}") from None
+    return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _remove(path: Path) -> None:

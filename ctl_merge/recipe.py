@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +80,7 @@ class Recipe:
     place: Path | None = None  # the file's folder, where relative paths are looked for too
     lora: LoraSchema | None = None  # an adapter is written instead of a model
 
-    @property
+    @cached_property
     def refs(self) -> tuple[ModelRef, ...]:
         """Every distinct model that is read: the one that gives config and tokenizer first."""
         first = self.base or self.models[0].ref

@@ -77,16 +77,14 @@ class RecipeChecker:
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
-            slices=() if whole else tuple(parts), steps=self.steps, lora=lora, place=self.folder,
+            slices=() if whole else tuple(parts), steps=self.steps, lora=lora,
         )  # fmt: skip
 
     def _lora(self, schema: RecipeSchema | None, parts: Sequence[Slice]) -> LoraSchema | None:
         """How an adapter is written, where one is: whole models are merged then, and steps are not written."""
         for name, step in self.steps.items():
             if step.lora:
-                self.problems.append(
-                    ((), f"the step {name!r} has an `output`, and no step is written: remove it there")
-                )
+                self.problems.append(((), f"the step {name!r} has an `output`, but no step is written: remove it"))
         lora = schema.output.lora if schema and schema.output else None
         if lora and any(part.module is not None or part.layers is not None for part in parts):
             self.problems.append((("output",), "an adapter fits one model: `output: lora` takes `models`, whole"))
@@ -180,8 +178,6 @@ class RecipeChecker:
         sources = self._sources(at, listed, method)
         own = self._settings((*path, "parameters"), raw.get("parameters"), method, per_model_only=False)
         base = self._ref((*path, "base_model"), raw.get("base_model")) or base
-        if method and method.base == "none" and raw.get("base_model") is not None:
-            self.problems.append(((*path, "base_model"), f"a slice of {method.name} has no `base_model`: remove it"))
         if not method or not isinstance(listed, list) or len(sources) < len(listed) or not sources:
             return None
         spans = [source.layers for source in sources if source.layers]
@@ -191,7 +187,6 @@ class RecipeChecker:
         if len(lengths) > 1 or lengths[0] <= 0 or min(spans)[0] < 0:
             told = ", ".join(f"[{first}, {end}]" for first, end in spans)
             why = "all sources of a slice have as many layers" if len(lengths) > 1 else "[first, end) holds no layer"
-            why = "layers are counted from 0" if min(spans)[0] < 0 else why
             self.problems.append((at, f"layer_range {told}: {why}"))
             return None
         kept, taken = self.inputs.of_slice(at, method, sources, base)
@@ -230,7 +225,7 @@ class RecipeChecker:
             tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
             allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
             text=self.document.text, name=self.document.name,
-            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture, place=self.folder,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
         )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:
@@ -259,8 +254,7 @@ class RecipeChecker:
             ref = self._parse(text)
             return ref if adapter is None else ref.with_adapter(ModelRef.parse(adapter, self.folder))
         except CheckpointError as error:
-            step = ". If another recipe makes it, put that before this one in the file, with a `name` and `---` between"
-            self.problems.append((path, f"{error}{step if text.startswith(('./', '../')) else ''}"))
+            self.problems.append((path, str(error)))
             return None
 
     def _parse(self, text: str) -> ModelRef:
@@ -294,8 +288,7 @@ class RecipeChecker:
             if parameter is None and name in _WITHOUT_EFFECT:
                 self.warnings.append(_WITHOUT_EFFECT[name])
             elif parameter is None:
-                has = f"it has {', '.join(method.parameters)}" if method.parameters else "it has none"
-                hint = nearest(str(name), method.parameters) or f": remove it ({has})"
+                hint = nearest(str(name), method.parameters) or f"; it has: {', '.join(method.parameters)}"
                 self.problems.append(((*path, name), f"{method.name} has no parameter {name!r}{hint}"))
             elif per_model_only and not parameter.per_model:
                 self.problems.append(

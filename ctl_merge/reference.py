@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ctl_merge.errors import CheckpointError
 
@@ -29,6 +31,16 @@ class ModelRef:
     step: str | None = None  # the name of a merge in the same file
     layers: tuple[int, int] | None = None  # [first, end): a part of the model, as if it were one
     adapter: ModelRef | None = None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # plans of large models ask for it millions of times
+        return hash((self.folder, self.repo_id, self.revision, self.step, self.layers, self.adapter))
+
+    def __reduce__(self) -> Any:  # without the hash, which another process has otherwise
+        return ModelRef, tuple(getattr(self, each.name) for each in fields(self))
 
     def __str__(self) -> str:
         return self.text if self.layers is None else f"{self.text}[{self.layers[0]}:{self.layers[1]}]"

@@ -13,7 +13,7 @@ from ctl_merge.made import MadeRef
 from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.reference import ModelRef
 from ctl_merge.sizes import format_size
-from ctl_merge.writer import Shard
+from ctl_merge.writer import Shard, owned
 
 
 def as_json(
@@ -22,8 +22,10 @@ def as_json(
     checkpoints: dict[ModelRef, FileCheckpoint],
     shards: tuple[Shard, ...],
     devices: dict[str, str],
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The plan as plain data: what `--dry-run --json` prints."""
+    shares = [owned(shards, index, processes) for index in range(processes)]
     operations = Counter(tensor.operation for tensor in plan.tensors.values())
     return {
         "method": plan.method.name,
@@ -38,6 +40,7 @@ def as_json(
         },
         "passes_before_merging": cost.passes,
         "shards": [{"file": s.file, "tensors": len(s.specs), "bytes": s.nbytes} for s in shards],
+        "processes": [{"shards": len(own), "bytes": sum(shard.nbytes for shard in own)} for own in shares],
         "devices": dict(Counter(devices.values())),
         "parameters": parameter_ranges(plan),
         "decisions": list(plan.decisions),
@@ -123,9 +126,44 @@ def _cost_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
         ("read", sizes["read"] + passes),
         ("download", sizes["download"]),
         ("write", f"{sizes['write']} ({files})"),
-        ("memory", f"at most {sizes['memory']}"),
+        *([("processes", _processes_line(data["processes"]))] if len(data["processes"]) > 1 else []),
+        ("memory", f"at most {sizes['memory']}{' each' if len(data['processes']) > 1 else ''}"),
         ("arithmetic", devices),
+        *(_time_lines(data["time"]) if "time" in data else []),
     ]
+
+
+def _time_lines(time: dict[str, Any]) -> list[tuple[str, str]]:
+    """A prediction in words, and what it rests on."""
+    parts = ", ".join(f"{name} {_duration(value)}" for name, value in time["parts"].items() if value >= 0.05)
+    rates = {name: f"{format_size(rate)}/s" for name, rate in time["bytes_per_second"].items() if rate}
+    cached = f"{time['cached']:.0%} of what is read is in the kernel's cache"
+    without = f"; without {' and '.join(time['notes'])}" if time["notes"] else ""
+    measured = ", ".join(f"{name.replace('_', ' ')} {rate}" for name, rate in rates.items())
+    return [
+        ("time", f"about {_duration(time['seconds'])} in one process ({parts}){without}"),
+        ("measured", f"in {_duration(time['calibrated_in'])}, {time['workers']} workers: {measured}; {cached}"),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    """`3 h 20 min`, `5 min 10 s`, `4.2 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _processes_line(shares: list[dict[str, int]]) -> str:
+    """How evenly the shards are shared."""
+    sizes = [share["bytes"] for share in shares]
+    idle = sizes.count(0)
+    return (
+        f"{len(shares)}, which write {format_size(min(sizes))} to {format_size(max(sizes))} each"
+        + f"; {idle} have none: a smaller --max-shard-size gives each one a share" * bool(idle)
+    )
 
 
 def _shown(value: Any) -> str:

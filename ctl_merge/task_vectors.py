@@ -1,4 +1,4 @@
-"""Differences from a base as checkpoints; those of adapters without it."""
+"""Differences from a base; those of adapters without it."""
 
 from __future__ import annotations
 

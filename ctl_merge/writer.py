@@ -7,17 +7,19 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
 from ctl_merge.errors import CheckpointError, OutputError
 from ctl_merge.header import TensorSpec, build_header, local_header, total_bytes
-from ctl_merge.output import disk_errors
+from ctl_merge.output import disk_errors, lock
+from ctl_merge.processes import deal
 from ctl_merge.workers import pool
 
 METADATA = {"format": "pt"}
@@ -54,6 +56,12 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_bytes: int) -> tuple[Shard,
     return tuple(Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", g) for i, g in enumerate(groups, 1))
 
 
+def owned(shards: Sequence[Shard], index: int, count: int) -> list[Shard]:
+    """Those that process `index` of `count` writes: whole shards, dealt out by bytes."""
+    owners = deal([shard.nbytes for shard in shards], count)
+    return [shard for shard, owner in zip(shards, owners, strict=True) if owner == index]
+
+
 def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     """The index that transformers reads; nothing if there is a single file."""
     shards = list(shards)
@@ -88,32 +96,38 @@ class ShardWriter:
     """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
 
     The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
-    are not written again, so an interrupted run goes on where it stopped, to the same bytes.
+    are not written again, so an interrupted run goes on where it stopped, to the same bytes. Of several processes
+    each writes shards of its own, in a journal of its own; all journals are read.
 
     `finished(shard)` is called for each shard once it is whole, beside the work on the next one; no more than these
     two are in work, so that it may take the first away.
     """
 
     def __init__(
-        self, folder: Path, shards: tuple[Shard, ...], checkpoint: Checkpoint,
-        finished: Callable[[Shard], object] | None = None,
+        self, folder: Path, shards: Sequence[Shard], checkpoint: Checkpoint,
+        finished: Callable[[Shard], object] | None = None, journal: str = JOURNAL,
     ) -> None:  # fmt: skip
-        self.folder, self.shards, self.checkpoint, self.finished = folder, shards, checkpoint, finished
+        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+        self.finished, self.journal = finished, journal
         self._place: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
-        journaled, there = dict(self._journaled()), 0
+        known: dict[str, set[int]] = {}
+        for name, crc in journaled(self.folder):
+            known.setdefault(name, set()).add(crc)
+        there = 0
         with (
-            disk_errors(self.folder), (self.folder / JOURNAL).open("a", buffering=1, encoding="utf-8") as journal,
+            disk_errors(self.folder), (self.folder / self.journal).open("a", buffering=1, encoding="utf-8") as journal,
             pool(workers) as mapped, ThreadPoolExecutor(1, thread_name_prefix="finished") as beside,
         ):  # fmt: skip
+            self._lock_journal(journal)
             taken: Future[object] | None = None
-            for shards in [(shard,) for shard in self.shards] if self.finished else [self.shards]:
+            for shards in [[shard] for shard in self.shards] if self.finished else [self.shards]:
                 self._allocate(shards)
                 names = [name for shard in shards for name in shard.specs]
-                done = {name for name in names if name in journaled and self._is_intact(name, journaled[name])}
+                done = {name for name in names if any(self._is_intact(name, crc) for crc in known.get(name, ()))}
                 for name in done:
                     progress(self.checkpoint.tensors[name].nbytes)
                 todo = [name for name in names if name not in done]
@@ -128,7 +142,13 @@ class ShardWriter:
                 taken.result()
         return there
 
-    def _allocate(self, shards: tuple[Shard, ...]) -> None:
+    def _lock_journal(self, journal: IO[str]) -> None:
+        try:
+            lock(journal.fileno())
+        except BlockingIOError:
+            raise OutputError(f"another process is writing the same shards of {self.folder}: wait for it") from None
+
+    def _allocate(self, shards: Sequence[Shard]) -> None:
         """Create files at their full size with their headers, so that a full disk shows before the work on them."""
         for shard in shards:
             header, offsets = build_header(shard.specs, METADATA)
@@ -163,16 +183,6 @@ class ShardWriter:
         with self._lock:
             journal.write(json.dumps([name, crc]) + "\n")
 
-    def _journaled(self) -> Iterator[tuple[str, int]]:
-        path = self.folder / JOURNAL
-        lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
-        for line in lines:
-            try:
-                name, crc = json.loads(line)
-            except (ValueError, TypeError):
-                continue  # the last line of a run that was killed while writing it
-            yield name, crc
-
     def _is_intact(self, name: str, crc: int) -> bool:
         file, offset = self._place[name]
         left, found = self.checkpoint.tensors[name].nbytes, 0
@@ -182,6 +192,18 @@ class ShardWriter:
                 found = zlib.crc32(data, found)
                 left -= len(data)
         return left == 0 and found == crc
+
+
+def journaled(folder: Path) -> Iterator[tuple[str, int]]:
+    """Each tensor that a journal of the folder lists as whole, with the sum of its bytes."""
+    for path in sorted(folder.glob(f"{JOURNAL}*")):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                name, crc = json.loads(line)
+            except (ValueError, TypeError):
+                continue  # the last line of a run that was killed while writing it
+            if isinstance(name, str):
+                yield name, crc
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -166,7 +166,7 @@ def knots(
 
     def joint(deltas: Array) -> Array:
         scale = np.linalg.norm(deltas)
-        u, s, _ = _svd(np.concatenate(list(deltas), axis=1), scale)
+        u = _svd(np.concatenate(list(deltas), axis=1), scale)[0]
         coordinates = np.stack([u.T @ delta for delta in deltas])  # = S V_iᵀ
         return u @ merge(np.where(np.abs(coordinates) > 1e-13 * scale, coordinates, 0.0))
 

@@ -22,15 +22,17 @@ ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
     starting family pedigree kinship fitting proposal proposal_text
-    checkpoint header hub hub_content hub_errors digests stored pickled adapter adapter_config adapter_changes low_rank step
+    checkpoint header hub hub_content hub_errors digests stored pickled adapter adapter_config adapter_changes low_rank
+    task_vectors step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
-    model_config chat_template loadable estimate summary
+    model_config chat_template loadable estimate calibrate rates summary
     methods/ merged devices evidence prefix_evidence
-    merging writer workers output companions tokenizer_files manifest public_recipe local_paths card front_matter
-    markdown sizes
+    merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
+    public_recipe local_paths card front_matter markdown sizes
     publishing finished shard_stream destination hub_push original reproduce
+    factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
     model dispatch compare weights findings compare_table probing/
     cli/ errors
 """.split()
@@ -40,9 +42,11 @@ PROBING = """
     parents
     metrics intervals blocks losses costs record statistics archive schema report api
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
-    alphas figures
+    alphas figures text_losses
 """.split()
-CLI = "arguments terminal init merge push verify reproduce probe compare check methods schema".split()
+CLI = """
+    arguments terminal init merge finalize push verify reproduce probe compare check extract_lora methods schema
+""".split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
 
 

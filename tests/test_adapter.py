@@ -241,10 +241,10 @@ def test_the_plan_counts_what_an_adapter_takes(tmp_path: Path) -> None:
 def test_a_changed_scale_is_no_work_to_resume(tmp_path: Path) -> None:
     trained = train(tmp_path, *KINDS["lora"])
     recipe = task_arithmetic(trained.base, [trained.both])
-    before = Merge(recipe)._fingerprint()
-    assert Merge(recipe)._fingerprint() == before
+    before = Merge(recipe).fingerprint()
+    assert Merge(recipe).fingerprint() == before
     change_config(trained.adapter, lora_alpha=60)
-    assert Merge(recipe)._fingerprint() != before
+    assert Merge(recipe).fingerprint() != before
 
 
 # ---- adapters that were really trained

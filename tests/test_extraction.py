@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,8 @@ def test_all_of_a_difference_gives_the_model_back(name: str, changes: dict[str, 
     wanted = auto_class(name).from_pretrained(model).eval()
     if not left:
         with torch.inference_mode():
-            torch.testing.assert_close(both(**inputs(wanted)).logits, wanted(**inputs(wanted)).logits, rtol=0, atol=2e-4)
+            logits, expected_logits = both(**inputs(wanted)).logits, wanted(**inputs(wanted)).logits
+        torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-4)
     both.merge_and_unload().save_pretrained(tmp_path / "again")
     found = load_file(tmp_path / "again" / "model.safetensors")
     expected = load_file(model / "model.safetensors")
@@ -73,3 +73,85 @@ def test_all_of_a_difference_gives_the_model_back(name: str, changes: dict[str, 
             torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=2e-6)
     assert all(tensor.endswith(LEFT[name]) for tensor in left_names)
     assert bool(left_names) == (name in LEFT)
+
+
+def test_a_model_that_is_base_and_adapter_is_extracted_exactly(tmp_path: Path) -> None:
+    """Of rank 4, from float64 sums; the written model, in float32, but for its rounding."""
+    one = train(tmp_path, *KINDS["lora"])
+    result = ctl_merge.extract_lora(one.both, one.base, tmp_path / "adapter", rank=4, dtype="float64")
+    summary = result.manifest["adapter"]["summary"]
+    assert summary["ranks"] == [4, 4] and summary["error"] < 1e-12
+    one.merged(tmp_path / "written", torch.float32)
+    written = ctl_merge.extract_lora(tmp_path / "written", one.base, tmp_path / "second", rank=4)
+    assert written.manifest["adapter"]["summary"]["error"] < 1e-5
+
+
+def test_a_recipe_is_a_model(tmp_path: Path) -> None:
+    """A merge that is never written, as an adapter; by energy, capped or not."""
+    base, model = finetuned("llama", tmp_path, UNTIED)
+    path = tmp_path / "half.yaml"
+    path.write_text(f"merge_method: linear\nmodels:\n- {{model: {base}, parameters: {{weight: 1}}}}\n"
+                    f"- {{model: {model}, parameters: {{weight: 1}}}}\n")  # fmt: skip
+    result = ctl_merge.extract_lora(path, base, tmp_path / "adapter", energy=0.9)
+    before, after = load_file(base / "model.safetensors"), load_file(model / "model.safetensors")
+    for own in result.manifest["adapter"]["parameters"]:
+        values = torch.linalg.svdvals((after[own["parameter"]] - before[own["parameter"]]).double()).square()
+        kept = values.cumsum(0) / values.sum()
+        assert own["rank"] == int((kept < 0.9).sum()) + 1, own
+        assert own["energy"] == pytest.approx(float(kept[own["rank"] - 1]), rel=1e-5)
+    assert (result.folder / "ctl_merge_recipe.yaml").read_text() == path.read_text()
+    left = result.manifest["adapter"]["left_out"]
+    assert len(left) == 7 and all("--save-modules norms" in own["why"] for own in left)
+    capped = ctl_merge.extract_lora(path, base, tmp_path / "capped", energy=0.9, rank=5).manifest["adapter"]
+    assert capped["summary"]["ranks"] == [5, 5]
+
+
+def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
+    base, model = finetuned("llama", tmp_path, UNTIED)
+    other, _ = finetuned("llama", tmp_path / "wide", {**UNTIED, "hidden_size": 128})
+    out = tmp_path / "out"
+    for arguments, message in [
+        ((base, base), "is the base itself"),
+        ((model, other), "An adapter fits the base's own shapes"),
+        ((tmp_path / "nothing", base), "neither a folder"),
+    ]:
+        with pytest.raises(CtlMergeError, match=message):
+            ctl_merge.extract_lora(*arguments, out)
+    for how, message in [
+        ({"save": ["norm"]}, "--save-modules norm"),
+        ({"energy": 2.0}, "--energy"),
+        ({"rank": 0}, "--rank"),
+    ]:
+        with pytest.raises(CtlMergeError, match=message):
+            ctl_merge.extract_lora(model, base, out, **how)
+    assert not out.exists()
+
+
+def test_a_randomised_svd_is_near_the_best() -> None:
+    from ctl_merge.factors import truncated
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(1400, 1200, generator=generator, dtype=torch.float64)).Q for _ in "ab")
+    values = 0.97 ** torch.arange(1200, dtype=torch.float64)
+    matrix = (left * values) @ right.T
+    found = truncated(matrix, 20, None, "a")
+    assert found.how == "randomised SVD" and found.rank == 20
+    best = float(values[20:].square().sum())
+    assert best * (1 - 1e-9) <= found.lost(matrix) <= best * 1.001
+    assert torch.equal(found.a, truncated(matrix, 20, None, "a").a)
+    by_energy = truncated(matrix, None, 0.9, "a")
+    kept = values.square().cumsum(0) / values.square().sum()
+    assert by_energy.rank == int((kept < 0.9).sum()) + 1
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not FAMILY.is_dir(), reason="the real model family is not beside the project")
+def test_a_real_expert_and_its_losses(tmp_path: Path) -> None:
+    data = f"{FAMILY.parent / 'data' / 'gsm8k' / 'test.jsonl'}:question,answer"
+    result = ctl_merge.extract_lora(
+        FAMILY / "math", FAMILY / "stories260K", tmp_path / "adapter", rank=64, save=["all"], data=data, sequences=4
+    )
+    (losses,) = result.manifest["adapter"]["losses"].values()
+    assert losses["base + adapter"] == pytest.approx(losses["model"], abs=1e-4)
+    assert losses["base"] > losses["model"] + 0.5
+    assert "| loss on |" in (result.folder / "README.md").read_text()

@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes",),
+    "what everything uses": ("__init__ errors sizes", "processes"),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -29,15 +29,16 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions digests header hub_errors layers local_paths markdown model_config output reference "
-        "tokenizer workers",
-        "architecture chat_template devices hub_content tokenizer_files",
+        "adapter_config companions digests factors header hub_errors layers local_paths markdown model_config output "
+        "reference tokenizer workers",
+        "architecture chat_template devices hub_content rates sums tokenizer_files",
         "hub",
         "checkpoint destination stacks",
         "hub_push low_rank parameter_names stored writer",
-        "adapter_changes finished pickled",
-        "adapter shard_stream",
-        "publishing",
+        "adapter_changes adapter_targets finished pickled",
+        "adapter adapter_files shard_stream",
+        "adapter_fit publishing task_vectors",
+        "adapter_output",
     ),
     "recipes": (
         "document mixture probing.__init__ probing.rows problems settings",
@@ -67,12 +68,12 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "merged public_recipe step traits",
-        "card compatibility estimate manifest",
-        "check original",
+        "identity merged public_recipe step traits",
+        "adapter_card card compatibility estimate lora_output manifest measured",
+        "check lora_writing original",
         "summary",
         "merging",
-        "reproduce",
+        "calibrate parts reproduce",
     ),
     "comparisons in weight space": (
         "findings weights",
@@ -96,12 +97,15 @@ STAGES = {
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
         "probing.report probing.windows",
-        "probing.api probing.loaded",
+        "probing.api probing.loaded probing.text_losses",
     ),
+    "adapters of whole models": ("extraction",),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema cli.verify",
+        "cli.check cli.compare cli.extract_lora cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema "
+        "cli.verify",
         "cli.merge",
+        "cli.finalize",
         "cli.__init__",
         "__main__",
     ),

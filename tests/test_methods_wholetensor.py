@@ -381,6 +381,22 @@ def test_tsv_averages_matrices_that_have_no_triple_for_every_task(shape: tuple[i
     assert_near(call("tsv", draw(*shape)), draw(*shape).mean(0))
 
 
+def test_knots_by_hand():
+    """One direction for both task vectors, whose coordinates 3 and -1 are voted on: + wins, of one model."""
+    ones = (1.0, 1.0)
+    parallel = [[[3, 0], [3, 0]], [[-1, 2], [-1, 2]]]
+    assert_near(call("knots", parallel, weight=ones, density=ones), [[3, 2], [3, 2]])
+    # Orthogonal columns: nobody else has a coordinate there, so that each is kept as it is.
+    assert_near(call("knots", [diagonal(3, 0), diagonal(0, -2)], weight=ones, density=ones), diagonal(3, -2))
+    weighted = call("knots", parallel, weight=(0.5, 2.0), density=ones, inner="linear", divide="none", lambda_=2.0)
+    assert_near(weighted, [[-1, 8], [-1, 8]])
+
+
+def test_knots_keeps_adapters_in_the_space_that_they_span():
+    deltas = low_rank(2, 10, 8, 2)
+    assert int((singular_values(call("knots", deltas, weight=(1.0, 1.0), density=(0.5, 0.5))) > 1e-9).sum()) <= 4
+
+
 def test_iso_c_by_hand():
     """diag(3, 1), turned by 90°: both singular values become 2."""
     assert_near(call("iso_c", [[[0, 2], [0.5, 0]], [[0, 1], [0.5, 0]]]), [[0, 2], [2, 0]])

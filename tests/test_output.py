@@ -263,7 +263,7 @@ def test_the_unfinished_work_of_another_merge_is_not_taken_up(
 ) -> None:
     OTHERS[what](tmp_path)
     before = contents(tmp_path / "merged.partial")
-    with pytest.raises(OutputError, match="of another recipe, other sources or another shard size: --overwrite"):
+    with pytest.raises(OutputError, match="of another recipe, other sources, another shard size, device"):
         run(recipe, tmp_path / "merged", resume=True)
     assert contents(tmp_path / "merged.partial") == before
     run(recipe, tmp_path / "merged", overwrite=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import readme
 from hub_server import TOKEN, HubServer, hub_environment
+from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
 
@@ -59,7 +60,8 @@ def test_make_targets_exist():
 
 
 def run(command, tmp_path, **options):
-    arguments = [str(tmp_path / a) if a in ("merged", "report", "recipe.yaml") else a for a in command.split()[1:]]
+    written = ("merged", "report", "recipe.yaml", "adapter")
+    arguments = [str(tmp_path / a) if a in written else a for a in command.split()[1:]]
     done = subprocess.run(
         [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True, **options
     )
@@ -74,6 +76,8 @@ def test_commands_run(command, tmp_path):
         assert (tmp_path / "report" / "report.html").is_file()
     elif "init" in command:
         assert ctl_merge.load_recipe(tmp_path / "recipe.yaml").base
+    elif "extract-lora" in command:
+        assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     elif "-o" in arguments:
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
@@ -99,8 +103,10 @@ def test_the_table_of_keys_has_every_key_of_a_recipe():
 
 def test_options_named_here_exist():
     group = get_command(app)
-    known = {option for verb in group.commands.values() for own in verb.params for option in own.opts}
+    parameters = [own for verb in group.commands.values() for own in verb.params]
+    known = {option for own in parameters for option in (*own.opts, *own.secondary_opts)}
     scripts = [(readme.ROOT / path).read_text() for path in re.findall(r"python (benchmarks/\S+\.py)", TEXT)]
+    known |= {option for action in get_args_parser()._actions for option in action.option_strings}  # torchrun's
     known |= {option for script in scripts for option in re.findall(r'add_argument\("(--[a-z-]+)"', script)}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
     assert shown - known == set()

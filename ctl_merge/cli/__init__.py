@@ -11,9 +11,23 @@ import typer
 from typer.core import TyperGroup
 
 import ctl_merge
-from ctl_merge.cli import check, compare, extract_lora, init, merge, methods, probe, push, reproduce, schema, verify
+from ctl_merge.cli import (
+    check,
+    compare,
+    extract_lora,
+    finalize,
+    init,
+    merge,
+    methods,
+    probe,
+    push,
+    reproduce,
+    schema,
+    verify,
+)
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
+from ctl_merge.processes import leave, report
 
 
 class RecipeFirst(TyperGroup):
@@ -36,6 +50,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.command()(init.init)
 app.command()(merge.merge)
+app.command()(finalize.finalize)
 app.command(cls=probe.ManyModels)(probe.probe)
 app.command()(compare.compare)
 app.command()(check.check)
@@ -67,5 +82,7 @@ def main() -> None:
     try:
         app()
     except CtlMergeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         sys.exit(2)
+    finally:
+        leave()

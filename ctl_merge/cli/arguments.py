@@ -8,20 +8,55 @@ from typing import Annotated
 import typer
 
 VERBS = (
-    "init",
-    "check",
-    "merge",
-    "push",
-    "verify",
-    "reproduce",
-    "probe",
-    "compare",
-    "extract-lora",
-    "methods",
+    "init", "check", "merge", "finalize", "push", "verify", "reproduce", "probe", "compare", "extract-lora", "methods",
     "schema",
-)
+)  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="YAML file: see the README, or `ctl-merge schema`.", metavar="RECIPE")
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder to write. Default: the recipe's name.", metavar="FOLDER"),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="Do all arithmetic there: cpu, cuda, cuda:1.", metavar="DEVICE")
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(help='auto, cpu, cuda:N, or JSON {"prefix": device} as in transformers.', metavar="MAP"),
+]
+MaxMemoryOption = Annotated[
+    str | None, typer.Option(help="Memory that may be used, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, max=256, help="Threads that read, merge and write. Default: the CPU cores.")
+]
+ShardSizeOption = Annotated[str, typer.Option(help="Largest output file.", metavar="SIZE")]
+OverwriteFlag = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier merge, once the new one is whole.")
+]
+NoHashFlag = Annotated[bool, typer.Option("--no-hash", help="Do not hash local sources and output for the manifest.")]
+ProbeFlag = Annotated[
+    bool,
+    typer.Option("--probe", help="Probe the merge too, as the recipe's `probe:` says; the card tells the result."),
+]
+RemoteCodeFlag = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="With --probe: run code that comes with the model. Read it before."),
+]
+VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+
+
+def one_device(device: str | None, device_map: str | None) -> str | None:
+    """The device map that two options ask for. Raises typer.BadParameter where both do."""
+    if device and device_map:
+        raise typer.BadParameter("--device and --device-map say the same: give one of them")
+    return device or device_map
 
 
 def require_recipe(path: Path) -> None:

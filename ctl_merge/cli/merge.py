@@ -3,53 +3,63 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.arguments import (
+    DeviceMapOption,
+    DeviceOption,
+    JsonFlag,
+    MaxMemoryOption,
+    NoHashFlag,
+    OutputOption,
+    OverwriteFlag,
+    ProbeFlag,
+    QuietFlag,
+    RecipeArgument,
+    RemoteCodeFlag,
+    ShardSizeOption,
+    VerboseFlag,
+    WorkersOption,
+    one_device,
+    require_recipe,
+)
 from ctl_merge.cli.push import MessageOption, PrivateFlag, PullRequestFlag, RevisionOption
 from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, print_text, warn
+from ctl_merge.processes import check_launcher, launched
+
+if TYPE_CHECKING:
+    from ctl_merge.hub_push import Pushed
+    from ctl_merge.merging import Merge, MergeResult
+    from ctl_merge.processes import Ranks
 
 
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: see the README, or `ctl-merge schema`.", metavar="RECIPE")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Folder to write. Default: the recipe's name.", metavar="FOLDER"),
-    ] = None,
+    recipe: RecipeArgument,
+    output: OutputOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, from headers alone, and stop.")] = False,
-    device: Annotated[
-        str | None, typer.Option("--device", help="Do all arithmetic there: cpu, cuda, cuda:1.", metavar="DEVICE")
-    ] = None,
-    device_map: Annotated[
-        str | None,
-        typer.Option(help='auto, cpu, cuda:N, or JSON {"prefix": device} as in transformers.', metavar="MAP"),
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Memory that may be used, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
-    ] = None,
-    num_workers: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads that read, merge and write. Default: the CPU cores.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.", metavar="SIZE")] = "5GB",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier merge, once the new one is whole.")
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="With --dry-run: measure for some seconds, tell how long the merge takes."),
     ] = False,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemoryOption = None,
+    num_workers: WorkersOption = None,
+    max_shard_size: ShardSizeOption = "5GB",
+    overwrite: OverwriteFlag = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted merge.")] = False,
-    no_hash: Annotated[
-        bool, typer.Option("--no-hash", help="Do not hash local sources and output for the manifest.")
-    ] = False,
-    probe_too: Annotated[
-        bool,
-        typer.Option("--probe", help="Probe the merge too, as the recipe's `probe:` says; the card tells the result."),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="With --probe: run code that comes with the model. Read it before."),
-    ] = False,
+    no_hash: NoHashFlag = False,
+    shard_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Write one process's shards only, 0 the first; then `ctl-merge finalize`."),
+    ] = None,
+    shard_world: Annotated[int | None, typer.Option(min=1, help="How many processes share the shards.")] = None,
+    probe_too: ProbeFlag = False,
+    trust_remote_code: RemoteCodeFlag = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Push the merge there: org/name. Rights are checked first.", metavar="REPOSITORY")
     ] = None,
@@ -62,64 +72,112 @@ def merge(
         typer.Option("--stream-upload", help="Upload each shard once it is whole, and drop it here: little disk."),
     ] = False,
     as_json: JsonFlag = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    verbose: VerboseFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Merge what RECIPE describes into a folder that transformers loads."""
-    configure(verbose, quiet)
-    if device and device_map:
-        raise typer.BadParameter("--device and --device-map say the same: give one of them")
+    mapped = one_device(device, device_map)
+    if calibrate and not dry_run:
+        raise typer.BadParameter("--calibrate goes with --dry-run")
     if not push_to_hub and (private is not None or revision != "main" or create_pr or commit_message or stream_upload):
         raise typer.BadParameter("--private, --revision, --create-pr and so on are of --push-to-hub: give that too")
+    if push_to_hub and shard_rank is not None:
+        raise typer.BadParameter("--push-to-hub needs the whole merge: finalize it, then `ctl-merge push`")
     require_recipe(recipe)
+    stranger = check_launcher() if shard_world is None else None
+    ranks = launched()
+    configure(verbose, quiet or not ranks.first)
+    warn([stranger] if stranger else [])
+    world = _world(shard_rank, shard_world, ranks, dry_run, probe_too)
     from ctl_merge.merging import Merge
 
-    opened = Merge(
-        recipe, device_map=device or device_map, max_memory=max_memory, num_workers=num_workers,
-        max_shard_size=max_shard_size,
+    opened = ranks.together(
+        lambda: Merge(
+            recipe, device_map=mapped, max_memory=max_memory, num_workers=num_workers or ranks.cores,
+            max_shard_size=max_shard_size,
+        )
     )  # fmt: skip
+    target, told = output or Path(recipe.stem), meter(quiet or not ranks.first)
     if dry_run:
-        _show_plan(opened.summary(), as_json)
+        if ranks.first:
+            from ctl_merge.calibrate import predict
+
+            time = {"time": predict(opened, target, not no_hash)} if calibrate else {}
+            _show_plan({**opened.summary(world), **time}, as_json)
         return
     warn(opened.plan.warnings)
-    if probe_too:
-        from ctl_merge.probing.api import check_opened
-
-        check_opened(opened, trust_remote_code)  # before hours of writing
+    said: list[str] = []
+    attach = probing(opened, told, trust_remote_code, ranks, said) if probe_too else None
     upload = None
     if push_to_hub:
         from ctl_merge.publishing import Upload, destination
 
-        upload = Upload(destination(push_to_hub, private, revision, create_pr, commit_message), stream_upload)
-    said: list[str] = []
+        to = destination(push_to_hub, private, revision, create_pr, commit_message)
+        upload = ranks.at_first(lambda: Upload(to, stream_upload))
     try:
+        if shard_rank is not None:
+            _write_part(opened, target, shard_rank, world, overwrite, told, as_json, quiet)
+            return
         result = opened.write(
-            output or Path(recipe.stem), overwrite=overwrite, resume=resume, hash_files=not no_hash,
-            meter=meter(quiet), stream=upload.stream if upload else None,
-            attach=_probe_attached(opened, meter(quiet), trust_remote_code, said) if probe_too else None,
+            target, overwrite=overwrite, resume=resume, hash_files=not no_hash, meter=told, attach=attach, ranks=ranks,
+            stream=upload.stream if upload else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
         raise typer.Exit(130) from None
-    pushed = upload.finish(result.folder) if upload else None
+    if ranks.first:
+        show_result(result, as_json, quiet, said, upload.finish(result.folder) if upload else None)
+
+
+def _world(rank: int | None, world: int | None, ranks: Ranks, dry_run: bool, probe_too: bool) -> int:
+    """Among how many processes the shards are shared. Raises typer.BadParameter."""
+    if rank is None and world is None:
+        return ranks.count
+    if ranks.count > 1:
+        raise typer.BadParameter("--shard-rank and --shard-world are for processes without a launcher: leave them out")
+    if world is None or (rank is None and not dry_run):
+        raise typer.BadParameter("--shard-rank and --shard-world go together")
+    if rank is not None and rank >= world:
+        raise typer.BadParameter(f"--shard-rank is from 0 to {world - 1}, for a --shard-world of {world}")
+    if probe_too:
+        raise typer.BadParameter("--probe needs the whole merge: give it to `ctl-merge finalize`")
+    return world
+
+
+def _write_part(
+    opened: Merge, target: Path, rank: int, world: int, overwrite: bool, told: Meter, as_json: bool, quiet: bool
+) -> None:
+    from ctl_merge.parts import write_part
+    from ctl_merge.writer import owned
+
+    resumed = write_part(opened, target, rank, world, overwrite=overwrite, meter=told)
+    own = owned(opened.shards, rank, world)
     if as_json:
-        pushed_too = {"pushed": pushed.data} if pushed else {}
-        print_json({"output": str(result.folder), **pushed_too, **result.manifest})
+        print_json({"output": str(target), "shards": [shard.file for shard in own], "resumed_tensors": resumed})
     elif not quiet:
-        _show_result(result, said)
-        if pushed:
-            print(pushed)
+        again = f" ({resumed:,} tensors of them were there already)" if resumed else ""
+        print(f"{len(own)} of {len(opened.shards)} shards are in {target}.partial{again}")
+        print(f"When all {world} processes are done: ctl-merge finalize RECIPE -o {target}")
 
 
-def _probe_attached(opened: Any, told: Meter, trust_remote_code: bool, said: list[str]) -> Callable[[Path], str]:
-    """Probes the merge and puts the report into the output's folder, the verdict into `said`."""
+def probing(
+    opened: Merge, told: Meter, trust_remote_code: bool, ranks: Ranks, said: list[str]
+) -> Callable[[Path], str]:
+    """Probes the merge and puts the report into the output's folder, the verdict into `said`.
+
+    Checks now whether that can be done.
+    """
+    from ctl_merge.probing import api
+
+    api.check_opened(opened, trust_remote_code)  # before hours of writing
 
     def attach(folder: Path) -> str:
-        from ctl_merge.probing import api
         from ctl_merge.probing.section import markdown
         from ctl_merge.probing.verdict import verdict
 
         report = api.probe_opened(opened, told, trust_remote_code)
+        if not ranks.first:
+            return ""
         report.save(folder / "probe")
         said.extend(verdict(report.data))
         section = markdown(report.data, folder / "probe")
@@ -138,7 +196,16 @@ def _show_plan(data: dict[str, Any], as_json: bool) -> None:
         print_table(render(data))
 
 
-def _show_result(result: Any, verdict: list[str]) -> None:
+def show_result(
+    result: MergeResult, as_json: bool, quiet: bool, verdict: Sequence[str] = (), pushed: Pushed | None = None
+) -> None:
+    """Say what was written, what the probe found, and where it was pushed."""
+    if as_json:
+        pushed_too = {"pushed": pushed.data} if pushed else {}
+        print_json({"output": str(result.folder), **pushed_too, **result.manifest})
+        return
+    if quiet:
+        return
     manifest = result.manifest
     tensors = manifest["tensors"]
     again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
@@ -148,3 +215,5 @@ def _show_result(result: Any, verdict: list[str]) -> None:
     for line in verdict:
         print_text(f"· {line}")
     print(f"→ {result.folder}")
+    if pushed:
+        print(pushed)

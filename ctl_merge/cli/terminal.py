@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 WIDTH = 100  # columns beyond which a table is no easier to read
-_UNITS = {"merging": "B", "verifying": "B", "probing": "sequence"}  # of what a bar counts; elsewhere tensors
+# what a bar counts; elsewhere tensors
+_UNITS = {"merging": "B", "checking": "B", "verifying": "B", "probing": "sequence"}
 
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 

@@ -1,7 +1,8 @@
-"""KnOTS: task vectors in the basis of their joint SVD, merged there."""
+"""KnOTS: task vectors merged in their joint SVD's basis."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -45,19 +46,20 @@ def knots(
     matrices that are stored as one tensor one by one. With `inner: linear` the basis makes no difference. Takes one
     exact float64 SVD of (rows, models · columns), and some ten times the matrices in memory.
     """
-    options = {"inner": inner, "elect": elect, "divide": divide}
     used = weight.flatten() != 0
     if not bool(used.any()):
         return torch.zeros_like(deltas[0])
-    weights, densities = weight.flatten()[used], density.flatten()[used]
-    merge = partial(_merge, weights=weights, densities=densities, **options)
+
+    def merge(stack: Tensor) -> Tensor:
+        return _merge(stack, weight.flatten()[used], density.flatten()[used], inner, elect, divide)
+
     deltas = deltas[used.to(deltas.device)]
     matrices = deltas.ndim in (3, 4)
     merged = matrix_by_matrix(deltas, partial(_in_joint_basis, merge=merge)) if matrices else merge(deltas)
     return lambda_ * merged
 
 
-def _in_joint_basis(deltas: Tensor, merge: partial[Tensor]) -> Tensor:
+def _in_joint_basis(deltas: Tensor, merge: Callable[[Tensor], Tensor]) -> Tensor:
     models, rows, columns = deltas.shape
     side_by_side = deltas.transpose(0, 1).reshape(rows, models * columns)
     floor = rounding(deltas)

@@ -23,6 +23,7 @@ from ctl_merge.probing.report import ProbeReport, rebuild
 from ctl_merge.probing.scaling import SCALES, scaled
 from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.windows import token_sets
+from ctl_merge.processes import launched
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.recipe_schema import ProbeSchema
@@ -254,15 +255,15 @@ def _probe(
         merged = subject.merges[main]
         riders += [Rider(f"{main}/patch@{s}", merged, ghost=False, patch=s, weights_of=place) for s in sites]
     running = placed(options, subject.base, len(subject.parents), riders)
-    several = ranks.state()
+    together = launched()
     scales = SCALES if options.scaling else ()
     with meter("probing", (1 + len(scales)) * sum(len(tokens.ids) for tokens in sets)) as told:
-        observed = ranks.observed(subject, riders, sets, running, told, several)
+        observed = ranks.observed(subject, riders, sets, running, told, together)
         nearer: dict[float, Mapping[str, Observations]] = {}
         for scale in scales:
             family = scaled(subject, main, scale)
             own = [Rider(main, family.merges[main], ghost=False)]
-            nearer[scale] = ranks.observed(family, own, sets, running, told, several)
+            nearer[scale] = ranks.observed(family, own, sets, running, told, together)
     settings = {
         "sequences": options.sequences, "length": sets[0].ids.shape[1], "special_tokens": options.special_tokens,
         "chat": options.chat, "compute": "float32", "statistics": "float64",

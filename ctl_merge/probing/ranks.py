@@ -2,68 +2,46 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 from ctl_merge.errors import DeviceError
 from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.run import Running, observe
-
-
-def state() -> Any:
-    """accelerate's PartialState where a launcher started several processes, else None.
-
-    Raises DeviceError where fewer processes came up than were asked for: `accelerate launch --cpu` starts only one.
-    """
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked == 1:
-        return None
-    import torch
-    from accelerate import PartialState
-
-    found = PartialState(cpu=not torch.cuda.is_available())
-    if found.num_processes != asked:
-        raise DeviceError(f"{asked} processes were asked for and {found.num_processes} came up: use torchrun")
-    return found
+from ctl_merge.processes import Ranks
 
 
 def observed(
     subject: Subject, riders: Sequence[Rider], sets: Sequence[TokenSet], running: Running,
-    told: Callable[[int], object], ranks: Any,
+    told: Callable[[int], object], ranks: Ranks,
 ) -> dict[str, Observations]:  # fmt: skip
-    """What `observe` finds, the sequences shared by all ranks (None: there is one process)."""
-    if ranks is None:
+    """What `observe` finds, the sequences shared by all ranks."""
+    if ranks.count == 1:
         return observe(subject, riders, sets, running, told)
 
     def told_of_all(count: int) -> None:
-        told(count * ranks.num_processes)
+        told(count * ranks.count)
 
     return gather(observe(subject, riders, share(sets, ranks), running, told_of_all), ranks)
 
 
-def share(sets: Sequence[TokenSet], ranks: Any) -> list[TokenSet]:
+def share(sets: Sequence[TokenSet], ranks: Ranks) -> list[TokenSet]:
     """This rank's consecutive part of every set's sequences."""
     found = []
     for tokens in sets:
-        bounds = [len(tokens.ids) * r // ranks.num_processes for r in (ranks.process_index, ranks.process_index + 1)]
+        bounds = [len(tokens.ids) * r // ranks.count for r in (ranks.index, ranks.index + 1)]
         if bounds[0] == bounds[1]:
-            raise DeviceError(
-                f"{tokens.name} has {len(tokens.ids)} sequences, too few for {ranks.num_processes} processes"
-            )
+            raise DeviceError(f"{tokens.name} has {len(tokens.ids)} sequences, too few for {ranks.count} processes")
         part = slice(*bounds)
         first = tokens.ids[:1] if bounds[0] else None
         found.append(replace(tokens, ids=tokens.ids[part], strata=tokens.strata[part], first=first))
     return found
 
 
-def gather(observed: Mapping[str, Observations], ranks: Any) -> dict[str, Observations]:
+def gather(observed: Mapping[str, Observations], ranks: Ranks) -> dict[str, Observations]:
     """All ranks' observations, in the order of the sequences: the same on every rank."""
-    from accelerate.utils import gather_object
-
-    parts = gather_object([dict(observed)])
+    parts = ranks.gather(dict(observed))
     return {name: _joined([part[name] for part in parts]) for name in observed}
 
 

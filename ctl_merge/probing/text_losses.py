@@ -36,9 +36,8 @@ def text_losses(
                 if labels is None:
                     raise ProbeError(f"{checkpoint.name} predicts no next token, so that no text has a loss")
                 logits, wanted = run()[:, :-1].double(), labels[:, 1:]
-                total += float(
-                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
-                )
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+                total += float(loss)
                 count += wanted.numel()
             found[tokens.name][name] = total / count
     return found

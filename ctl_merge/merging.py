@@ -226,6 +226,7 @@ class Merge:
             target.check(sum(sizes[:2] if streamed else sizes))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+        companions(self.checkpoints[self.recipe.refs[0]].folder)  # links that lead elsewhere are refused now, not last
 
     def write_shards(
         self, folder: Path, ranks: Ranks, meter: Meter, shared: bool, stream: ShardStream | None = None

@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors sizes", "processes"),
+    "what everything uses": ("__init__ errors shown sizes time_limit", "processes"),
     "methods: pure functions of tensors": (
         "methods.matrices methods.noise methods.parameters",
         "methods.combine",

@@ -211,8 +211,7 @@ class _Check:
         counts = {"parameters": sum(spec.numel for spec in specs), "dtypes": Counter(spec.dtype for spec in specs)}
         for what, count in counts.items():
             if what in stated and stated[what] != count:
-                said = ", ".join(sorted(self.headers))
-                self.found(said, f"have other {what} than {MANIFEST} states: {_ANEW}")
+                self.found(MANIFEST, f"states other {what} than the weight files have: {_ANEW}")
 
     def others(self) -> None:
         for name, entry in self.rest.items():

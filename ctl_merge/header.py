@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ _DTYPES = {
 }  # fmt: skip
 MERGEABLE = frozenset({"F16", "BF16", "F32", "F64"})
 _NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal would obey them
 _CODES = {code: name for name, code in _NAMES.items()}
 
 
@@ -102,8 +100,6 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         if not isinstance(entries, dict):
             raise ValueError("it is no JSON object")
         metadata = _parse_metadata(entries.pop("__metadata__", None))
-        if controls := [name for name in entries if _CONTROLS.search(name)]:
-            raise ValueError(f"the name {controls[0]!r} has control characters")
         "".join(entries).encode()  # a name that UTF-8 cannot write could not be written again
         specs = {name: _parse_entry(name, entry) for name, entry in entries.items()}
         _check_cover([(begin, end, name) for name, (_, begin, end) in specs.items()], file_size - 8 - len(raw))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_heade
 from ctl_merge.reference import ModelRef
 
 ADAPTER_CONFIG = "adapter_config.json"
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 Identity = tuple[int, int, int, int]  # device, inode, bytes, time of change
 
@@ -43,6 +45,7 @@ class StoredCheckpoint(FileCheckpoint):
         if len(self.tensors) < sum(len(header.tensors) for header in headers.values()):
             twice = next(n for n in self.tensors if sum(n in header.tensors for header in headers.values()) > 1)
             raise CheckpointError(f"{self.name}: the tensor {twice!r} is stored in two of its files")
+        check_names(self.name, self.tensors)
         self._identity = dict(identities or {})
         self._staging = threading.local()
 
@@ -96,6 +99,13 @@ class StoredCheckpoint(FileCheckpoint):
         if buffer is None:
             buffer = self._staging.buffer = torch.empty(CHUNK * 8, dtype=torch.uint8)
         return buffer[: count * dtype.itemsize].view(dtype)
+
+
+def check_names(model: str, names: Iterable[str]) -> None:
+    """Refuse tensors whose names a terminal would obey, or that would break the lines of a card."""
+    odd = next((name for name in names if _CONTROLS.search(name)), None)
+    if odd is not None:
+        raise CheckpointError(f"{model}: the tensor's name {odd!r} has control characters: refused")
 
 
 def _identity(file: Path | int) -> Identity:

@@ -141,7 +141,7 @@ def test_what_the_user_can_fix_is_exit_code_2(ctl: Ctl, recipe: Path, arguments:
 
 
 def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Merge, "summary", lambda self: 1 / 0)
+    monkeypatch.setattr(Merge, "summary", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["ctl-merge", str(recipe), "--dry-run"])
     with pytest.raises(ZeroDivisionError):  # which ends the interpreter with a traceback and exit code 1
         cli.main()

@@ -41,7 +41,7 @@ class Vocabulary:
 
 
 _DECIDING = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "vocab.txt")
-_MOST_ROWS = 2**31  # of an embedding: more ids than any model has
+_MOST_ROWS = 2**22  # of an embedding: ten times as many tokens as any model has
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 

@@ -177,6 +177,28 @@ def test_names_of_models(name: str, ctl: Ctl, tmp_path: Path) -> None:
     assert ran.code == 2 and ran.err.startswith("error:") and "\x1b" not in ran.err + ran.out
 
 
+@pytest.mark.parametrize("number", [2**31, 10**12, -1, 1.5, None, "x"])
+def test_an_absurd_id_of_a_token(number: Any, tmp_path: Path) -> None:
+    """A table with as many rows would not fit into memory."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (QUICKSTART / "cycle").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["absurd"] = number
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = recipe_text("linear", [(p, {"weight": 1.0}) for p in (folder, QUICKSTART / "shift")])
+    with pytest.raises(CheckpointError, match="a token has the id"):
+        Merge(parse_recipe(recipe + "tokenizer_source: union\n"))
+
+
+def test_an_absurd_padding() -> None:
+    with pytest.raises(RecipeError, match="pad_to_multiple_of"):
+        parse_recipe(
+            "merge_method: linear\nmodels: [{model: org/a}]\ntokenizer: {source: base, pad_to_multiple_of: 2147483648}"
+        )
+
+
 # ---- YAML
 
 
@@ -223,7 +245,7 @@ class Tokenizer:
 
 ROW = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 HARM = {
-    "{% for x in range(10**9) %}x{% endfor %}": "refuses a row",
+    "{% for x in range(10**9) %}x{% endfor %}": "refuses a row|does not end",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "refuses a row",
     "{{ cycler.__init__.__globals__.os.system('touch harm') }}": "refuses a row",
     "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}": "does not end",

@@ -4,8 +4,8 @@
 
 For each method `--dry-run --calibrate` predicts, and the merge runs right after it, each in a process of its own;
 medians of the repeats. The prediction of time should be within 30 % of the measurement, that of memory is a bound: the
-peak of anonymous memory (as in memory.py; Linux only) must not exceed it. The exit code is 1 if one does not hold. On a
-machine that does other work at the same time the calibration and the run meet different loads: the load is told. The
+peak of anonymous memory (as in measured.py; Linux only) must not exceed it. The exit code is 1 if one does not hold. On
+a machine that does other work at the same time the calibration and the run meet different loads: the load is told. The
 last line is JSON.
 """
 
@@ -22,7 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memory import peak_anonymous_bytes, recipe
+from measured import cost_of
+from merge_speed import recipe
 from rich.console import Console
 from rich.table import Table
 from synthetic import SIZES, write_family
@@ -35,7 +36,7 @@ def measure(folder: Path, size: str, method: str, repeats: int) -> dict[str, Any
     models = write_family(folder, size, models=3)
     file, output = folder / "recipe.yaml", folder / "output"
     name, _, model = method.partition(" ")
-    file.write_text(recipe(name, models, ', "trim": "model"' if model else ""))
+    file.write_text(recipe(name, models, {"trim": "model"} if model else {}))
     command = [sys.executable, "-m", "ctl_merge", str(file), "-o", str(output), "-q"]
     seconds, predicted, peaks = [], [], []
     bound = 0
@@ -45,7 +46,8 @@ def measure(folder: Path, size: str, method: str, repeats: int) -> dict[str, Any
         plan = json.loads(said.stdout)
         predicted.append(plan["time"]["seconds"])
         bound = plan["bytes"]["memory"]
-        peak, wall = peak_anonymous_bytes(command)
+        cost = cost_of(command)
+        peak, wall = cost.anonymous, cost.wall
         peaks.append(peak)
         seconds.append(wall)
     return {

@@ -5,7 +5,7 @@
 Four finetunes of Llama 3.1 70B (723 tensors each) and of a mixture of experts with the shapes of DeepSeek V3 (671
 billion parameters, 45,000 tensors each) are planned by `ctl-merge RECIPE --dry-run` in a process of its own. The models
 are stand-ins: true names, shapes, files and configs, and holes for weights. The ceilings are 60 s of CPU time and 1 GB
-of anonymous memory (as in memory.py; Linux only): the exit code is 1 if one is exceeded. Start-up is the time of
+of anonymous memory (as in measured.py; Linux only): the exit code is 1 if one is exceeded. Start-up is the time of
 `ctl-merge --dry-run` of a tiny recipe. `--profile` prints where the time goes. The last line is JSON.
 """
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memory import peak_anonymous_bytes
+from measured import cost_of
 from rich.console import Console
 from rich.table import Table
 
@@ -118,7 +118,8 @@ def measure(recipe: Path) -> dict[str, Any]:
         "sys.argv[0] = 'ctl-merge'; main()"
     )
     before = os.times()
-    peak, wall = peak_anonymous_bytes([sys.executable, "-c", code, str(recipe), "--dry-run", "--json", str(plan)])
+    cost = cost_of([sys.executable, "-c", code, str(recipe), "--dry-run", "--json", str(plan)])
+    peak, wall = cost.anonymous, cost.wall
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     summary = json.loads(plan.read_text())

@@ -30,7 +30,7 @@ def figure(
 def _panel(rows: Sequence[Mapping[str, object]], outcome: str, head: str, left: int) -> list[str]:
     width, bottom, height = 320, 280, 240
     xs, ys = ([float(row[name]) for row in rows] for name in ("R", outcome))  # type: ignore[arg-type]
-    ticks = (_ticks(xs), _ticks(ys))
+    ticks = (ticks_of(xs), ticks_of(ys))
     (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in ticks)
     across = lambda v: left + width * (v - x0) / (x1 - x0)  # noqa: E731
     up = lambda v: bottom - height * (v - y0) / (y1 - y0)  # noqa: E731
@@ -54,7 +54,7 @@ def _panel(rows: Sequence[Mapping[str, object]], outcome: str, head: str, left: 
     return parts
 
 
-def _ticks(values: Sequence[float]) -> list[float]:
+def ticks_of(values: Sequence[float]) -> list[float]:
     """Round numbers from below the least to above the largest value."""
     span = max(values) - min(values) or 1.0
     step = next(s for s in (m * 10.0**e for e in range(-3, 4) for m in (1, 2, 5)) if span / s <= 6)

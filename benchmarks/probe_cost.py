@@ -12,7 +12,7 @@ has two parts: what is spent once, and what every further token costs; the secon
 Medians of interleaved repeats, by the wall clock and by CPU time, which other work on the machine disturbs less. The
 probe runs its models in threads of their own: with one torch thread it uses more cores than the plain forwards.
 
-Memory. Peak anonymous memory (as in memory.py; Linux only) of a fresh process per depth. Streamed, it must not grow
+Memory. Peak anonymous memory (as in measured.py; Linux only) of a fresh process per depth. Streamed, it must not grow
 with depth; resident it does. The ceiling is 15 % from the least to the greatest depth: the exit code is 1 if it is
 exceeded. The last line is JSON.
 """
@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from memory import peak_anonymous_bytes
+from measured import cost_of
 from rich.console import Console
 from rich.table import Table
 from synthetic import SIZES, write_family, write_tokenizer
@@ -123,8 +123,8 @@ def measure_memory(folder: Path, size: str, depths: Sequence[int]) -> list[dict[
         row: dict[str, object] = {"blocks": blocks}
         for how, device_map in HOW.items():
             command = [sys.executable, "-c", _PROBE, str(recipe), text, device_map, "4", "64"]
-            peak, taken = peak_anonymous_bytes(command)
-            row |= {f"{how}_megabytes": round(peak / 1e6, 1), f"{how}_seconds": round(taken, 1)}
+            cost = cost_of(command)
+            row |= {f"{how}_megabytes": round(cost.anonymous / 1e6, 1), f"{how}_seconds": round(cost.wall, 1)}
         rows.append(row)
     return rows
 

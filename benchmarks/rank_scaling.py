@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import recipe
+from merge_speed import recipe
 from rich.console import Console
 from rich.table import Table
 from synthetic import SIZES, write_family

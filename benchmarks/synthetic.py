@@ -56,6 +56,7 @@ class Synthetic(Checkpoint):
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": blocks or usual,
             "hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": vocabulary,
             "num_attention_heads": hidden // _HEAD, "num_key_value_heads": heads // _HEAD, "torch_dtype": "bfloat16",
+            "tie_word_embeddings": False,  # as Llama configs say: else transformers would be asked
         }  # fmt: skip
         base = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02
         own = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(model)) * 0.002 if model else 0.0

@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ctl_merge.errors import CtlMergeError as CtlMergeError
+    from ctl_merge.evaluating.api import evaluate as evaluate
+    from ctl_merge.evaluating.evaluation import Evaluation as Evaluation
     from ctl_merge.extraction import extract_lora as extract_lora
     from ctl_merge.merging import MergeResult as MergeResult
     from ctl_merge.merging import merge as merge
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from ctl_merge.recipe_file import load_recipe as load_recipe
     from ctl_merge.recipe_file import parse_recipe as parse_recipe
     from ctl_merge.starting import propose_recipe as propose_recipe
+    from ctl_merge.tuning.api import tune as tune
+    from ctl_merge.tuning.tuned import Tuned as Tuned
 
 _PUBLIC = {
     "CtlMergeError": "errors", "extract_lora": "extraction",
@@ -40,6 +44,8 @@ _PUBLIC = {
     "PerModel": "methods", "merge_method": "methods", "Recipe": "recipe", "load_recipe": "recipe_file",
     "parse_recipe": "recipe_file", "load_model": "probing.api", "probe": "probing.api", "ProbeReport": "probing.report",
     "observing": "probing.loaded", "probe_pair": "probing.api", "probe_merged": "probing.api",
+    "evaluate": "evaluating.api", "Evaluation": "evaluating.evaluation",
+    "tune": "tuning.api", "Tuned": "tuning.tuned",
     "propose_recipe": "starting", "Proposal": "proposal",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]

@@ -59,6 +59,11 @@ def said(adapter: Mapping[str, Any]) -> list[str]:
     ]
     if whole["stored_whole"]:
         lines.append(f"{whole['stored_whole']} parameters stored whole or by rows")
+    if whole["tied"]:
+        lines.append(
+            f"{', '.join(whole['tied'])}: tied to another module, as whose change PEFT holds it too. merge_and_unload "
+            "would add it twice: use the adapter unmerged, or merge it with ctl-merge"
+        )
     left = adapter.get("left_out", [])
     if left:
         share = sum(own["share"] for own in left)

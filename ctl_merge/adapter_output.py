@@ -154,4 +154,5 @@ def summarised(held: Sequence[Held]) -> dict[str, Any]:
         "energy": 1.0 - lost / squares, "error": (lost / squares) ** 0.5,
         "worst": {"parameter": worst.target.parameter, "energy": worst.kept, "error": worst.error},
         "stored_whole": sum(own.form != "low_rank" for own in held),
+        "tied": [own.target.module for own in low if own.target.tied],
     }  # fmt: skip

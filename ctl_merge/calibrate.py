@@ -81,10 +81,13 @@ class Drawn(FileCheckpoint):
     def __init__(self, ref: ModelRef, like: FileCheckpoint, seed: int) -> None:
         self.ref, self.name, self.config, self.tensors = ref, str(ref), like.config, {}
         values = torch.randn(CHUNK, generator=torch.Generator().manual_seed(seed))
-        self._values = (values * 0.02).bfloat16()
+        self._values, self._like = (values * 0.02).bfloat16(), like
 
     def fetch(self) -> None:
         pass
+
+    def stored_as(self, tensor: str) -> str | None:
+        return self._like.stored_as(tensor.rpartition(".")[0])
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         for piece in out.split(CHUNK):
@@ -176,12 +179,14 @@ def _sample(
     """The merge of so many made-up tensors as the recipe merges this one, on its device."""
     spec = TensorSpec(tensor.spec.dtype, shape)
     tensors = {}
-    for name in (f"{tensor.name}.{index}" for index in range(count)):
-        inputs = tuple(replace(part, tensor=name, rows=None) for part in tensor.inputs)
-        base = replace(tensor.base, tensor=name, rows=None) if tensor.base else None
-        tensors[name] = TensorPlan(name, spec, "merge", inputs, base, tensor.parameters)
+    for index in range(count):
+        name = f"{tensor.name}.{index}"
+        parts = [replace(part, tensor=f"{part.tensor}.{index}", rows=None) for part in tensor.everyone]
+        base = parts.pop() if tensor.base else None
+        tensors[name] = TensorPlan(name, spec, "merge", tuple(parts), base, tensor.parameters)
     plan: Plan = replace(merged.plan, tensors=tensors)
-    return MergedCheckpoint(plan, drawn, dict.fromkeys(tensors, merged.devices.get(tensor.name, "cpu")))
+    devices = dict.fromkeys(tensors, merged.devices.get(tensor.name, "cpu"))
+    return MergedCheckpoint(plan, drawn, devices, merged.has_loops)
 
 
 def _read_whole(sample: MergedCheckpoint, name: str) -> None:

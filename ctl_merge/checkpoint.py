@@ -72,6 +72,10 @@ class Checkpoint(ABC):
         """How many elements are best read at once; partial reads are cheapest where they begin at multiples of it."""
         return CHUNK
 
+    def stored_as(self, tensor: str) -> str | None:
+        """The dtype's code, where the values in the file are what is read; None where something is done to them."""
+        return None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
 

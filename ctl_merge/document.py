@@ -40,7 +40,9 @@ class Document:
         try:
             return cls.parse(raw.decode("utf-8"), str(path))
         except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            raise RecipeError(
+                f"{path}: not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+            ) from None
 
     @classmethod
     def parse(cls, text: str, name: str = "recipe") -> list[Document]:
@@ -58,6 +60,7 @@ class Document:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
             reason = getattr(error, "problem", None) or str(error)
+            reason += ": indent with spaces, not with tabs" if "'\\t'" in reason else ""
             raise RecipeError(f"{name}{place}: not a YAML recipe: {reason}") from None
         except (RecursionError, ValueError) as error:
             raise RecipeError(f"{name}: not a YAML recipe: {error}") from None

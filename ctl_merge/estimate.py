@@ -12,7 +12,7 @@ from ctl_merge.reference import ModelRef
 from ctl_merge.writer import Shard
 
 # Interpreter, torch and, where names or ties leave a question, transformers, before the first tensor: measured as
-# anonymous memory (benchmarks/memory.py).
+# anonymous memory (benchmarks/merge_speed.py).
 INTERPRETER_BYTES = 300_000_000
 # Copies of a chunk that a method holds besides its inputs, as a multiple of their number (TIES is the largest).
 _TEMPORARIES = 5
@@ -81,4 +81,4 @@ def input_bytes(plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint]) -> i
 
 def chunk_of(merged: MergedCheckpoint) -> int:
     """The most entries of a tensor that a worker holds at once."""
-    return max((merged.block(name) for name in merged.tensors), default=CHUNK)
+    return max((merged.step(name) for name in merged.tensors), default=CHUNK)

@@ -62,9 +62,15 @@ class Family:
 
     def open_all(self, texts: Sequence[str]) -> list[Member]:
         """Open models by the names that a user gives them, seen from the working directory; each once."""
-        short = Counter(ModelRef.parse(text).short for text in texts)
+        refs = dict.fromkeys(map(ModelRef.parse, texts))
+        short = Counter(ref.short for ref in refs)
         members = (self.open(t, n if short[n := ModelRef.parse(t).short] == 1 else t) for t in texts)
-        return list({member.key: member for member in members}.values())
+        found: dict[str, Member] = {}
+        for text, member in zip(texts, members, strict=True):
+            if member.key in found:
+                self.notes.append(f"{text} is given twice: it goes in once")
+            found.setdefault(member.key, member)
+        return list(found.values())
 
     def open(self, text: str, name: str | None = None) -> Member:
         """Open one more model; messages call it `name`, or by its short name if no other has that."""

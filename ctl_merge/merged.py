@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
+from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, working_bytes, worthwhile
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.methods.noise import uniform
@@ -42,12 +43,14 @@ class MergedCheckpoint(Checkpoint):
 
     Reads are float64 arithmetic on chunks, rounded at the end to the output's dtype. (In float32 one 16-bit result in
     a few hundred would fall on the wrong side: few-digit weights often put it just between two values.) Thread-safe:
-    every thread has buffers of its own. `devices` says where the arithmetic of each tensor happens, by default the CPU.
+    every thread has buffers of its own. `devices` says where the arithmetic of each tensor happens, by default the CPU;
+    `loops`, whether compiled loops do it, by default where they pay.
     """
 
     def __init__(
-        self, plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint], devices: Mapping[str, str] | None = None
-    ) -> None:
+        self, plan: Plan, checkpoints: Mapping[ModelRef, FileCheckpoint], devices: Mapping[str, str] | None = None,
+        loops: bool | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.plan, self.method = plan.recipe.name, plan, plan.method
         self.tensors: Mapping[str, TensorSpec] = plan.specs
         self.config = plan.fit(checkpoints[plan.recipe.refs[0]].config)
@@ -57,8 +60,24 @@ class MergedCheckpoint(Checkpoint):
         self._columns: dict[int, dict[str, Any]] = {}
         self._of_model: Results = {}
         self._of_tensor: dict[str, Results] = {}
+        self._loops_wanted = loops
         self._lock = threading.RLock()
         self._buffers = threading.local()
+
+    @cached_property
+    def has_loops(self) -> bool:
+        """Whether compiled loops serve: for what is read from files as it is, and where there is enough of it."""
+        if self._loops_wanted is not None:
+            return self._loops_wanted
+        merged = (t for t in self.plan.tensors.values() if t.operation == "merge")
+        return worthwhile(self.plan) and all(
+            self._checkpoints[part.model].stored_as(part.tensor) for tensor in merged for part in tensor.everyone
+        )
+
+    @cached_property
+    def _loops(self) -> CompiledLoops | None:
+        """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
+        return CompiledLoops.load(self.plan, self.fill, self._is_plain) if self.has_loops else None
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -75,6 +94,13 @@ class MergedCheckpoint(Checkpoint):
         return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
 
     def block(self, tensor: str) -> int:
+        return max(self.step(tensor), LOOP_CHUNK) if self._by_loops(self.plan.tensors[tensor]) else self.step(tensor)
+
+    def _by_loops(self, plan: TensorPlan) -> bool:
+        return self.has_loops and self._grain(plan) == "element" and self._device(plan.name).type == "cpu"
+
+    def step(self, tensor: str) -> int:
+        """How much is computed at once where the plain definition is asked."""
         if self._grain(self.plan.tensors[tensor]) == "tensor":
             return max(1, self.tensors[tensor].numel)
         most = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
@@ -86,7 +112,8 @@ class MergedCheckpoint(Checkpoint):
 
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
-        return sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
+        own = working_bytes(len(self._checkpoints), exact=self._all_plain) if self.has_loops else 0
+        return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
@@ -94,6 +121,8 @@ class MergedCheckpoint(Checkpoint):
             self._copy(plan, out, start)
             return
         results, stop = self._results(plan), start + out.numel()
+        if self._by_loop(plan, results, out, start):
+            return
         with self._on(self._device(tensor)):
             for begin, end in self._pieces(plan, start, stop):
                 merged = self._merge(plan, begin, end - begin, results)
@@ -102,12 +131,35 @@ class MergedCheckpoint(Checkpoint):
                 # Waits for the device, so that the pinned buffer may be filled again.
                 out[max(begin - start, 0) :][: wanted.numel()].copy_(wanted)
 
+    def _by_loop(self, plan: TensorPlan, results: Results, out: Tensor, start: int) -> bool:
+        """Whether a compiled loop did it; else the plain definition is asked."""
+        if not self._by_loops(plan) or self._loops is None:
+            return False
+        for begin in range(0, out.numel(), LOOP_CHUNK):
+            wanted = out[begin : begin + LOOP_CHUNK]
+            merged = self._loops.merge(plan, results, wanted, start + begin)
+            if merged is None:
+                return False
+            if merged is not wanted:
+                self._check_result(plan, merged)
+                wanted.copy_(merged)
+        return True
+
+    @property
+    def _all_plain(self) -> bool:
+        tensors = (t for t in self.plan.tensors.values() if t.operation == "merge")
+        return all(self._is_plain(part) for tensor in tensors for part in tensor.everyone)
+
+    def _is_plain(self, part: Input) -> bool:
+        """Whether an input's values are stored in bfloat16, and read as they are."""
+        return part.rows is None and self._checkpoints[part.model].stored_as(part.tensor) == "BF16"
+
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.
 
         Rows and tensors come in the same blocks whatever is asked for, so that a sum over a row has the same bits.
         """
-        step = self.block(plan.name)
+        step = self.step(plan.name)
         whole = self._grain(plan) != "element"
         for begin in range(start - start % step if whole else start, stop, step):
             yield begin, min(begin + step, plan.spec.numel if whole else stop)
@@ -148,6 +200,8 @@ class MergedCheckpoint(Checkpoint):
         parts = plan.everyone
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
+        if self._by_loops(plan) and self._loops is not None and self._loops.decode(plan, start, buffer):
+            return (buffer, None) if plan.base is None else (buffer[:-1], buffer[-1])
         for row, part in zip(buffer, parts, strict=True):
             self.fill(row, part, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
@@ -269,6 +323,8 @@ class MergedCheckpoint(Checkpoint):
 
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure = self.method.measures[name]
+        if measure.compiled and self._by_loops(plan) and self._loops is not None:
+            return self._counted(plan, measure, results.get(f"{name}_bin"))
         state: Tensor | None = None
         with self._on(self._device(plan.name)):
             for start, end in self._pieces(plan, 0, plan.spec.numel):
@@ -276,6 +332,16 @@ class MergedCheckpoint(Checkpoint):
                 part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
                 state = part if state is None else state.add_(part)
         assert state is not None
+        return state
+
+    def _counted(self, plan: TensorPlan, measure: Measure, bins: Tensor | None) -> Tensor:
+        """A measure's state, counted by a compiled loop."""
+        assert self._loops is not None
+        state = measure.zeros(len(plan.inputs))
+        for start in range(0, plan.spec.numel, LOOP_CHUNK):
+            count = min(LOOP_CHUNK, plan.spec.numel - start)
+            if not self._loops.count(measure, plan, bins, start, count, state):
+                self._stack(plan, start, count)  # raises, and says which model
         return state
 
     def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:

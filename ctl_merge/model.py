@@ -53,6 +53,11 @@ class ModuleWeights(Mapping[str, Tensor]):
         """Whether the checkpoint has weights of its own for a parameter that the model ties."""
         return any(target in self._origins for target in self._ties)
 
+    def sources(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors that a parameter is made of."""
+        stored = self._tied.get(parameter, parameter)
+        return [name for name, _ in self._origins[stored].sources]
+
     def _read(self, name: str) -> Tensor:
         spec = self.checkpoint.tensors[name]
         if self.as_written:

@@ -77,7 +77,7 @@ class RecipeChecker:
             allow_nonfinite=schema.nonfinite == "allow", probe=schema.probe,
             data=(schema.data or DataSchema()) if method.statistic else None, texts=texts,
             text=self.document.text, name=self.document.name, warnings=tuple(dict.fromkeys(self.warnings)),
-            slices=() if whole else tuple(parts), steps=self.steps, lora=lora,
+            slices=() if whole else tuple(parts), steps=self.steps, lora=lora, place=self.folder,
         )  # fmt: skip
 
     def _lora(self, schema: RecipeSchema | None, parts: Sequence[Slice]) -> LoraSchema | None:
@@ -178,6 +178,8 @@ class RecipeChecker:
         sources = self._sources(at, listed, method)
         own = self._settings((*path, "parameters"), raw.get("parameters"), method, per_model_only=False)
         base = self._ref((*path, "base_model"), raw.get("base_model")) or base
+        if method and method.base == "none" and raw.get("base_model") is not None:
+            self.problems.append(((*path, "base_model"), f"a slice of {method.name} has no `base_model`: remove it"))
         if not method or not isinstance(listed, list) or len(sources) < len(listed) or not sources:
             return None
         spans = [source.layers for source in sources if source.layers]
@@ -187,6 +189,7 @@ class RecipeChecker:
         if len(lengths) > 1 or lengths[0] <= 0 or min(spans)[0] < 0:
             told = ", ".join(f"[{first}, {end}]" for first, end in spans)
             why = "all sources of a slice have as many layers" if len(lengths) > 1 else "[first, end) holds no layer"
+            why = "layers are counted from 0" if min(spans)[0] < 0 else why
             self.problems.append((at, f"layer_range {told}: {why}"))
             return None
         kept, taken = self.inputs.of_slice(at, method, sources, base)
@@ -225,7 +228,7 @@ class RecipeChecker:
             tokenizer=TokenizerSetting(), seed=schema.seed, missing="error",
             allow_nonfinite=schema.nonfinite == "allow", probe=None, data=None,
             text=self.document.text, name=self.document.name,
-            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture,
+            warnings=tuple(dict.fromkeys(self.warnings)), steps=self.steps, mixture=mixture, place=self.folder,
         )  # fmt: skip
 
     def _schema(self, data: dict) -> RecipeSchema | None:
@@ -254,7 +257,8 @@ class RecipeChecker:
             ref = self._parse(text)
             return ref if adapter is None else ref.with_adapter(ModelRef.parse(adapter, self.folder))
         except CheckpointError as error:
-            self.problems.append((path, str(error)))
+            step = ". If another recipe makes it, put that before this one in the file, with a `name` and `---` between"
+            self.problems.append((path, f"{error}{step if text.startswith(('./', '../')) else ''}"))
             return None
 
     def _parse(self, text: str) -> ModelRef:
@@ -288,7 +292,8 @@ class RecipeChecker:
             if parameter is None and name in _WITHOUT_EFFECT:
                 self.warnings.append(_WITHOUT_EFFECT[name])
             elif parameter is None:
-                hint = nearest(str(name), method.parameters) or f"; it has: {', '.join(method.parameters)}"
+                has = f"it has {', '.join(method.parameters)}" if method.parameters else "it has none"
+                hint = nearest(str(name), method.parameters) or f": remove it ({has})"
                 self.problems.append(((*path, name), f"{method.name} has no parameter {name!r}{hint}"))
             elif per_model_only and not parameter.per_model:
                 self.problems.append(

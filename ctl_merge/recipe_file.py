@@ -12,10 +12,12 @@ from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_check import RecipeChecker, is_step
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe file. Raises RecipeError with every problem and its line."""
+def load_recipe(path: str | Path, relative_to: Path | None = None) -> Recipe:
+    """Read and check a recipe file; relative folders are looked for in the working directory, then in `relative_to`,
+    which is the file's own folder if it is None. Raises RecipeError with every problem and its line.
+    """
     path = Path(path)
-    return _last(Document.load(path), path.parent)
+    return _last(Document.load(path), relative_to or path.parent)
 
 
 def parse_recipe(text: str, name: str = "recipe", relative_to: Path | None = None) -> Recipe:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctl_merge.errors import CheckpointError
+from ctl_merge.problems import nearest
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 
@@ -76,6 +77,8 @@ class ModelRef:
         folder = _find_folder(text, relative_to)
         if folder is not None:
             return cls(text, folder=folder)
+        if os.path.isfile(os.path.expanduser(text)):
+            raise CheckpointError(f"{text!r} is a file: a model is a folder, org/name or org/name@revision")
         pairs = list(_with_adapters(text, relative_to))
         if len(pairs) > 1:
             raise CheckpointError(
@@ -88,6 +91,7 @@ class ModelRef:
             both = ", nor one of these with one adapter after a `+`" if "+" in text else ""
             raise CheckpointError(
                 f"{text!r} is neither a folder that exists nor a Hub repository (org/name or org/name@revision){both}"
+                f"{near_folder(text, relative_to)}"
             )
         return cls.on_hub(text)
 
@@ -98,6 +102,19 @@ class ModelRef:
         if repo_id is None:
             raise CheckpointError(f"{text!r} is no Hub repository (org/name or org/name@revision)")
         return cls(text, repo_id=repo_id, revision=revision or "main")
+
+
+def near_folder(text: str, relative_to: Path | None = None) -> str:
+    """` (did you mean 'x'?)` where a folder of nearly this name exists, or nothing."""
+    path = Path(os.path.expanduser(text))
+    for place in (path, *([relative_to / path] if relative_to else [])):
+        try:
+            names = [entry.name for entry in os.scandir(place.parent) if entry.is_dir()]
+        except (OSError, ValueError):
+            continue
+        if found := nearest(path.name, names, str(path.parent)):
+            return found
+    return ""
 
 
 def _repository(text: str) -> tuple[str | None, str]:

@@ -19,7 +19,7 @@ from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_header, parse_length
-from ctl_merge.reference import ModelRef
+from ctl_merge.reference import ModelRef, near_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -53,6 +53,9 @@ class StoredCheckpoint(FileCheckpoint):
         if self.snapshot is not None:
             self.folder = hub.download(self.snapshot, self.file_sizes)
 
+    def stored_as(self, tensor: str) -> str | None:
+        return self.tensors[tensor].dtype
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         spec = self.tensors[tensor]
         dtype = torch_dtype(spec.dtype)
@@ -73,7 +76,7 @@ class StoredCheckpoint(FileCheckpoint):
     def _open(self, file: str) -> int:
         """Open a weight file; refuse one that is not the file whose header was read."""
         try:
-            descriptor = os.open(self.folder / file, os.O_RDONLY)
+            descriptor = os.open(os.path.join(self.folder, file), os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(f"{self.name}: {file} cannot be read: {error.strerror}") from None
         identity = _identity(descriptor)
@@ -181,7 +184,7 @@ def listed(ref: ModelRef) -> tuple[dict[str, int], hub.HubSnapshot | None]:
     try:
         snapshot = hub.resolve(ref.repo_id, ref.revision)
     except HubError as error:
-        raise HubError(f"{error} (There is no folder {ref.text!r} either.)") from error
+        raise HubError(f"{error} (There is no folder {ref.text!r} either.){near_folder(ref.text)}") from error
     return {file.path: file.size for file in snapshot.files}, snapshot
 
 

@@ -167,7 +167,10 @@ def _processes_line(shares: list[dict[str, int]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list) else str(value)
+    """As a recipe would have it."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _largest(shards: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from ctl_merge.methods.table import as_rows, markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tune_figure  # noqa: E402
 
 # The order of the tree: the way that weights take. A module that is not here stands at the end, and a test fails.
 ORDER = """
@@ -28,26 +30,34 @@ ORDER = """
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
-    methods/ merged devices evidence prefix_evidence
+    methods/ merged compiled devices evidence prefix_evidence
     merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
     public_recipe local_paths card front_matter markdown sizes shown time_limit
     publishing finished shard_stream destination hub_push original reproduce
     factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
-    model dispatch compare weights findings compare_table probing/
+    model dispatch compare weights findings compare_table probing/ evaluating/ tuning/
     cli/ errors
 """.split()
-METHODS = "parameters registry builtin table combine order matrices angles noise sparsify rescale agreement".split()
+METHODS = """
+    parameters registry builtin table combine order matrices angles noise sparsify rescale agreement fused kernels
+""".split()
 PROBING = """
     rows texts turns data windows placement forward lockstep run observer grams patches null scaling ranks loaded
     parents
     metrics intervals blocks losses costs record statistics archive schema report api
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
-    alphas figures text_losses
+    alphas repair figures text_losses
 """.split()
+EVALUATING = """
+    options subjects passages likelihood items generation execution answers metrics measured evaluation table results
+    harness api
+""".split()
+TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
 CLI = """
-    arguments terminal init merge finalize push verify reproduce probe compare check extract_lora methods schema
+    arguments terminal init merge finalize push verify reproduce probe evaluate tune compare check extract_lora methods
+    schema
 """.split()
-WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "cli": CLI}
+WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 
 
 def modules(folder: str = "") -> list[str]:
@@ -105,6 +115,12 @@ def _share(row: Mapping[str, Any], reasons: Mapping[str, int]) -> str:
     return f"{100 * count / row['entries']:.2g}" if count else ""
 
 
+def tuning() -> str:
+    """The table of the experiment on tuning, from its results."""
+    rows = json.loads((ROOT / "benchmarks/results/tune_against_uniform.json").read_text("utf-8"))["rows"]
+    return tune_figure.markdown(rows)
+
+
 def _first_line(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     return text.partition("\n")[0]
@@ -123,6 +139,7 @@ def generated() -> str:
         ("against", against()),
         ("tree", tree()),
         ("recipes", recipes()),
+        ("tuning", tuning()),
     ):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)  # noqa: B023

@@ -129,12 +129,17 @@ def test_a_recipe_alone_is_the_command_merge(
         (["mehtods"], "there is no file 'mehtods' (did you mean the command `methods`?)"),
         (["shema"], "(did you mean the command `schema`?)"),
         (["chek", "recipe.yaml"], "(did you mean the command `check`?)"),
-        ([".."], "there is no file '..'"),
+        ([".."], "'..' is a folder: name a recipe, which is a YAML file"),
+        (["FOLDER"], "is a model, not a recipe: `ctl-merge init` writes a recipe for models"),
+        (["check", "RECIPES"], "there is no file"),
+        (["check", "RECIPES"], "(did you mean"),
+        (["methods", "tise"], "there is no method 'tise' (did you mean 'ties'?)"),
         (["methods", "--jsno"], "No such option"),
     ],
 )
 def test_what_the_user_can_fix_is_exit_code_2(ctl: Ctl, recipe: Path, arguments: list[str], expected: str) -> None:
-    found = ctl(*(recipe if argument == "RECIPE" else argument for argument in arguments))
+    places = {"RECIPE": recipe, "FOLDER": recipe.parent / "first", "RECIPES": recipe.with_name("recipes.yaml")}
+    found = ctl(*(places.get(argument, argument) for argument in arguments))
     assert found.code == 2
     assert expected in " ".join(found.err.replace("│", " ").split())
     assert found.out == "" and "Traceback" not in found.err
@@ -145,6 +150,28 @@ def test_a_bug_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["ctl-merge", str(recipe), "--dry-run"])
     with pytest.raises(ZeroDivisionError):  # which ends the interpreter with a traceback and exit code 1
         cli.main()
+
+
+def test_the_folder_of_a_merge_is_answered_with_the_recipe_in_it(ctl: Ctl, recipe: Path, output: Path) -> None:
+    assert ctl(recipe, "-o", output, "-q").code == 0
+    found = ctl("compare", output)
+    assert found.code == 2
+    said = "".join(found.err.replace("│", " ").split())
+    assert "isafolder:therecipeofthemergeinitis" in said and "merged/ctl_merge_recipe.yaml" in said
+
+
+def test_tabs_are_told_from_spaces(ctl: Ctl, recipe: Path) -> None:
+    recipe.write_text("merge_method: linear\nmodels:\n\t- model: a\n")
+    assert ctl(recipe).err == (
+        f"error: {recipe}, line 3: not a YAML recipe: found character '\\t' that cannot start any token: indent with "
+        "spaces, not with tabs\n"
+    )
+
+
+def test_single_methods_are_listed(ctl: Ctl) -> None:
+    found = ctl("methods", "ties", "linear", "--json")
+    assert [row["name"] for row in json.loads(found.out)] == ["linear", "ties"]
+    assert ctl("methods", "slerp").out.rstrip().endswith("1 method. * one value per model; (default)")
 
 
 def test_a_wrong_recipe_lists_its_problems(ctl: Ctl, recipe: Path) -> None:

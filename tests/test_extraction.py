@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
 ]
 FAMILY = Path(__file__).parents[2] / "shared" / "models"
+FILE = "model.safetensors"
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("llama", UNTIED), ("llama", TIED), ("qwen3", {}), ("gpt2", {}), ("gpt_neox", {}), ("mixtral", {}), ("t5", {}),
     ("qwen3_moe", {}), ("gpt_oss", {}), ("opt", {}), ("mamba", {}), ("bert", {}),
@@ -66,8 +67,8 @@ def test_all_of_a_difference_gives_the_model_back(name: str, changes: dict[str, 
             logits, expected_logits = both(**inputs(wanted)).logits, wanted(**inputs(wanted)).logits
         torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-4)
     both.merge_and_unload().save_pretrained(tmp_path / "again")
-    found = load_file(tmp_path / "again" / "model.safetensors")
-    expected = load_file(model / "model.safetensors")
+    found = load_file(tmp_path / "again" / FILE)
+    expected = load_file(model / FILE)
     for tensor in expected:
         if tensor not in left_names:
             torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=2e-6)
@@ -86,6 +87,25 @@ def test_a_model_that_is_base_and_adapter_is_extracted_exactly(tmp_path: Path) -
     assert written.manifest["adapter"]["summary"]["error"] < 1e-5
 
 
+def test_a_head_tied_to_its_table_has_the_rank_of_the_table(tmp_path: Path) -> None:
+    """By energy, so that every module has a rank of its own. PEFT runs it as our merge does, which is as near as told;
+    PEFT's own merge would add the table's change twice, and that is told too."""
+    base, model = finetuned("llama", tmp_path, TIED)
+    result = ctl_merge.extract_lora(model, base, tmp_path / "adapter", energy=0.5, save=["norms"])
+    assert "would add it twice" in (result.folder / "README.md").read_text()
+    path = tmp_path / "both.yaml"
+    path.write_text(f"merge_method: passthrough\nmodels: [{{model: {base}+{result.folder}}}]\n")
+    merged = ctl_merge.load_model(path)
+    with torch.inference_mode():
+        logits, again = adapted("llama", base, result.folder)(**inputs(merged)).logits, merged(**inputs(merged)).logits
+    torch.testing.assert_close(logits, again, rtol=0, atol=2e-4)
+    expected, start, found = load_file(model / FILE), load_file(base / FILE), dict(merged.named_parameters())
+    for own in result.manifest["adapter"]["parameters"]:
+        wanted, name = expected[own["parameter"]].double(), own["parameter"]
+        missed = (wanted - found[name]).norm() / (wanted - start[name]).norm()
+        assert float(missed) == pytest.approx(own.get("error", 0.0), rel=1e-3, abs=1e-5), own
+
+
 def test_a_recipe_is_a_model(tmp_path: Path) -> None:
     """A merge that is never written, as an adapter; by energy, capped or not."""
     base, model = finetuned("llama", tmp_path, UNTIED)
@@ -93,13 +113,13 @@ def test_a_recipe_is_a_model(tmp_path: Path) -> None:
     path.write_text(f"merge_method: linear\nmodels:\n- {{model: {base}, parameters: {{weight: 1}}}}\n"
                     f"- {{model: {model}, parameters: {{weight: 1}}}}\n")  # fmt: skip
     result = ctl_merge.extract_lora(path, base, tmp_path / "adapter", energy=0.9)
-    before, after = load_file(base / "model.safetensors"), load_file(model / "model.safetensors")
+    before, after = load_file(base / FILE), load_file(model / FILE)
     for own in result.manifest["adapter"]["parameters"]:
         values = torch.linalg.svdvals((after[own["parameter"]] - before[own["parameter"]]).double()).square()
         kept = values.cumsum(0) / values.sum()
         assert own["rank"] == int((kept < 0.9).sum()) + 1, own
         assert own["energy"] == pytest.approx(float(kept[own["rank"] - 1]), rel=1e-5)
-    assert (result.folder / "ctl_merge_recipe.yaml").read_text() == path.read_text()
+    assert (result.folder / "ctl_merge_recipe.yaml").read_text() == path.read_text().replace(str(tmp_path), ".")
     left = result.manifest["adapter"]["left_out"]
     assert len(left) == 7 and all("--save-modules norms" in own["why"] for own in left)
     capped = ctl_merge.extract_lora(path, base, tmp_path / "capped", energy=0.9, rank=5).manifest["adapter"]

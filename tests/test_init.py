@@ -313,6 +313,11 @@ def test_adapters_alone_are_put_on_the_base_that_their_configs_name(
     assert recipe.base and recipe.base.folder == base
     assert [source.ref.adapter and source.ref.adapter.folder for source in recipe.models] == [first, second]
     assert found.common.reasons[0] == f"{first.name}: its adapter_config.json names base"
+    suggested = found.text.replace("# output: {lora", "output: {lora")
+    assert suggested != found.text
+    path = here / "adapter.yaml"
+    path.write_text(suggested)
+    assert Merge(path).summary() and Merge(path).recipe.lora
 
 
 def test_a_model_with_its_adapter_states_its_base_by_its_name(adapted: tuple[Path, Path, Path], here: Path) -> None:
@@ -363,7 +368,7 @@ def test_nothing_is_written_where_no_two_models_fit(here: Path, base: Path) -> N
         propose_recipe(["odd"], "base")
     with pytest.raises(MismatchError, match="base is the only one, and its base is not known: give --base"):
         propose_recipe(["base"])
-    with pytest.raises(MismatchError, match="base/ is the only one"):
+    with pytest.raises(MismatchError, match="base is the only one, .*; base/ is given twice: it goes in once"):
         propose_recipe(["base", "base/"])
 
 
@@ -647,6 +652,23 @@ def test_json_says_the_same(ctl: Ctl, here: Path) -> None:
     assert (data["method"], data["base"]["confidence"]) == ("slerp", "stated")
     assert data["next"] == ["ctl-merge 'my recipe.yaml' --dry-run", "ctl-merge 'my recipe.yaml' -o merged"]
     assert [m["name"] for m in data["models"]] == ["shift"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["bsae", "a"], r"bsae@main: .* \(There is no folder 'bsae' either\.\) \(did you mean 'base'\?\)"),
+        (["./bsae", "a"], "'./bsae' is neither a folder that exists nor .* \\(did you mean 'base'\\?\\)"),
+        (["base/model.safetensors", "a"], "'base/model.safetensors' is a file: a model is a folder, org/name or"),
+        (["a"], "a has no config.json: is it a model in the Hugging Face format?"),
+    ],
+)
+def test_a_model_that_is_mistyped_is_found_near(
+    names: list[str], message: str, server: HubServer, here: Path, base: Path
+) -> None:
+    (model(here / "a") / "config.json").unlink()
+    with pytest.raises(CtlMergeError, match=message):
+        propose_recipe(names)
 
 
 def test_where_nothing_can_be_written_nothing_is_read(here: Path) -> None:

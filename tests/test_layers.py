@@ -14,17 +14,17 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors shown sizes time_limit", "processes"),
+    "what everything uses": ("__init__ errors problems shown sizes time_limit", "processes"),
     "methods: pure functions of tensors": (
-        "methods.matrices methods.noise methods.parameters",
+        "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
         "methods.agreement methods.registry",
         "methods.__init__ methods.angles methods.consensus methods.fisher methods.iso methods.linear "
         "methods.metagpt methods.nearswap methods.order methods.passthrough methods.ram methods.regmean "
         "methods.rescale methods.table methods.tsv methods.wudi",
-        "methods.arcee_fusion methods.dare methods.della methods.karcher methods.model_stock methods.multislerp "
+        "methods.arcee_fusion methods.della methods.karcher methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
-        "methods.breadcrumbs methods.localize_and_stitch methods.pcb methods.ties",
+        "methods.breadcrumbs methods.dare methods.localize_and_stitch methods.pcb methods.ties",
         "methods.knots",
         "methods.builtin",
     ),
@@ -41,7 +41,7 @@ STAGES = {
         "adapter_output",
     ),
     "recipes": (
-        "document mixture probing.__init__ probing.rows problems settings",
+        "document mixture probing.__init__ probing.rows settings",
         "front_matter",
         "moe_families recipe_tokenizer",
         "recipe_schema",
@@ -68,6 +68,7 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
+        "compiled",
         "identity merged public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",
@@ -93,6 +94,7 @@ STAGES = {
         "probing.record probing.schema probing.texts",
         "probing.metrics probing.svg probing.wording",
         "probing.advice probing.alphas probing.depth probing.losses probing.waterfall",
+        "probing.repair",
         "probing.coefficients probing.comparisons probing.curves probing.observer probing.patches probing.verdict",
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
@@ -100,10 +102,24 @@ STAGES = {
         "probing.api probing.loaded probing.text_losses",
     ),
     "adapters of whole models": ("extraction",),
+    "evaluation": (
+        "evaluating.__init__ evaluating.execution evaluating.items evaluating.metrics evaluating.options",
+        "evaluating.measured evaluating.passages evaluating.subjects",
+        "evaluating.evaluation evaluating.generation evaluating.likelihood",
+        "evaluating.answers evaluating.harness evaluating.results evaluating.table",
+        "evaluating.api",
+    ),
+    "tuning": (
+        "tuning.__init__ tuning.closed_form tuning.levels tuning.options tuning.splits tuning.tuned tuning.written",
+        "tuning.adjustable",
+        "tuning.descent tuning.rivals tuning.table",
+        "tuning.search",
+        "tuning.api",
+    ),
     "the command line": (
         "cli.arguments cli.terminal",
-        "cli.check cli.compare cli.extract_lora cli.init cli.methods cli.probe cli.push cli.reproduce cli.schema "
-        "cli.verify",
+        "cli.check cli.compare cli.evaluate cli.extract_lora cli.init cli.methods cli.probe cli.push "
+        "cli.reproduce cli.schema cli.tune cli.verify",
         "cli.merge",
         "cli.finalize",
         "cli.__init__",

@@ -308,8 +308,8 @@ def test_the_papers_trim_cuts_the_whole_task_vector(tmp_path: Path):
         "model.layers.1.weight": torch.arange(4) + 5.0,
     }
     family, own = {"base": base, "a": model}, {"weight": (1.0,), "density": (0.5,)}
-    by_model = open_family(tmp_path, "ties", family, {**own, "trim": "model"})
-    by_tensor = open_family(tmp_path, "ties", family, own)
+    by_model = open_family(tmp_path / "by model", "ties", family, {**own, "trim": "model"})
+    by_tensor = open_family(tmp_path / "by tensor", "ties", family, own)
     assert by_model.read("model.layers.0.weight").tolist() == [0, 0, 0, 0]
     assert by_model.read("model.layers.1.weight").tolist() == [5, 6, 7, 8]
     assert by_tensor.read("model.layers.0.weight").tolist() == [0, 0, 3, 4]

@@ -52,10 +52,18 @@ def test_the_yaml_in_a_mergekit_card_names_them(tmp_path: Path) -> None:
     assert parents_of(with_card(tmp_path, yaml.safe_dump(RECIPE)), [], None) == ([CYCLE, SHIFT], BASE)
 
 
-def test_our_own_card_names_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["beside the merge", "in the working directory"])
+def test_our_own_card_names_them(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells no path: local models are looked for by name."""
     folder = ctl_merge.merge(ctl_merge.parse_recipe(yaml.safe_dump(RECIPE)), tmp_path / "merged").folder
     (folder / "ctl_merge_recipe.yaml").unlink()
-    assert parents_of(folder, [], None) == ([CYCLE, SHIFT], BASE)
+    if where == "beside the merge":
+        for model in (BASE, CYCLE, SHIFT):
+            (tmp_path / Path(model).name).symlink_to(model)
+    else:
+        monkeypatch.chdir(Path(BASE).parent)
+    models, base = parents_of(folder, [], None)
+    assert [Path(m).resolve() for m in (*models, base)] == [Path(m).resolve() for m in (CYCLE, SHIFT, BASE)]
     found = ctl_merge.probe_merged(str(folder), **SMALL)
     assert found.data["parents"] == ["cycle", "shift"]
     assert found.data["merges"][0]["effective_weight"] == pytest.approx({"cycle": 0.5, "shift": 0.5}, abs=1e-4)

@@ -43,7 +43,7 @@ def test_every_file_of_the_package_stands_in_the_tree():
     assert sorted(names) == sorted(name for name in listed if not name.endswith("/"))
 
 
-@pytest.mark.parametrize("folder", ["", "probing", "cli"])
+@pytest.mark.parametrize("folder", ["", "probing", "evaluating", "tuning", "cli"])
 def test_every_module_has_its_place_in_the_tree(folder):
     """Enter a new one in tests/readme.py, where the weights come by."""
     assert sorted(readme.WITHIN[folder]) == readme.modules(folder)

@@ -446,7 +446,7 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path) -> None:
     for path, expected in [
         (absent, f"the recipe '{absent}' cannot be read: No such file or directory"),
         (folder, f"the recipe '{folder}' cannot be read: Is a directory"),
-        (binary, f"{binary}: not UTF-8 text (invalid start byte at byte 14)"),
+        (binary, f"{binary}: not UTF-8 text (invalid start byte at byte 14): save it as UTF-8"),
         (huge, f"{huge}: larger than 1,000,000 bytes, which is no recipe"),
     ]:
         with pytest.raises(RecipeError, match=f"^{re.escape(expected)}$"):

@@ -14,6 +14,7 @@ import ctl_merge
 from ctl_merge.cli import (
     check,
     compare,
+    evaluate,
     extract_lora,
     finalize,
     init,
@@ -23,6 +24,7 @@ from ctl_merge.cli import (
     push,
     reproduce,
     schema,
+    tune,
     verify,
 )
 from ctl_merge.cli.arguments import VERBS
@@ -52,6 +54,8 @@ app.command()(init.init)
 app.command()(merge.merge)
 app.command()(finalize.finalize)
 app.command(cls=probe.ManyModels)(probe.probe)
+app.command()(evaluate.evaluate)
+app.command()(tune.tune)
 app.command()(compare.compare)
 app.command()(check.check)
 app.command()(extract_lora.extract_lora)

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from ctl_merge.problems import nearest
+
 VERBS = (
-    "init", "check", "merge", "finalize", "push", "verify", "reproduce", "probe", "compare", "extract-lora", "methods",
-    "schema",
+    "init", "check", "merge", "finalize", "push", "verify", "reproduce", "probe", "evaluate", "tune", "compare",
+    "extract-lora", "methods", "schema",
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -62,4 +64,29 @@ def one_device(device: str | None, device_map: str | None) -> str | None:
 def require_recipe(path: Path) -> None:
     """Refuse a RECIPE that is no file. Raises typer.BadParameter."""
     if not path.is_file():
-        raise typer.BadParameter(f"there is no file {str(path)!r}", param_hint="RECIPE")
+        raise typer.BadParameter(_in_its_place(path), param_hint="RECIPE")
+
+
+def _in_its_place(path: Path) -> str:
+    """What there is instead of a file."""
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.glob("*") if p.is_file()] if path.parent.is_dir() else []
+        return f"there is no file {str(path)!r}{nearest(path.name, beside, str(path.parent))}"
+    for name in ("ctl_merge_recipe.yaml", "mergekit_config.yml"):
+        if (path / name).is_file():
+            return f"{str(path)!r} is a folder: the recipe of the merge in it is {str(path / name)!r}"
+    if (path / "config.json").is_file():
+        return f"{str(path)!r} is a model, not a recipe: `ctl-merge init` writes a recipe for models"
+    return f"{str(path)!r} is a folder: name a recipe, which is a YAML file"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before an hour of work. Raises OutputError."""
+    import os
+
+    from ctl_merge.errors import OutputError
+
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        reason = "may not be written to" if place.is_dir() else "is no folder"
+        raise OutputError(f"{folder} cannot be written: {place} {reason}: choose another folder")

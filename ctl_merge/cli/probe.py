@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ctl_merge.cli.arguments import JsonFlag, require_recipe
+from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
 from ctl_merge.cli.terminal import configure, meter, print_table
 
 
@@ -25,18 +25,6 @@ class ManyModels(TyperCommand):
             else:
                 spread += ["--models", arg] if many else [arg]
         return super().parse_args(ctx, spread)
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before an hour of probing. Raises OutputError."""
-    import os
-
-    from ctl_merge.errors import OutputError
-
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "may not be written to" if nearest.is_dir() else "is no folder"
-        raise OutputError(f"--output {folder}: {nearest} {reason}: choose another folder")
 
 
 def probe(
@@ -99,7 +87,7 @@ def probe(
     """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
     configure()
     if output is not None:
-        _check_folder(output)
+        check_folder(output)
     for recipe in recipes or []:
         require_recipe(recipe)
     from ctl_merge.probing import api

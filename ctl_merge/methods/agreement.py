@@ -13,7 +13,7 @@ def election(kept: Tensor, weight: Tensor, elect: str) -> Tensor:
     """What the elected sign is the sign of: kept (models, *shape) -> (*shape)."""
     if elect == "weighted":
         return weighted_sum(kept, weight)
-    return kept.sum(0) if elect == "unweighted" else kept.sign().sum(0)
+    return weighted_sum(kept if elect == "unweighted" else kept.sign(), torch.ones(len(kept)))
 
 
 def merge_agreeing(
@@ -50,7 +50,7 @@ def merge_agreeing_plain(
 def _merge_agreeing_fast(kept: Tensor, weight: Tensor, vote: Tensor, divide: str) -> Tensor:
     """The same for positive weights: products with ±1 and clamps are exact and vectorised, torch.where is neither."""
     sign = torch.copysign(torch.ones_like(vote), vote + 0.0)  # + 0.0 makes of -0.0 a zero that counts as +
-    agreeing = (kept * sign).clamp_(min=0)
+    agreeing = (kept * sign).clamp_(min=0).add_(0.0)  # which of two zeros is the larger, processors decide each its way
     merged = weighted_sum(agreeing, weight).mul_(sign)
     if divide == "none":
         return merged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
-from ctl_merge.methods.order import kth_largest, order_statistics
+from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Density, Fraction, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import Scope, merge_method
 from ctl_merge.methods.rescale import RestoreNorm, l1_ratio, restore_l1
-from ctl_merge.methods.sparsify import above, magnitudes
+from ctl_merge.methods.sparsify import above, fused_trim
+from ctl_merge.methods.task_arithmetic import scaled_sum
 
 Gamma = Annotated[Fraction, Field(description="share of the task vector's entries, the largest, that is dropped")]
 
@@ -49,13 +51,35 @@ def keep_band(deltas: Tensor, *, density: Tensor, gamma: Tensor, band: Tensor | 
         return deltas
     if band is None:
         band = kth_largest(deltas.abs(), band_ranks(deltas[0].numel(), density=density, gamma=gamma))
-    # The next float32 after the largest that is kept: from there on everything is an outlier.
-    outliers = torch.nextafter(band[:, 0], torch.tensor(math.inf)).tolist()
+    outliers = _outliers(band).tolist()
     kept = [
         delta if share == 1.0 else above(delta, least) - above(delta, outlier)
         for delta, share, least, outlier in zip(deltas, shares, band[:, 1].tolist(), outliers, strict=True)
     ]
     return torch.stack(kept)
+
+
+def _outliers(band: Tensor) -> Tensor:
+    """The next float32 after the largest that is kept: from there on everything is an outlier."""
+    return torch.nextafter(band[:, 0], torch.tensor(math.inf))
+
+
+def _fused_band(merge: Fused | None, density: Tensor, rescale: bool, band: Tensor | None) -> Fused | None:
+    if rescale or band is None:
+        return None if rescale else merge
+    return fused_trim(merge, density, band[:, 1], _outliers(band))
+
+
+def _fused(*, density: Tensor, rescale: bool, band: Tensor | None = None, **others: Any) -> Fused | None:
+    return _fused_band(scaled_sum(**others), density, rescale, band)
+
+
+def _fused_ties(
+    *, weight: Tensor, density: Tensor, normalize: bool, rescale: bool, lambda_: float, band: Tensor | None = None,
+    **_: object,
+) -> Fused | None:  # fmt: skip
+    merge = agreeing(weight, divide="weights" if normalize else "none", scale=lambda_)
+    return _fused_band(merge, density, rescale, band)
 
 
 MEASURES = {
@@ -64,7 +88,7 @@ MEASURES = {
 }
 
 
-@merge_method(space="task_vectors", measures=MEASURES, check=weights_cancel, paper="2312.06795")
+@merge_method(space="task_vectors", measures=MEASURES, check=weights_cancel, fused=_fused, paper="2312.06795")
 def breadcrumbs(
     deltas: Tensor,
     *,
@@ -92,7 +116,7 @@ def breadcrumbs(
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 
-@merge_method(space="task_vectors", measures=MEASURES, paper="2312.06795")
+@merge_method(space="task_vectors", measures=MEASURES, fused=_fused_ties, paper="2312.06795")
 def breadcrumbs_ties(
     deltas: Tensor,
     *,

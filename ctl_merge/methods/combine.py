@@ -18,8 +18,10 @@ def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
     """
     factors = weight.flatten().tolist()
     total = torch.mul(tensors[0], factors[0])
+    scaled = torch.empty_like(total)
     for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total.add_(tensor, alpha=factor)
+        # Not `add_(tensor, alpha=factor)`: whether that rounds once or twice depends on the processor.
+        total.add_(torch.mul(tensor, factor, out=scaled))
     return total
 
 
@@ -31,9 +33,10 @@ def anchored_sum(tensors: Tensor, factors: Sequence[float], total: float) -> Ten
     """
     anchor = max(range(len(factors)), key=lambda index: abs(factors[index]))
     merged = tensors[anchor] * total
+    apart = torch.empty_like(merged)
     for index, factor in enumerate(factors):
         if index != anchor:
-            merged.add_(tensors[index] - tensors[anchor], alpha=factor)
+            merged.add_(torch.sub(tensors[index], tensors[anchor], out=apart).mul_(factor))
     return merged
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, PerModel, Scale, Weight, column
 from ctl_merge.methods.registry import merge_method
 from ctl_merge.methods.rescale import Rescale, l1_ratio, restore_l1
+from ctl_merge.methods.task_arithmetic import scaled_sum
 
 
 def _drop(deltas: Tensor, *, density: Tensor, noise: Tensor, **_: object) -> Tensor:
@@ -35,7 +40,25 @@ def drop_and_rescale(
     return kept / column(safe_divisor(density), deltas) if rescale else kept
 
 
-@merge_method(space="task_vectors", measures=L1_RATIO, check=weights_cancel, paper="2311.03099")
+def _fused_drop(merge: Fused | None, density: Tensor, rescale: bool | str) -> Fused | None:
+    if merge is None or rescale == "l1":
+        return None
+    divisors = safe_divisor(density).flatten().tolist() if rescale else None
+    return replace(merge, chance=density.flatten().tolist(), divisors=divisors)
+
+
+def _fused(*, density: Tensor, rescale: bool | str, **others: Any) -> Fused | None:
+    return _fused_drop(scaled_sum(**others), density, rescale)
+
+
+def _fused_ties(
+    *, weight: Tensor, density: Tensor, normalize: bool, rescale: bool | str, lambda_: float, **_: object
+) -> Fused | None:
+    merge = agreeing(weight, divide="weights" if normalize else "none", scale=lambda_)
+    return _fused_drop(merge, density, rescale)
+
+
+@merge_method(space="task_vectors", measures=L1_RATIO, check=weights_cancel, fused=_fused, paper="2311.03099")
 def dare_linear(
     deltas: Tensor,
     *,
@@ -58,7 +81,7 @@ def dare_linear(
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 
-@merge_method(space="task_vectors", measures=L1_RATIO, paper="2311.03099")
+@merge_method(space="task_vectors", measures=L1_RATIO, fused=_fused_ties, paper="2311.03099")
 def dare_ties(
     deltas: Tensor,
     *,

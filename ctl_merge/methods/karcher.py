@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctl_merge.methods.angles import cosines, gram, lengths, whole_tensor
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.registry import Measure, merge_method
 
 MaxIter = Annotated[int, Field(ge=0, description="steps at most")]
@@ -63,10 +64,15 @@ def _count_unfinished(results: Mapping[str, Mapping[str, Tensor]]) -> str | None
     return f"{sum(found)} of {len(found)} tensors took all of `max_iter` steps" if any(found) else None
 
 
+def _fused(*, mix: Tensor, **_: object) -> Fused:
+    return summed(mix[:-1])
+
+
 @merge_method(
     space="weights",
     base="optional",
     measures={"mix": Measure(gram, _mix, whole_tensor)},
+    fused=_fused,
     report=_count_unfinished,
     paper="2603.04972",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctl_merge.methods.combine import anchored_sum, cancel, weighted_mean
+from ctl_merge.methods.fused import Fused, anchored
 from ctl_merge.methods.parameters import Normalize, Parameters, PerModel, Weight
 from ctl_merge.methods.registry import merge_method
 
@@ -16,7 +17,11 @@ def weights_cancel(parameters: Parameters, flag: str = "normalize") -> str | Non
     return None
 
 
-@merge_method(space="weights", base="optional", linear=True, check=weights_cancel, paper="2203.05482")
+def _fused(*, weight: Tensor, normalize: bool, **_: object) -> Fused:
+    return anchored(weight / weight.sum(), 1.0) if normalize else anchored(weight, weight.sum().item())
+
+
+@merge_method(space="weights", base="optional", linear=True, check=weights_cancel, fused=_fused, paper="2203.05482")
 def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = True) -> Tensor:
     """Weighted average Σ w x / Σ w; without `normalize` the weighted sum.
 

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from ctl_merge.methods.order import kth_largest, order_statistics
+from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Scope, merge_method
-from ctl_merge.methods.sparsify import above, kept_count, magnitudes
+from ctl_merge.methods.sparsify import above, kept_count
 
 Sparsity = Annotated[
     FiniteFloat, Field(gt=0, le=1, description="share of a model's entries that is kept: the largest of |d|")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Measure, Scope, merge_method
 
@@ -29,11 +30,16 @@ def _say_coefficients(results: Mapping[str, Mapping[str, Tensor]]) -> str | None
     return None if found is None else "coefficients: " + ", ".join(f"{float(share):.4g}" for share in found)
 
 
+def _fused(*, coefficient: Tensor, **_: object) -> Fused:
+    return summed(coefficient)
+
+
 @merge_method(
     space="task_vectors",
     linear=True,
     measures={"coefficient": Measure(_energy, _shares, _whole_model)},
     report=_say_coefficients,
+    fused=_fused,
     paper="2406.11385",
 )
 def metagpt(deltas: Tensor, *, coefficient: Tensor | None = None) -> Tensor:

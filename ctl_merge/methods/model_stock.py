@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctl_merge.methods.angles import cosines, gram, whole_tensor
 from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Grain, Measure, Scope, merge_method
 
@@ -48,12 +49,17 @@ def _say_range(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return said + (f"; it is negative in {below}: `clamp: true` keeps the base there" if below else "")
 
 
+def _fused(*, t: Tensor, models: int, **_: object) -> Fused:
+    return summed((t / models).expand(models))
+
+
 @merge_method(
     space="task_vectors",
     models=(2, None),
     grain=_grain,
     measures={"t": Measure(gram, _ratio, _scope)},
     report=_say_range,
+    fused=_fused,
     paper="2403.19522",
 )
 def model_stock(

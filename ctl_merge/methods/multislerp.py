@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctl_merge.methods.angles import gram, lengths, whole_tensor
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import PerModel, Weight
 from ctl_merge.methods.registry import Measure, merge_method
@@ -46,11 +47,16 @@ def _count_straight(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return f"the weighted directions of {sum(found)} of {len(found)} tensors cancel: those were added linearly"
 
 
+def _fused(*, mix: Tensor, **_: object) -> Fused:
+    return summed(mix[:-1])
+
+
 @merge_method(
     space="task_vectors",
     base="optional",
     measures={"mix": Measure(gram, _mix, whole_tensor)},
     check=partial(weights_cancel, flag="normalize_weights"),
+    fused=_fused,
     report=_count_straight,
 )
 def multislerp(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ctl_merge.methods.angles import cosine as angle_cosine
 from ctl_merge.methods.angles import cosines, gram, whole_tensor
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters, PerModel, Weight
 from ctl_merge.methods.registry import Grain, Measure, Scope, merge_method
 
@@ -47,6 +48,16 @@ def _count_straight(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return f"{straight} of {len(found)} tensors were interpolated linearly, as they are parallel" if straight else None
 
 
+def _place(weight: Tensor) -> float:
+    weights = weight.flatten().tolist()
+    total = sum(weights)
+    return 0.5 if abs(total) < _NO_WEIGHT else weights[1] / total
+
+
+def _fused(*, weight: Tensor, cosine: Tensor, **_: object) -> Fused:
+    return summed(torch.stack(arc_factors(cosine, _place(weight))))
+
+
 @merge_method(
     space="task_vectors",
     base="optional",
@@ -54,6 +65,7 @@ def _count_straight(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     grain=_grain,
     measures={"cosine": Measure(gram, angle_cosine, _scope)},
     report=_count_straight,
+    fused=_fused,
 )
 def nuslerp(
     tensors: Tensor,
@@ -70,15 +82,12 @@ def nuslerp(
     column of a matrix): the name is mergekit's. Parallel and opposite tensors are interpolated linearly; weights that
     sum to zero count the same.
     """
-    weights = weight.flatten().tolist()
-    total = sum(weights)
-    t = 0.5 if abs(total) < _NO_WEIGHT else weights[1] / total
     first, second = tensors
     if not nuslerp_flatten:
         cosine = _cosines_along(first, second, 0 if nuslerp_row_wise else -1)
     elif cosine is None:
         cosine = angle_cosine(gram(tensors), first.numel())
-    of_first, of_second = arc_factors(cosine, t)
+    of_first, of_second = arc_factors(cosine, _place(weight))
     return (first * of_first).add_(second * of_second)
 
 

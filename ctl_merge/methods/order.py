@@ -17,6 +17,10 @@ from ctl_merge.methods.registry import Measure, Scope
 _UPPER, _LOWER = 1 << 15, 1 << 16
 
 
+def magnitudes(deltas: Tensor, **_: object) -> Tensor:
+    return deltas.abs()
+
+
 def order_statistics(
     name: str,
     values: Callable[..., Tensor],
@@ -38,7 +42,8 @@ def order_statistics(
     def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
         return locate(counts, ranks(numel, **arguments))
 
-    coarse = Measure(accumulate, choose, scope, 8 * _UPPER << signed)
+    compiled: Any = "count_upper" if values is magnitudes and not signed else None
+    coarse = Measure(accumulate, choose, scope, (_UPPER << signed,), compiled)
     return {f"{name}_bin": coarse, name: refinement(name, values, scope, signed, count)}
 
 
@@ -57,7 +62,8 @@ def refinement(
     def conclude(counts: Tensor, numel: int, **arguments: Any) -> Tensor:
         return value_at(counts, arguments[f"{name}_bin"], signed)
 
-    return Measure(accumulate, conclude, scope, 8 * _LOWER * count)
+    compiled: Any = "count_lower" if values is magnitudes and not signed else None
+    return Measure(accumulate, conclude, scope, (count, _LOWER), compiled)
 
 
 def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:
@@ -110,7 +116,9 @@ def value_at(counts: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
 def _keys(values: Tensor, signed: bool) -> Tensor:
     """Integers that order like the values: (rows, ...) -> (rows, n) int32."""
     flat = values.flatten(1).float()
-    return _flip_negative((flat + 0.0).view(torch.int32)) if signed else flat.view(torch.int32)  # + 0.0: no -0.0
+    if signed:
+        return _flip_negative((flat + 0.0).view(torch.int32))  # + 0.0: no -0.0
+    return flat.view(torch.int32) & 0x7FFFFFFF  # NaN may have a sign
 
 
 def _flip_negative(bits: Tensor) -> Tensor:

@@ -7,13 +7,18 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import PerModel, column
 from ctl_merge.methods.registry import merge_method
 
 Factor = Annotated[FiniteFloat, Field(description="factor of the tensor")]
 
 
-@merge_method(space="weights", models=(1, 1), linear=True)
+def _fused(*, scale: Tensor, **_: object) -> Fused:
+    return summed(scale)
+
+
+@merge_method(space="weights", models=(1, 1), linear=True, fused=_fused)
 def passthrough(tensors: Tensor, *, scale: PerModel[Factor] = 1.0) -> Tensor:
     """The one input, times `scale`.
 

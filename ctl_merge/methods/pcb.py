@@ -9,10 +9,9 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from ctl_merge.methods.combine import safe_divisor
-from ctl_merge.methods.order import kth_largest, order_statistics
+from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters, Scale, column
 from ctl_merge.methods.registry import Scope, merge_method
-from ctl_merge.methods.sparsify import magnitudes
 
 Ratio = Annotated[FiniteFloat, Field(gt=0, le=1, description="share of a task vector's entries that is kept, by score")]
 _EXTREME = 1e-4  # share of the entries, at either end, whose magnitude is clamped

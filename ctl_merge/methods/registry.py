@@ -7,12 +7,14 @@ the decorator.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -38,7 +40,17 @@ class Measure:
     accumulate: Callable[..., Tensor]
     conclude: Callable[..., Tensor]
     scope: Callable[[Parameters], Scope | None]
-    state_bytes: int = 0  # of a model's part of the state, where it is worth counting
+    state: tuple[int, ...] = ()  # shape of a model's part of the state, where it is worth counting: of int64
+    compiled: Literal["count_upper", "count_lower"] | None = None  # the loop of `methods.kernels` that does the same
+
+    @property
+    def state_bytes(self) -> int:
+        """Of a model's part of the state."""
+        return 8 * math.prod(self.state) if self.state else 0
+
+    def zeros(self, models: int) -> Tensor:
+        """The state before anything is counted."""
+        return torch.zeros(models, *self.state, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Method:
     paper: str | None
     grain: Grain | Callable[[Parameters], Grain] = "element"
     statistic: Statistic | None = None  # taken of each model on its own text, and passed under this name
+    fused: Callable[..., Any] | None = None  # the same as numbers for a compiled loop: `ctl_merge.methods.fused`
     linear: bool = False  # the result is Σ c x, its c the same whatever the stack, but for what is measured
     summary: str = field(default="")
 
@@ -91,6 +104,7 @@ def merge_method(
     measures: Mapping[str, Measure] | None = None,
     check: Callable[[Parameters], str | None] = no_objection,
     report: Callable[[Mapping[str, Mapping[str, Tensor]]], str | None] | None = None,
+    fused: Callable[..., Any] | None = None,
     paper: str | None = None,
     name: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -106,7 +120,8 @@ def merge_method(
     mean of x xᵀ over the inputs x of a linear layer, (models, in, in), the layer's weight then being (models, out, in);
     "fisher", the mean squared gradient, as large as the stack. `linear`: the result is Σ c_i x_i entry by entry, with
     factors that depend on the parameters and the measures alone. `check(parameters)` returns an objection or None;
-    `report(results of the measures by tensor)` what a reader of the manifest should know, or None.
+    `report(results of the measures by tensor)` what a reader of the manifest should know, or None;
+    `fused(parameters and results of measures)` the same merge for the compiled loop, as a `Fused`, or None.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -117,7 +132,7 @@ def merge_method(
         engine_made = {"noise", "gram", "fisher", *(measures or {})}
         _REGISTRY[key] = Method(
             name=key, function=function, space=space, grain=grain, models=models, paper=paper, check=check,
-            report=report, statistic=statistic, linear=linear,
+            report=report, statistic=statistic, linear=linear, fused=fused,
             base=base or ("required" if space == "task_vectors" else "none"),
             random="noise" in keywords, measures=measures or {},
             parameters={p.name: p for p in _declared(function) if p.name not in engine_made},

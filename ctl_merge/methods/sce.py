@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctl_merge.methods.agreement import merge_agreeing
+from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.order import count_upper, kth_largest, locate, refinement
 from ctl_merge.methods.parameters import Fraction, Parameters
 from ctl_merge.methods.registry import Measure, Scope, merge_method
@@ -83,10 +84,15 @@ def _say_shares(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return f"weights of the models, from tensor to tensor: {spans}"
 
 
+def _fused(*, cut: Tensor | None = None, share: Tensor, **_: object) -> Fused | None:
+    return agreeing(share, elect="unweighted", divide="weights") if cut is None else None
+
+
 @merge_method(
     space="task_vectors",
     measures={**CUT, "share": Measure(_energy, _shares, _per_tensor)},
     report=_say_shares,
+    fused=_fused,
     paper="2408.07990",
 )
 def sce(

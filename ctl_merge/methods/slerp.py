@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
+import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from ctl_merge.methods.angles import cosine as angle_cosine
 from ctl_merge.methods.angles import gram, whole_tensor
+from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.registry import Measure, merge_method
 
 # Above this cosine the arc and the chord are the same to rounding, and sin(angle) divides by almost nothing.
@@ -28,12 +31,23 @@ def _count_fallbacks(results: Mapping[str, Mapping[str, Tensor]]) -> str:
     )
 
 
+def _arc_factors(cos: float, t: float) -> Tensor:
+    angle = math.acos(cos)
+    return torch.tensor([math.sin(share * angle) / math.sin(angle) for share in (1 - t, t)], dtype=torch.float64)
+
+
+def _fused(*, t: float, cosine: Tensor, **_: object) -> Fused:
+    cos = float(cosine)
+    return Fused([1 - t, t], anchor=0) if abs(cos) > PARALLEL else summed(_arc_factors(cos, t))
+
+
 @merge_method(
     space="weights",
     base="required",
     models=(2, 2),
     measures={"cosine": Measure(gram, angle_cosine, whole_tensor)},
     report=_count_fallbacks,
+    fused=_fused,
 )
 def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
     """The point at `t` on the arc from the base (t = 0) to the other model (t = 1), tensor by tensor.
@@ -48,7 +62,4 @@ def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
     cos = float(cosine)
     if abs(cos) > PARALLEL:
         return first + t * (second - first)
-    angle = math.acos(cos)
-    return (first * (math.sin((1 - t) * angle) / math.sin(angle))).add_(
-        second, alpha=math.sin(t * angle) / math.sin(angle)
-    )
+    return weighted_sum(tensors, _arc_factors(cos, t))

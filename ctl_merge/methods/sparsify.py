@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ctl_merge.methods.order import kth_largest, order_statistics
+from ctl_merge.methods.fused import Fused
+from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Scope
 
@@ -15,10 +17,6 @@ from ctl_merge.methods.registry import Scope
 def kept_count(density: float, numel: int) -> int:
     """How many of `numel` entries a density keeps at least: max(1, ⌊density · numel⌋)."""
     return max(1, int(density * numel))
-
-
-def magnitudes(deltas: Tensor, **_: object) -> Tensor:
-    return deltas.abs()
 
 
 def kept_ranks(numel: int, *, density: Tensor, **_: object) -> Tensor:
@@ -73,3 +71,20 @@ def _just_below(cut: float, dtype: torch.dtype) -> float:
     # What lies halfway is rounded to the even neighbour, the one whose last bit is zero.
     middle = (below + cut) / 2
     return middle if int(at.view(torch.int32)) & 1 else math.nextafter(middle, 0.0)
+
+
+def fused_trim(
+    merge: Fused | None, density: Tensor, least: Tensor | None, largest: Tensor | None = None
+) -> Fused | None:
+    """`merge` of the entries with magnitudes from `least` (models,) to `largest`; a density of 1 keeps all."""
+    if merge is None or least is None:
+        return merge
+    shares, cuts = density.flatten().tolist(), least.flatten().tolist()
+    ends = [math.inf] * len(cuts) if largest is None else largest.flatten().tolist()
+    kept = [0.0 if share == 1.0 else math.inf if share == 0.0 else cut for share, cut in zip(shares, cuts, strict=True)]
+    above = [-1.0 if cut == 0.0 else _just_below(cut, torch.float64) for cut in kept]
+    upto = [
+        math.inf if share == 1.0 or end == math.inf else _just_below(end, torch.float64)
+        for share, end in zip(shares, ends, strict=True)
+    ]
+    return replace(merge, above=above, upto=upto)

@@ -62,7 +62,7 @@ def render(rows: list[dict[str, Any]]) -> Any:
         table.add_row(Text(row["name"], "bold"), Text(row["summary"]))
         table.add_row("", Text(f"models: {row['models']}{paper}", "dim"))
         table.add_row("", Text(f"{signature(row) or 'no parameters'}\n"))
-    return Group(table, Text(f"{len(rows)} methods. * one value per model; (default)"))
+    return Group(table, Text(f"{len(rows)} method{'s' * (len(rows) != 1)}. * one value per model; (default)"))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ctl_merge.methods.agreement import election, merge_agreeing
+from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import Measure, Scope, merge_method
 from ctl_merge.methods.rescale import RestoreNorm, l1_ratio, restore_l1
-from ctl_merge.methods.sparsify import MAGNITUDE_CUT, trim, trim_scope
+from ctl_merge.methods.sparsify import MAGNITUDE_CUT, fused_trim, trim, trim_scope
 
 Trim = Annotated[
     Literal["tensor", "model"],
@@ -55,8 +56,17 @@ def _majority_scope(parameters: Parameters) -> Scope | None:
     return parameters["trim"] if parameters["elect"] == "unweighted" else None
 
 
+def _fused(
+    *, weight: Tensor, density: Tensor, normalize: bool, rescale: bool, lambda_: float, elect: str, divide: str,
+    cut: Tensor | None = None, majority: Tensor | None = None, **_: object,
+) -> Fused | None:  # fmt: skip
+    merge = agreeing(weight, elect, divide if normalize else "none", majority, lambda_)
+    return None if rescale else fused_trim(merge, density, cut)
+
+
 @merge_method(
     space="task_vectors",
+    fused=_fused,
     measures={
         **MAGNITUDE_CUT,
         **l1_ratio(_kept, _norm_scope),

@@ -71,12 +71,12 @@ def load_tokens(
     ids: list[int] = []
     roles: list[int] = []
     skipped, wanted, sample = 0, sequences * length, ""
-    for text in _texts(spec, tokenizer if chat else None):
+    for text in texts_of(spec, tokenizer if chat else None):
         if text is None:
             skipped += 1
             continue
         sample += text.text[: SAMPLE - len(sample)]
-        own, of_own = _tokenised(text, tokenizer)
+        own, of_own = tokenised(text, tokenizer)
         ids += own
         roles += of_own
         if len(ids) >= wanted:
@@ -137,7 +137,7 @@ def _affixes(name: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     raise DataError(f"{name}: the tokenizer adds no special tokens to a text: leave --special-tokens out")
 
 
-def _tokenised(text: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
+def tokenised(text: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids and the role of each, which is that of its first character that is no space.
 
     Without roles where the tokenizer does not tell which characters a token stands for.
@@ -157,7 +157,7 @@ def _tokenised(text: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
     return found["input_ids"], roles
 
 
-def _texts(spec: DataSpec, chat: Any) -> Iterator[Text | None]:
+def texts_of(spec: DataSpec, chat: Any) -> Iterator[Text | None]:
     """The texts of a data set; None for a row that is skipped. `chat`: the tokenizer whose template is used."""
     if spec.is_plain_text:
         yield from map(Text, read_pieces(spec))
@@ -167,12 +167,12 @@ def _texts(spec: DataSpec, chat: Any) -> Iterator[Text | None]:
         unknown = [column for column in columns if column not in row]
         if unknown:
             raise DataError(f"{spec.name} has no column {unknown[0]!r}; it has: {', '.join(row)}")
-        if not columns or any(_is_null(row[column]) for column in columns):
+        if not columns or any(is_null(row[column]) for column in columns):
             yield None
         elif chat and len(columns) == 1 and is_conversation(row[columns[0]]):
             yield templated(row[columns[0]], chat, spec.name)
         else:
-            values = [_as_text(spec, column, row[column]) for column in columns]
+            values = [as_text(spec, column, row[column]) for column in columns]
             answered = len(spec.columns) > 1
             yield templated(turns(values), chat, spec.name) if chat else joined(values, answered)
 
@@ -185,11 +185,13 @@ def _text_columns(row: dict[str, Any], chat: bool) -> tuple[str, ...]:
     return ("text",) if "text" in row else texts
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
+    """Whether a row lacks a value in a column."""
     return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
-def _as_text(spec: DataSpec, column: str, value: Any) -> str:
+def as_text(spec: DataSpec, column: str, value: Any) -> str:
+    """A column's value as text. Raises DataError for what is no text."""
     if isinstance(value, list | tuple | dict | bytes):
         hint = ": use --chat" if is_conversation(value) else ": name another one"
         raise DataError(f"{spec.name}: the column {column!r} holds a {type(value).__name__}, not text{hint}")

@@ -12,6 +12,7 @@ from ctl_merge.probing.curves import cosine_figure, nonlinearity_figure, origin_
 from ctl_merge.probing.patches import blame_figure, patch_figure
 from ctl_merge.probing.raster import png
 from ctl_merge.probing.record import Data, prepared
+from ctl_merge.probing.repair import repair_figures
 from ctl_merge.probing.svg import COLOURS, Figure
 from ctl_merge.probing.waterfall import loss_figure
 
@@ -24,7 +25,7 @@ _DRAWN = (
 def figures(data: Data) -> list[Figure]:
     """The figures that the data can fill."""
     data = prepared(data)
-    made = [draw(data) for draw in _DRAWN]
+    made = [*repair_figures(data), *(draw(data) for draw in _DRAWN)]
     return [figure for figure in made if figure]
 
 

@@ -15,12 +15,13 @@ _SEED = 0
 class Draws:
     """How often each of N sequences is drawn: once each in row 0, which gives a number itself, then DRAWS resamples.
 
-    All numbers of a data set are taken on the same draws, so that differences between them are paired. Values that
-    were drawn have the draws as their first dimension: (1 + DRAWS, ...), the number itself first.
+    All numbers of a data set are taken on the same draws, so that differences between them are paired; `seed` is the
+    data set's. Values that were drawn have the draws as their first dimension: (1 + DRAWS, ...), the number itself
+    first.
     """
 
-    def __init__(self, count: int) -> None:
-        drawn = np.random.default_rng(_SEED).integers(0, count, (DRAWS, count))
+    def __init__(self, count: int, seed: int = _SEED) -> None:
+        drawn = np.random.default_rng(seed).integers(0, count, (DRAWS, count))
         drawn += count * np.arange(DRAWS)[:, None]
         times = np.bincount(drawn.ravel(), minlength=DRAWS * count).reshape(DRAWS, count)
         self.count, self.weights = count, np.concatenate([np.ones((1, count)), times])

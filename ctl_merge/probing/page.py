@@ -7,6 +7,7 @@ from html import escape
 
 from ctl_merge.probing.figures import figures
 from ctl_merge.probing.record import Data, best_parent, costs_of, heading, named, number, prepared, recipes, rows
+from ctl_merge.probing.repair import repair
 from ctl_merge.probing.svg import COLOURS, Figure
 from ctl_merge.probing.tables import set_tables, tables
 from ctl_merge.probing.verdict import verdict
@@ -85,6 +86,7 @@ def render_page(data: Data) -> str:
 <main>
 <header><h1>{escape(title)}</h1><p class="soft">{escape(_described(data))}</p></header>
 <section class="verdict" aria-label="Verdict">{_sentences(verdict(data))}</section>
+{_repaired(data)}
 {f'<section class="verdict warning" aria-label="Warnings">{warnings}</section>' if warnings else ""}
 <section class="tiles" aria-label="Key numbers">{"".join(_tile(data, text) for text in data["sets"])}</section>
 <h2>Figures</h2>
@@ -100,6 +102,12 @@ def render_page(data: Data) -> str:
 </body>
 </html>
 """
+
+
+def _repaired(data: Data) -> str:
+    """What tuning changed and what came back, where the merge was tuned."""
+    said = repair(data)
+    return f'<section class="verdict" aria-label="Tuning">{_sentences(said)}</section>' if said else ""
 
 
 def _variables() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from ctl_merge.errors import CtlMergeError, ProbeError, RecipeError
@@ -11,6 +13,8 @@ from ctl_merge.front_matter import CARD, card_text, stated_bases
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe, parse_recipe
 from ctl_merge.reference import ModelRef
+
+Read = Callable[[Path], Recipe]
 
 RECIPES = ("ctl_merge_recipe.yaml", "mergekit_config.yml")
 _FENCED = re.compile(r"^(`{3,})ya?ml[ \t]*\n(.*?)^\1[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -46,19 +50,32 @@ def parents_of(folder: Path, models: Sequence[str], base: str | None) -> tuple[l
 def recipes_in(folder: Path, seen: list[str]) -> list[tuple[str, Recipe]]:
     """The recipes that can be read; why the others cannot goes to `seen`."""
     found = []
+    for name, read in _readers(folder):
+        try:
+            found.append((name, _beside(read, folder)))
+        except RecipeError as error:
+            seen.append(f"{name} cannot be read: {_first(error)}")
+    return found
+
+
+def _readers(folder: Path) -> Iterator[tuple[str, Read]]:
+    """The recipes in files and in the card: functions of the folder where relative paths are looked for."""
     for name in RECIPES:
         if (folder / name).is_file():
-            try:
-                found.append((name, load_recipe(folder / name)))
-            except RecipeError as error:
-                seen.append(f"{name} cannot be read: {_first(error)}")
+            yield name, partial(load_recipe, folder / name)
     for _, block in _FENCED.findall(card_text(folder)):
         if re.search(r"^merge_method[ \t]*:", block, re.MULTILINE):
-            try:
-                found.append((CARD, parse_recipe(block, f"the recipe in {CARD}", folder)))
-            except RecipeError as error:
-                seen.append(_first(error))
-    return found
+            yield f"the recipe in {CARD}", partial(parse_recipe, block, "recipe")
+
+
+def _beside(read: Read, folder: Path) -> Recipe:
+    """The recipe with local models in the merge's folder, else beside it."""
+    try:
+        return read(folder)
+    except RecipeError:
+        with suppress(RecipeError):
+            return read(folder.absolute().parent)
+        raise
 
 
 def _listed(folder: Path, seen: list[str]) -> list[str]:

@@ -29,6 +29,10 @@ class ProbeReport:
     data: dict[str, Any]
     statistics: Statistics
 
+    def with_tuning(self, tuning: Mapping[str, Any]) -> ProbeReport:
+        """The report, whose page tells of tuning too; `load` computes it again without."""
+        return ProbeReport({**self.data, "tuning": dict(tuning)}, self.statistics)
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         """One flat row for each data set, merge and site: `pandas.DataFrame(report.rows)`."""

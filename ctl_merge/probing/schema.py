@@ -169,4 +169,5 @@ class Report(_Strict):
     settings: dict[str, Any]
     warnings: list[str]
     lineage: list[Lineage]
+    tuning: dict[str, Any] | None = Field(None, description="of a merge before and after tuning: as `tune --json`")
     sets: dict[str, DataSet]

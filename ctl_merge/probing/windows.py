@@ -24,25 +24,45 @@ from ctl_merge.tokenizer import TokenizerFiles
 
 def token_sets(opened: Merge, base: Checkpoint, data: str | Sequence[str], options: Options) -> list[TokenSet]:
     """Windows that the base's model reads. Raises DataError, MismatchError and ProbeError; no weight is read."""
-    model, _ = open_model(base, trust_remote_code=options.trust_remote_code)
+    length = window_length(base, options)
+    tokenizer = merge_tokenizer(opened, options.trust_remote_code)
+    sets = cut_sets(parse_specs(data), tokenizer, options, length)
+    if opened.recipe.tokenizer.source is None:
+        check_same_tokens(opened, tokenizer, sets, options.trust_remote_code)
+    return sets
+
+
+def window_length(checkpoint: Checkpoint, options: Options) -> int:
+    """Tokens of a window: what was asked for, else 256 or the model's context. Raises ProbeError."""
+    model, _ = open_model(checkpoint, trust_remote_code=options.trust_remote_code)
     find_blocks(model, options.blocks)
     length = options.length or min(LENGTH, context(model) or LENGTH)
     check_text(model, length)
+    return length
+
+
+def merge_tokenizer(opened: Merge, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that a merge would be written with."""
     with tempfile.TemporaryDirectory() as folder:
         opened.write_companions(Path(folder))
-        tokenizer = load_tokenizer(Path(folder), str(opened.recipe.refs[0]), options.trust_remote_code)
+        return load_tokenizer(Path(folder), str(opened.recipe.refs[0]), trust_remote_code)
+
+
+def parse_specs(data: str | Sequence[str]) -> list[DataSpec]:
+    """Data sets by their specs, each with a name of its own. Raises DataError."""
     specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
     twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})
     if twice:
         raise DataError(f"several data sets are called {twice[0]}: name them, as in {twice[0]}2=FILE")
+    return specs
+
+
+def cut_sets(specs: Sequence[DataSpec], tokenizer: Any, options: Options, length: int) -> list[TokenSet]:
+    """The windows of every data set; of the shipped tasks where none is named."""
     size = options.sequences, length
     if not specs:
-        sets = [_shipped(name, text, tokenizer, size, options) for name, text in default_texts().items()]
-    else:
-        sets = [load_tokens(spec, tokenizer, *size, options.chat, options.special_tokens) for spec in specs]
-    if opened.recipe.tokenizer.source is None:
-        _check_same_tokens(opened, tokenizer, sets, options.trust_remote_code)
-    return sets
+        return [_shipped(name, text, tokenizer, size, options) for name, text in default_texts().items()]
+    return [load_tokens(spec, tokenizer, *size, options.chat, options.special_tokens) for spec in specs]
 
 
 def _shipped(name: str, text: str, tokenizer: Any, size: tuple[int, int], options: Options) -> TokenSet:
@@ -50,7 +70,7 @@ def _shipped(name: str, text: str, tokenizer: Any, size: tuple[int, int], option
     return replace(cut(name, ids, tokenizer, *size, special=options.special_tokens), text=text[:SAMPLE])
 
 
-def _check_same_tokens(opened: Merge, tokenizer: Any, sets: Sequence[TokenSet], trust_remote_code: bool) -> None:
+def check_same_tokens(opened: Merge, tokenizer: Any, sets: Sequence[TokenSet], trust_remote_code: bool) -> None:
     """Refuse models that would read these texts as other tokens than they are given. Raises MismatchError.
 
     Their vocabularies agree, or there would be no plan, but they may still split a text in other places.

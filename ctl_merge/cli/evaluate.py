@@ -1,0 +1,136 @@
+"""`ctl-merge evaluate MODEL|RECIPE …`: losses, answers, programs on data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctl_merge.cli.arguments import JsonFlag
+from ctl_merge.cli.terminal import configure, meter, print_table
+
+_SPEC = "NAME=FILE:column,column or org/dataset:column@split; may be repeated."
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, names on the Hub, or recipes, whose merge is not written.", metavar="MODEL|RECIPE"
+        ),
+    ],
+    data: Annotated[list[str] | None, typer.Option(help=f"Text whose loss is taken: {_SPEC}")] = None,
+    match: Annotated[
+        list[str] | None, typer.Option(help="Rows whose last column is the answer to be generated.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="Rows that end with a list of choices and the right one.")
+    ] = None,
+    code: Annotated[
+        list[str] | None,
+        typer.Option(help="Problems: columns prompt,test,entry_point (HumanEval) or text,test_list (MBPP)."),
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness instead, by commas.", metavar="TASKS")
+    ] = None,
+    harness_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files of your own for it.", metavar="FOLDER")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Windows, or rows, of each text.")] = 64,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Rows of each set of answers, choices, problems, tasks.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
+    rows: Annotated[bool, typer.Option("--rows", help="Each row is a sequence of its own.")] = False,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
+    parents: Annotated[
+        bool, typer.Option("--parents", help="Each recipe's base and parents too, and how far the merge agrees.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="The base, where a recipe names none.", metavar="MODEL")] = None,
+    calibration: Annotated[bool, typer.Option("--calibration", help="Calibration error of the next token.")] = False,
+    join: Annotated[str, typer.Option(help="Between a prompt's columns, and before the answer.")] = "\n",
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Default: a blank line.")] = None,
+    extract: Annotated[
+        str | None, typer.Option(help="Regular expression: its last match is compared, such as '#### (.*)'.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer or a program.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, help="Programs for each problem; one is greedy.")] = 1,
+    k: Annotated[list[int] | None, typer.Option("--k", min=1, help="Of pass@k; may be repeated. Default: 1.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.01, help="At which several samples are drawn.")] = 0.8,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote, under limits.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each program.")] = 5.0,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda:N, disk, or JSON, as for a probe.", metavar="MAP")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Memory for weights, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
+    ] = False,
+    card: Annotated[
+        bool, typer.Option("--card", help="Enter the results into the card of each model that is a folder.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for results and answers, as JSON.", metavar="FILE")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure models and merges side by side: loss, exact match, choices, programs; with 95 % intervals."""
+    configure()
+    from ctl_merge.evaluating import api, results
+    from ctl_merge.evaluating.options import EvaluationOptions
+    from ctl_merge.processes import launched
+
+    for folder in filter(None, map(_folder, models if card else [])):
+        results.check_card(folder)
+    options = EvaluationOptions(
+        sequences=sequences, length=length, batch=batch, device_map=device_map, max_memory=max_memory, chat=chat,
+        trust_remote_code=trust_remote_code, rows=rows, mask_prompt=mask_prompt, parents=parents,
+        calibration=calibration, items=items, join=_escaped(join), stop=tuple(map(_escaped, stop or ())),
+        extract=extract, max_new_tokens=max_new_tokens, samples=samples, k=tuple(k or (1,)), temperature=temperature,
+        allow_code_execution=allow_code_execution, timeout=timeout,
+    )  # fmt: skip
+    if harness is not None:
+        from ctl_merge.evaluating.harness import run_harness
+
+        if data or match or choice or code:
+            raise typer.BadParameter("--harness has data of its own: leave --data, --match, --choice and --code out")
+        tasks = [task.strip() for task in harness.split(",") if task.strip()]
+        found = run_harness(models, tasks, options, folder=harness_path, limit=items)
+    else:
+        found = api.evaluate(
+            models, data or [], match=match or [], choice=choice or [], code=code or [], base=base, options=options,
+            meter=meter(),
+        )  # fmt: skip
+    if not launched().first:
+        return
+    if output:
+        found.save(output)
+    if as_json:
+        print(found.to_json(), end="")
+    else:
+        from ctl_merge.evaluating.table import render
+
+        print_table(render(found))
+    for name, folder in found.folders.items() if card else ():
+        path = results.write_results(found, name, folder)
+        if not as_json:
+            print(f"→ {path}")
+
+
+def _folder(text: str) -> Path | None:
+    path = Path(text).expanduser()
+    return path if path.is_dir() else None
+
+
+def _escaped(text: str) -> str:
+    r"""A line end that a shell left as `\n`."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,87 @@
+"""`ctl-merge tune RECIPE`: coefficients found on data, proven on other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
+from ctl_merge.cli.terminal import configure, meter, print_table
+
+
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="The recipe whose models are to be merged better.", metavar="RECIPE")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A text for each task: TASK=FILE:column,column or TASK=org/dataset:column@split."),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="Texts of the same names to compare on. Default: half of each.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the recipe that did best.", metavar="FILE")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page: what was lost, where, and what came back.", metavar="FOLDER")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where the recipe names none.", metavar="MODEL")] = None,
+    sequences: Annotated[int, typer.Option(min=16, help="Windows of each text, in all.")] = 96,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    level: Annotated[
+        str, typer.Option(help="What has a coefficient of its own: model, block, part or tensor.")
+    ] = "tensor",
+    steps: Annotated[int, typer.Option(min=0, help="Of descent on the loss; 0: least squares only.")] = 10,
+    least: Annotated[float, typer.Option(help="No coefficient is below this.")] = 0.0,
+    most: Annotated[float, typer.Option(help="Nor above this.")] = 2.0,
+    trials: Annotated[int, typer.Option(min=0, help="Of a search over method, λ and density, with Optuna.")] = 0,
+    study: Annotated[
+        Path | None, typer.Option(help="File that keeps the trials: the same command goes on.", metavar="FILE")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which windows are held out.")] = 0,
+    rows: Annotated[bool, typer.Option("--rows", help="Each row is a sequence of its own.")] = False,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
+    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
+    device_map: Annotated[str | None, typer.Option(help="cpu (default) or cuda:N.", metavar="MAP")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Find coefficients for RECIPE's models on data, and compare the merge with others on data never seen."""
+    configure()
+    require_recipe(recipe)
+    for folder in filter(None, (output and output.absolute().parent, report)):
+        check_folder(folder)
+    from ctl_merge.tuning import api
+    from ctl_merge.tuning.options import TuneOptions
+
+    options = TuneOptions(
+        sequences=sequences, length=length, batch=batch, device_map=device_map, chat=chat, level=level, steps=steps,
+        least=least, most=most, rows=rows, mask_prompt=mask_prompt, trials=trials, study=study, seed=seed,
+        trust_remote_code=trust_remote_code, probe=report is not None,
+    )  # fmt: skip
+    folder = output.absolute().parent if output else Path()
+    found = api.tune(
+        recipe, data or [], held_out=held_out or [], base=base, folder=folder, options=options, meter=meter()
+    )
+    if output:
+        found.save(output)
+    if report:
+        found.save_report(report)
+    if as_json:
+        print(found.to_json(), end="")
+        return
+    from ctl_merge.tuning.table import render
+
+    print_table(render(found))
+    if output:
+        print(f"→ {output}: {found.recommended}")
+    if report:
+        print(f"→ {report / 'report.html'}")

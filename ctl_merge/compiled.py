@@ -1,0 +1,179 @@
+"""Chunks merged by compiled loops, where numba pays."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctl_merge.methods.fused import Fused
+from ctl_merge.methods.noise import PER_BLOCK, key_of
+from ctl_merge.methods.registry import Measure
+from ctl_merge.plan import Plan, TensorPlan
+from ctl_merge.token_rows import Input
+
+# Entries of a model from which on the loops are worth the second or two that it takes to load them: for a sum, which
+# torch does well, and for whatever goes over a chunk more often.
+LEAST_SUMMED, LEAST = 1 << 28, 1 << 25
+# Entries of a tensor that are read at once. The loops cut them up themselves; larger pieces than elsewhere, as reading
+# and calling would else take longer than the arithmetic.
+LOOP_CHUNK = 1 << 19
+# What `Fused` says, as the kernels number it.
+_ELECT = {"weighted": 0, "unweighted": 1, "count": 2}
+_DIVIDE = {"weights": 0, "count": 1, "none": 2}
+_SUM, _ANCHORED, _AGREE = range(3)
+
+logger = logging.getLogger("ctl_merge")
+
+Read = Callable[[Tensor, Input, int], None]
+
+
+def worthwhile(plan: Plan) -> bool:
+    """Whether a merge of this size gains by the compiled loops, and numba is there to compile them."""
+    merged = [tensor for tensor in plan.tensors.values() if tensor.operation == "merge"]
+    if not merged or plan.recipe.allow_nonfinite:
+        return False
+    method, parameters = plan.method, merged[0].parameters
+    if method.grain_for(parameters) != "element":
+        return False
+    simple = not (method.scopes(parameters) or method.random or "density" in parameters)
+    entries = sum(tensor.spec.numel for tensor in merged)
+    return entries >= (LEAST_SUMMED if simple else LEAST) and find_spec("numba") is not None
+
+
+def working_bytes(models: int, exact: bool) -> int:
+    """What the loops hold for each thread, with so many inputs."""
+    return LOOP_CHUNK * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048
+
+
+class CompiledLoops:
+    """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
+
+    `read(row, input, start)` fills a row with an input's values; `exact(input)` says whether these are stored in
+    bfloat16 and read as they are, so that the loop may decode them. Thread-safe.
+    """
+
+    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> None:
+        self._kernels, self._plan, self._read, self._exact = kernels, plan, read, exact
+        self._held = threading.local()
+
+    @classmethod
+    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> CompiledLoops | None:
+        """None where numba does not work: a merge without it is slower, and the same."""
+        try:
+            from ctl_merge.methods import kernels
+        except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
+            logger.info("without compiled loops: %s", error)
+            return None
+        return cls(kernels, plan, read, exact)
+
+    def merge(self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int) -> Tensor | None:
+        """The entries of a tensor from `start` on, as many as `out` has.
+
+        They are `out`, filled, where that is bfloat16 like the tensor itself, else float64, unrounded. None where the
+        plain definition must decide: for what no loop does, NaN, infinity, or numbers near the end of the range.
+        """
+        prepared = self._prepared(plan, results)
+        if prepared is None or start % PER_BLOCK:
+            return None
+        rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
+        raw, scratch = self._load(plan, start, out.numel(), decoded=not rounded)
+        rounded = raw.dtype != np.float64  # there is a loop from bfloat16 to bfloat16, and one from float64 to float64
+        merged = out if rounded else self._memory("merged", out.numel(), torch.float64)
+        words = self._memory("words", self._kernels.BLOCK // 2, torch.int64).numpy().view(np.uint64)
+        undecided = self._kernels.merge_chunk(
+            raw, plan.base is not None, start, _array(merged), scratch, words, *prepared
+        )
+        return None if undecided else merged
+
+    def count(
+        self, measure: Measure, plan: TensorPlan, results: Tensor | None, start: int, count: int, state: Tensor
+    ) -> bool:
+        """Add a chunk's counts to the state of a measure; false where NaN or infinity is among the inputs."""
+        raw, scratch = self._load(plan, start, count, decoded=False)
+        with_base = plan.base is not None
+        if measure.compiled == "count_upper":
+            return not self._kernels.count_upper(raw, with_base, scratch, state.numpy())
+        assert results is not None
+        return not self._kernels.count_lower(raw, with_base, scratch, results[..., 0].numpy(), state.numpy())
+
+    def decode(self, plan: TensorPlan, start: int, stack: Tensor) -> bool:
+        """Fill the float64 `stack` (inputs, n) from `start` on, the base subtracted from the others; false as `count`.
+
+        Read are the larger chunks that the pieces lie in, each once where they are asked for in order.
+        """
+        begin = start - start % LOOP_CHUNK
+        count = min(LOOP_CHUNK, plan.spec.numel - begin)
+        if start + stack.shape[1] > begin + count:
+            begin, count = start, stack.shape[1]
+        raw = self._raw(plan, begin, count)
+        return not self._kernels.decode_chunk(raw, plan.base is not None, start - begin, stack.numpy())
+
+    def _raw(self, plan: TensorPlan, start: int, count: int) -> np.ndarray:
+        held = getattr(self._held, "raw", None)
+        if held is None or held[0] is not plan or held[1:3] != (start, count):
+            raw, _ = self._load(plan, start, count, decoded=False)
+            held = self._held.raw = (plan, start, count, raw)
+        return held[3]
+
+    def _prepared(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
+        """The arguments of the loop, made once for a tensor."""
+        held = getattr(self._held, "prepared", None)
+        if held is None or held[0] is not plan:
+            held = self._held.prepared = (plan, self._prepare(plan, results))
+        return held[1]
+
+    def _prepare(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
+        fuse = self._plan.method.fused
+        parameters = {
+            name: torch.tensor(value, dtype=torch.float64) if isinstance(value, tuple) else value
+            for name, value in plan.parameters.items()
+        }
+        fused: Fused | None = fuse(**parameters, **results, models=len(plan.inputs)) if fuse else None
+        if fused is None:
+            return None
+        combine = _AGREE if fused.elect else _SUM if fused.anchor is None else _ANCHORED
+        seed = self._plan.recipe.seed
+        keys = [key_of(seed, part.model.short, part.tensor) for part in plan.inputs if fused.chance is not None]
+        return (
+            combine, _ELECT[fused.elect or "weighted"], _DIVIDE[fused.divide], np.array(fused.factors),
+            fused.anchor or 0, float(fused.total), float(fused.scale),
+            fused.above is not None, np.array(fused.above or ()), np.array(fused.upto or ()),
+            fused.chance is not None, np.array(keys, np.uint64).reshape(-1, 2), _limits(fused.chance or ()),
+            fused.divisors is not None, np.array(fused.divisors or ()),
+        )  # fmt: skip
+
+    def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs' values, (models, count), in bfloat16 if they are and need not be `decoded`; memory to work in."""
+        self._held.raw = None  # whose memory this is
+        parts = plan.everyone
+        dtype = torch.float64 if decoded or not all(map(self._exact, parts)) else torch.bfloat16
+        raw = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)
+        for row, part in zip(raw, parts, strict=True):
+            self._read(row, part, start)
+        scratch = self._memory("scratch", (len(parts) + 4) * self._kernels.BLOCK, torch.float64)
+        return _array(raw), scratch.view(-1, self._kernels.BLOCK).numpy()
+
+    def _memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
+        """This thread's memory for a use."""
+        held: dict[Any, Tensor] = self._held.__dict__
+        if (use, dtype) not in held or held[use, dtype].numel() < count:
+            held[use, dtype] = torch.empty(count, dtype=dtype)
+        return held[use, dtype][:count]
+
+
+def _limits(chances: Any) -> np.ndarray:
+    """Below which of 2^24 an entry's random bits must be: the chance in float32, as the plain definition has it."""
+    return np.array([math.ceil(float(np.float32(chance)) * 2**24) for chance in chances], np.int32)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The same memory for numba, bfloat16 as its bits."""
+    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -1,0 +1,149 @@
+"""Answers, choices and programs of one model, measured."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ctl_merge.errors import DataError
+from ctl_merge.evaluating import items
+from ctl_merge.evaluating.execution import run_all
+from ctl_merge.evaluating.generation import generate
+from ctl_merge.evaluating.likelihood import losses
+from ctl_merge.evaluating.measured import Measured
+from ctl_merge.evaluating.metrics import pass_at_k, same_answer
+from ctl_merge.evaluating.options import EvaluationOptions
+from ctl_merge.evaluating.passages import continuation
+from ctl_merge.evaluating.subjects import Evaluated
+from ctl_merge.merging import Meter
+from ctl_merge.probing.rows import DataSpec
+
+_FENCED = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+Part = Callable[[Sequence[Any]], Sequence[Any]]
+Gather = Callable[[Any], list[Any]]
+
+
+def check_answers(code: bool, options: EvaluationOptions) -> None:
+    """Refuse what cannot be measured, before any model is opened. Raises DataError."""
+    if code and not options.allow_code_execution:
+        raise DataError(
+            "programs that a model writes are run to be judged: that is off until you allow it with "
+            "--allow-code-execution, best in a container"
+        )
+    if code and max(options.k) > options.samples:
+        raise DataError(f"pass@{max(options.k)} needs at least as many samples: --samples {max(options.k)}")
+    try:
+        re.compile(options.extract or "")
+    except re.error as error:
+        raise DataError(f"--extract {options.extract!r} is no regular expression ({error})") from None
+
+
+def measure_answers(
+    model: Evaluated, running: Any, specs: Mapping[str, Sequence[DataSpec]], options: EvaluationOptions, length: int,
+    device: str, part: Part, gather: Gather, meter: Meter,
+) -> tuple[dict[str, dict[str, Measured]], dict[str, list[dict[str, Any]]]]:  # fmt: skip
+    """Of each data set its metrics, and what the model wrote. `part`, `gather`: how ranks share the items."""
+    metrics: dict[str, dict[str, Measured]] = {}
+    written: dict[str, list[dict[str, Any]]] = {}
+    writer = _Writer(model, running, options, device, meter)
+    for spec in specs["match"]:
+        own = part(items.questions(spec, options.items, options.join))
+        found = _joined(gather(_matched(own, writer, options)))
+        written[spec.name] = found
+        metrics[spec.name] = {"exact_match": Measured.of([answer["right"] for answer in found])}
+    for spec in specs["choice"]:
+        listed = part(items.choices(spec, options.items, options.join))
+        chosen = _joined(gather(_chosen(listed, writer, options, length)))
+        metrics[spec.name] = {
+            "accuracy": Measured.of([right for right, _ in chosen]),
+            "accuracy_per_character": Measured.of([right for _, right in chosen]),
+        }
+    for spec in specs["code"]:
+        asked = part(items.problems(spec, options.items))
+        found = _joined(gather(_programmed(asked, writer, options)))
+        written[spec.name] = found
+        metrics[spec.name] = {
+            f"pass@{k}": Measured.of([pass_at_k(options.samples, answer["right"], k) for answer in found])
+            for k in options.k
+        }
+    return metrics, written
+
+
+def _joined(parts: list[list[Any]]) -> list[Any]:
+    return [item for part in parts for item in part]
+
+
+class _Writer:
+    """One model, writing as the options say."""
+
+    def __init__(self, model: Evaluated, running: Any, options: EvaluationOptions, device: str, meter: Meter) -> None:
+        self.model, self.running, self.options, self.device, self.meter = model, running, options, device, meter
+
+    def write(self, prompts: Sequence[str], stop: Sequence[str], samples: int = 1) -> list[list[str]]:
+        options, tokenizer = self.options, self.model.tokenizer
+        if options.chat:
+            prompts = [self._asked(prompt) for prompt in prompts]
+        with self.meter("answering", len(prompts)) as told:
+            return generate(
+                self.running, tokenizer, prompts, ends=self.model.ends, stop=stop, new_tokens=options.max_new_tokens,
+                batch=options.batch, samples=samples, temperature=options.temperature, seed=options.seed,
+                device=self.device, templated=options.chat, told=told,
+            )  # fmt: skip
+
+    def _asked(self, prompt: str) -> str:
+        import jinja2
+
+        message = [{"role": "user", "content": prompt.rstrip("\n")}]
+        if not getattr(self.model.tokenizer, "chat_template", None):
+            raise DataError(f"{self.model.name}: the tokenizer has no chat template: leave --chat out")
+        try:
+            return self.model.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise DataError(f"{self.model.name}: the chat template refuses a prompt ({error})") from None
+
+
+def _matched(asked: Sequence[items.Question], writer: _Writer, options: EvaluationOptions) -> list[dict[str, Any]]:
+    stop = options.stop or ("\n\n",)
+    given = writer.write([question.prompt for question in asked], stop)
+    return [
+        {"prompt": q.prompt, "answer": a, "wanted": q.answer, "right": same_answer(a, q.answer, options.extract)}
+        for q, (a,) in zip(asked, given, strict=True)
+    ]
+
+
+def _chosen(
+    asked: Sequence[items.Choice], writer: _Writer, options: EvaluationOptions, length: int
+) -> list[tuple[bool, bool]]:
+    """Whether the right choice is the likeliest, and the likeliest for its length in characters."""
+    tokenizer = writer.model.tokenizer
+    passages = [
+        continuation(choice.prompt, text, tokenizer, length)
+        for choice in asked for text in choice.choices
+    ]  # fmt: skip
+    nll = iter(losses(writer.running, passages, options.batch, writer.device).nll)
+    found = []
+    for choice in asked:
+        own = [next(nll) for _ in choice.choices]
+        by_length = [loss / max(len(text), 1) for loss, text in zip(own, choice.choices, strict=True)]
+        found.append((own.index(min(own)) == choice.right, by_length.index(min(by_length)) == choice.right))
+    return found
+
+
+def _programmed(asked: Sequence[items.Problem], writer: _Writer, options: EvaluationOptions) -> list[dict[str, Any]]:
+    stop = options.stop or (asked[0].stop if asked else ())
+    given = writer.write([problem.prompt for problem in asked], stop, options.samples)
+    programs = [p.before + extracted(text) + p.after for p, texts in zip(asked, given, strict=True) for text in texts]
+    failures = iter(run_all(programs, options.timeout, options.memory, len(os.sched_getaffinity(0))))
+    found = []
+    for problem, texts in zip(asked, given, strict=True):
+        why = [next(failures) for _ in texts]
+        found.append({"prompt": problem.prompt, "answers": texts, "failures": why, "right": why.count("")})
+    return found
+
+
+def extracted(text: str) -> str:
+    """The program in an answer: its first fenced block, else all of it."""
+    block = _FENCED.search(text)
+    return block.group(1) if block else text

@@ -1,0 +1,115 @@
+"""How models predict passages, several models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
+
+from ctl_merge.errors import ProbeError
+from ctl_merge.evaluating.passages import Passage, padded
+from ctl_merge.probing.forward import forward
+
+BINS = 15  # of confidence, equally wide
+
+
+@dataclass
+class Predictions:
+    """Sums over the counted tokens of each passage, (N,) each; float64.
+
+    nll: nats. bins: (N, 3, BINS), of tokens by the confidence of the top one: how many, confidences, how often right.
+    agree, kl: by another model, how often the top tokens are equal, and KL(other ‖ this one) in nats.
+    """
+
+    nll: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    bins: list[np.ndarray] = field(default_factory=list)
+    agree: dict[str, list[float]] = field(default_factory=dict)
+    kl: dict[str, list[float]] = field(default_factory=dict)
+
+    def extend(self, other: Predictions) -> None:
+        """Append another rank's passages."""
+        for each in fields(self):
+            own, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(own, dict):
+                for name, values in more.items():
+                    own.setdefault(name, []).extend(values)
+            else:
+                own.extend(more)
+
+
+@torch.inference_mode()
+def predict(
+    models: Mapping[str, Any], passages: Sequence[Passage], batch: int = 8, *,
+    agreement: Mapping[str, Sequence[str]] | None = None, calibration: bool = False, device: str = "cpu",
+    told: Callable[[int], object] = lambda count: None,
+) -> dict[str, Predictions]:  # fmt: skip
+    """Run models over passages, all on the same batches. `agreement`: whom each model is compared with.
+
+    Raises ProbeError for a model that predicts no next token, and for rows of an encoder-decoder.
+    """
+    found = {name: Predictions() for name in models}
+    order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))  # little padding
+    for start in range(0, len(order), batch):
+        own = [passages[i] for i in order[start : start + batch]]
+        ids, counted = padded(own)
+        uneven = len({len(passage.ids) for passage in own}) > 1
+        logits = {name: _logits(name, model, ids.to(device), uneven) for name, model in models.items()}
+        for name, (scores, labels) in logits.items():
+            others = {other: logits[other][0] for other in (agreement or {}).get(name, ())}
+            mask = counted[:, -labels.shape[1] :].to(labels.device)
+            for row in range(len(own)):
+                kept = mask[row, 1:]
+                rows = {other: tensor[row, :-1][kept] for other, tensor in others.items()}
+                _add(found[name], scores[row, :-1][kept], labels[row, 1:][kept], rows, calibration)
+        told(len(own))
+    place = np.argsort(order)
+    for predictions in found.values():
+        _reorder(predictions, place)
+    return found
+
+
+def losses(model: Any, passages: Sequence[Passage], batch: int = 8, device: str = "cpu") -> Predictions:
+    """The negative log-likelihood of each passage."""
+    return predict({"": model}, passages, batch, device=device)[""]
+
+
+def _logits(name: str, model: Any, ids: Tensor, uneven: bool) -> tuple[Tensor, Tensor]:
+    if uneven and model.config.is_encoder_decoder:
+        raise ProbeError(f"{name} is an encoder-decoder, for which rows are not evaluated: use windows of text")
+    run, labels = forward(model, ids)
+    if labels is None:
+        raise ProbeError(f"{name} ({type(model).__name__}) predicts no next token, so that no text has a loss")
+    return run(), labels
+
+
+def _add(found: Predictions, logits: Tensor, labels: Tensor, others: Mapping[str, Tensor], calibration: bool) -> None:
+    """One passage: logits (T, V) of the tokens that are counted, labels (T,)."""
+    logits = logits.double()
+    found.nll.append(float(cross_entropy(logits, labels, reduction="sum")))
+    found.tokens.append(len(labels))
+    if calibration:
+        confidence, top = logits.softmax(-1).max(-1)
+        at = one_hot((confidence * BINS).long().clamp_max(BINS - 1), BINS).double()
+        sums = torch.stack([at.sum(0), confidence @ at, (top == labels).double() @ at])
+        found.bins.append(sums.cpu().numpy())
+    if others:
+        mine = logits.log_softmax(-1)
+        for name, other in others.items():
+            theirs = other.to(logits.device).double().log_softmax(-1)
+            found.agree.setdefault(name, []).append(float((mine.argmax(-1) == theirs.argmax(-1)).sum()))
+            found.kl.setdefault(name, []).append(float((theirs.exp() * (theirs - mine)).sum()))
+
+
+def _reorder(found: Predictions, place: np.ndarray) -> None:
+    def sorted_(values: list) -> list:
+        return [values[i] for i in place] if values else values
+
+    for each in fields(found):
+        own = getattr(found, each.name)
+        setattr(found, each.name, {n: sorted_(v) for n, v in own.items()} if isinstance(own, dict) else sorted_(own))

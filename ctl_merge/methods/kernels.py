@@ -1,0 +1,337 @@
+"""Compiled loops over chunks, bit for bit the plain definitions.
+
+Each goes once over the models' stored values, in blocks that stay in cache: decode to float64, subtract the base,
+keep, combine, add the base, round. They do the same operations in the same order as the torch functions beside which
+they stand. What those treat specially (NaN and infinity, values near the end of the output's range) they only find:
+the caller then asks the plain definition. All in one file, as numba's cache sees the changes of one file only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+BLOCK = 2048  # entries: a block of every model in float64 stays in the second level of cache
+
+# What `ctl_merge.compiled` numbers so.
+SUM, ANCHORED, AGREE = 0, 1, 2
+WEIGHTED, UNWEIGHTED, COUNT = 0, 1, 2
+BY_WEIGHTS, BY_COUNT, BY_NOTHING = 0, 1, 2
+
+
+def _compiled(function: Any) -> Any:
+    """Compiled on its first call, once for an installation where there is a folder that can keep it."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@intrinsic
+def _bits_to_float32(context, bits):
+    def generate(_, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _float32_to_bits(context, value):
+    def generate(_, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _float64_to_bits(context, value):
+    def generate(_, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.uint64(types.float64), generate
+
+
+@intrinsic
+def _high_word(context, one, other):
+    """The upper 64 bits of a product of two 64-bit words."""
+
+    def generate(_, builder, signature, arguments):
+        wide = [builder.zext(word, ir.IntType(128)) for word in arguments]
+        product = builder.lshr(builder.mul(*wide), ir.Constant(ir.IntType(128), 64))
+        return builder.trunc(product, ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+def _decode(row: Any, out: Any) -> bool:
+    """Stored values as float64; whether NaN or infinity is among them."""
+    raise NotImplementedError  # by `overload`, for bfloat16 (as uint16) and float64
+
+
+@overload(_decode)
+def _decode_overload(row, out):
+    if row.dtype == types.uint16:
+
+        def decode(row, out):
+            bad = np.uint16(0)
+            for i in range(row.size):
+                bits = row[i]
+                bad |= np.uint16((bits & np.uint16(0x7F80)) == np.uint16(0x7F80))
+                out[i] = np.float64(_bits_to_float32(np.uint32(bits) << np.uint32(16)))
+            return bad != 0
+    else:
+
+        def decode(row, out):
+            bad = np.uint64(0)
+            end = np.uint64(0x7FF0000000000000)
+            for i in range(row.size):
+                bad |= np.uint64((_float64_to_bits(row[i]) & end) == end)
+                out[i] = row[i]
+            return bad != 0
+
+    return decode
+
+
+def _encode(merged: Any, out: Any) -> bool:
+    """Round to the output's dtype; whether the largest number is reached, or anything is not finite."""
+    raise NotImplementedError
+
+
+@overload(_encode)
+def _encode_overload(merged, out):
+    if out.dtype == types.uint16:
+
+        def encode(merged, out):
+            bad = np.uint16(0)
+            for i in range(out.size):
+                bits = _float32_to_bits(np.float32(merged[i]))
+                half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+                rounded = np.uint16((bits + half) >> np.uint32(16))
+                bad |= np.uint16((rounded & np.uint16(0x7FFF)) >= np.uint16(0x7F7F))
+                out[i] = rounded
+            return bad != 0
+    else:
+
+        def encode(merged, out):
+            for i in range(out.size):
+                out[i] = merged[i]
+            return False
+
+    return encode
+
+
+@_compiled
+def _load(raw, with_base, start, stop, stack, base):
+    """A block of every model into `stack`, less the base, which is the last row of `raw`."""
+    models = raw.shape[0] - 1 if with_base else raw.shape[0]
+    count, bad = stop - start, False
+    if with_base:
+        bad |= _decode(raw[models, start:stop], base[:count])
+    for model in range(models):
+        row = stack[model]
+        bad |= _decode(raw[model, start:stop], row[:count])
+        if with_base:
+            for i in range(count):
+                row[i] -= base[i]
+    return bad
+
+
+@_compiled
+def decode_chunk(raw, with_base, start, stack):
+    """The entries from `start` on in float64, less the base, which stays as the last row of `stack` (rows, n).
+
+    True if NaN or infinity is among them.
+    """
+    models = raw.shape[0] - 1
+    for begin in range(0, stack.shape[1], BLOCK):
+        end = min(begin + BLOCK, stack.shape[1])
+        piece = stack[:, begin:end]
+        if _load(raw, with_base, start + begin, start + end, piece, piece[models]):
+            return True
+    return False
+
+
+# ---- what is kept
+
+
+@_compiled
+def _trim(row, count, above, upto):
+    """Entries with `above` < |d| <= `upto`, the others zero."""
+    for i in range(count):
+        size = abs(row[i])
+        row[i] = row[i] if (size > above) & (size <= upto) else 0.0
+
+
+@_compiled
+def philox(key0, key1, counter, words):
+    """Random words of 64 bits, four for each value of the counter: what NumPy's Philox gives. Fills `words`."""
+    one, other = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
+    for block in range(words.size // 4):
+        a, b, c, d = np.uint64(counter + block), np.uint64(0), np.uint64(0), np.uint64(0)
+        k0, k1 = key0, key1
+        for _ in range(10):
+            a, b, c, d = _high_word(other, c) ^ b ^ k0, other * c, _high_word(one, a) ^ d ^ k1, one * a
+            k0 += np.uint64(0x9E3779B97F4A7C15)
+            k1 += np.uint64(0xBB67AE8584CAA73B)
+        words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = a, b, c, d
+
+
+@_compiled
+def _drop(row, count, limit, words):
+    """Entries whose 24 random bits are below `limit`, the others times zero."""
+    for i in range(count):
+        row[i] *= np.float64(np.int32(words[i] >> np.uint32(8)) < limit)
+
+
+# ---- how the models are combined
+
+
+@_compiled
+def _sum(stack, count, factors, merged):
+    """Σ f t, one model after the other."""
+    first, factor = stack[0], factors[0]
+    for i in range(count):
+        merged[i] = first[i] * factor
+    for model in range(1, factors.size):
+        row, factor = stack[model], factors[model]
+        for i in range(count):
+            merged[i] += row[i] * factor
+
+
+@_compiled
+def _anchored_sum(stack, count, factors, anchor, total, merged):
+    """Σ f t as f (t - anchor), plus the anchor times Σ f."""
+    first = stack[anchor]
+    for i in range(count):
+        merged[i] = first[i] * total
+    for model in range(factors.size):
+        if model != anchor:
+            row, factor = stack[model], factors[model]
+            for i in range(count):
+                merged[i] += (row[i] - first[i]) * factor
+
+
+@_compiled
+def _vote(stack, count, factors, elect, sign):
+    """The elected sign of every entry, ±1; zero counts as +."""
+    for i in range(count):
+        sign[i] = 0.0
+    for model in range(factors.size):
+        row = stack[model]
+        if elect == COUNT:
+            for i in range(count):
+                sign[i] += 1.0 if row[i] > 0 else (-1.0 if row[i] < 0 else 0.0)
+        else:
+            factor = factors[model] if elect == WEIGHTED else 1.0
+            for i in range(count):
+                sign[i] += row[i] * factor
+    for i in range(count):
+        sign[i] = -1.0 if sign[i] < 0 else 1.0
+
+
+@_compiled
+def _agree(stack, count, factors, elect, divide, merged, sign, share):
+    """The mean over the models that have the elected sign; all factors are positive."""
+    _vote(stack, count, factors, elect, sign)
+    least = np.inf
+    for model in range(factors.size):
+        row, factor = stack[model], factors[model]
+        part = factor if divide == BY_WEIGHTS else 1.0
+        least = min(least, part)
+        for i in range(count):
+            entry = row[i] * sign[i]
+            agrees = entry > 0
+            weighed = (entry if agrees else 0.0) * factor
+            counted = part if agrees else 0.0
+            merged[i] = weighed if model == 0 else merged[i] + weighed
+            share[i] = counted if model == 0 else share[i] + counted
+    for i in range(count):
+        merged[i] *= sign[i]
+        if divide != BY_NOTHING:
+            merged[i] /= max(share[i], least)
+
+
+@_compiled
+def merge_chunk(
+    raw, with_base, first, out, scratch, words, combine, elect, divide, factors, anchor, total, scale,
+    trims, above, upto, drops, keys, limits, divides, divisors,
+):  # fmt: skip
+    """Merge a chunk of the stored values `raw` (models, n), a base as the last row, into `out` (n,).
+
+    `first` is the chunk's first entry in its tensor, a multiple of eight where entries are dropped at random.
+    `scratch` (models + 4, BLOCK) float64 and `words` (BLOCK / 2,) uint64 are memory to work in; for the rest see
+    `ctl_merge.methods.fused`. True if the plain definition must decide.
+    """
+    models = factors.size
+    base, merged, sign, share = scratch[models], scratch[models + 1], scratch[models + 2], scratch[models + 3]
+    for start in range(0, out.size, BLOCK):
+        stop = min(start + BLOCK, out.size)
+        count = stop - start
+        if _load(raw, with_base, start, stop, scratch, base):
+            return True
+        for model in range(models):
+            row = scratch[model]
+            if trims:
+                _trim(row, count, above[model], upto[model])
+            if drops:
+                philox(keys[model, 0], keys[model, 1], (first + start) // 8, words[: (count + 7) // 8 * 4])
+                _drop(row, count, limits[model], words.view(np.uint32))
+            if divides:
+                for i in range(count):
+                    row[i] /= divisors[model]
+        if combine == SUM:
+            _sum(scratch, count, factors, merged)
+        elif combine == ANCHORED:
+            _anchored_sum(scratch, count, factors, anchor, total, merged)
+        else:
+            _agree(scratch, count, factors, elect, divide, merged, sign, share)
+        if scale != 1.0:
+            for i in range(count):
+                merged[i] *= scale
+        if with_base:
+            for i in range(count):
+                merged[i] += base[i]
+        if _encode(merged[:count], out[start:stop]):
+            return True
+    return False
+
+
+# ---- counting
+
+
+@_compiled
+def count_upper(raw, with_base, scratch, counts):
+    """How often each upper half of the bits of |d| in float32 occurs, added to `counts` (models, 32768)."""
+    models = counts.shape[0]
+    for start in range(0, raw.shape[1], BLOCK):
+        stop = min(start + BLOCK, raw.shape[1])
+        if _load(raw, with_base, start, stop, scratch, scratch[models]):
+            return True
+        for model in range(models):
+            row, found = scratch[model], counts[model]
+            for i in range(stop - start):
+                found[_float32_to_bits(np.float32(abs(row[i]))) >> np.uint32(16)] += 1
+    return False
+
+
+@_compiled
+def count_lower(raw, with_base, scratch, bins, counts):
+    """Within each of the `bins` (models, k), how often each lower half occurs, added to `counts` (models, k, 65536)."""
+    models = counts.shape[0]
+    for start in range(0, raw.shape[1], BLOCK):
+        stop = min(start + BLOCK, raw.shape[1])
+        if _load(raw, with_base, start, stop, scratch, scratch[models]):
+            return True
+        for model in range(models):
+            row = scratch[model]
+            for chosen in range(bins.shape[1]):
+                wanted, found = np.uint32(bins[model, chosen]), counts[model, chosen]
+                for i in range(stop - start):
+                    key = _float32_to_bits(np.float32(abs(row[i])))
+                    if key >> np.uint32(16) == wanted:
+                        found[key & np.uint32(0xFFFF)] += 1
+    return False

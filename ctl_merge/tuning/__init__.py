@@ -1,0 +1,1 @@
+"""Make a merge better: coefficients found on data, then proven."""

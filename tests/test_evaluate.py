@@ -1,0 +1,369 @@
+"""Evaluation against independent references: transformers' own forward, definitions, enumeration."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import ctl_merge
+from ctl_merge.cli import app
+from ctl_merge.errors import CheckpointError, DataError, OutputError
+from ctl_merge.evaluating import answers, items
+from ctl_merge.evaluating.execution import run
+from ctl_merge.evaluating.likelihood import predict
+from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.metrics import CalibrationError, ExactMatch, PassAtK, TokenLoss, pass_at_k, wilson
+from ctl_merge.evaluating.passages import Passage
+from ctl_merge.evaluating.results import write_results
+from ctl_merge.evaluating.table import render
+from ctl_merge.probing.rows import DataSpec
+
+QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+from tasks import TASKS, examples  # noqa: E402
+
+AVERAGE = QUICKSTART / "average.yaml"
+BASE = str(QUICKSTART / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """cycle.jsonl and shift.jsonl: prompts with answers, choices and tests."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, task in TASKS.items():
+        rows = [
+            {"prompt": e.prompt, "answer": e.answer, "choices": [" zzzz", e.answer, e.prompt[:3]], "right": 1}
+            for e in examples(task, "held-out", 24, 5)
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    return ctl_merge.merge(AVERAGE, tmp_path_factory.mktemp("merge") / "average").folder
+
+
+def value(found, model, name, metric):
+    return found.of(model, name, metric)["value"]
+
+
+def reference_nll(folder: Path, ids: torch.Tensor, counted: torch.Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        logs = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    return -float(sum(logs[t - 1, ids[t]] for t in range(1, len(ids)) if counted[t]))
+
+
+# Losses
+
+
+def test_losses_of_passages_of_any_length_are_the_definition(written):
+    generator = torch.Generator().manual_seed(0)
+    passages = [
+        Passage(torch.randint(3, 27, (n,), generator=generator), torch.arange(n) >= start)
+        for n, start in ((9, 1), (4, 2), (17, 5), (2, 1))
+    ]
+    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    found = predict({"a": model}, passages, batch=3)["a"]
+    assert found.nll == pytest.approx([reference_nll(written, p.ids, p.counted) for p in passages], rel=1e-5)
+    assert found.tokens == [8, 2, 12, 1]
+
+
+def test_a_lazy_merge_is_evaluated_like_the_written_one(written):
+    lazy = ctl_merge.evaluate(AVERAGE, sequences=4, length=24)
+    stored = ctl_merge.evaluate(str(written), sequences=4, length=24)
+    assert [row["value"] for row in lazy.rows] == pytest.approx([row["value"] for row in stored.rows], rel=1e-6)
+
+
+def test_windows_have_the_losses_that_the_probe_finds():
+    probed = ctl_merge.probe(AVERAGE, base=BASE, sequences=4, length=24)
+    found = ctl_merge.evaluate(AVERAGE, base=BASE, sequences=4, length=24, parents=True)
+    for name, own in probed.data["sets"].items():
+        for model, merge in (("average", "merged"), ("cycle", "cycle"), ("shift", "shift")):
+            assert value(found, model, name, "loss") == pytest.approx(own["losses"]["nll"][merge]["value"], rel=1e-5)
+
+
+def test_streamed_models_give_the_same(written):
+    whole, disk = (ctl_merge.evaluate(AVERAGE, sequences=2, length=16, device_map=d).rows for d in ("cpu", "disk"))
+    assert [row["value"] for row in whole] == pytest.approx([row["value"] for row in disk], rel=1e-6)
+
+
+def test_perplexity_is_the_exponential_and_intervals_hold_the_value():
+    found = ctl_merge.evaluate(AVERAGE, sequences=6, length=24, calibration=True)
+    for name in ("cycle", "shift"):
+        assert value(found, "average", name, "perplexity") == pytest.approx(
+            math.exp(value(found, "average", name, "loss"))
+        )
+    assert all(row["low"] <= row["value"] <= row["high"] for row in found.rows if row["metric"] != "calibration_error")
+
+
+def test_a_masked_prompt_leaves_the_answers_loss(data, written):
+    spec = f"cycle={data / 'cycle.jsonl'}:prompt,answer"
+    found = ctl_merge.evaluate(str(written), spec, mask_prompt=True, sequences=3, length=64)
+    tokenizer = AutoTokenizer.from_pretrained(written)
+    nll, tokens = 0.0, 0
+    for line in (data / "cycle.jsonl").read_text().splitlines()[:3]:
+        row = json.loads(line)
+        begin = tokenizer(row["prompt"] + "\n", add_special_tokens=True)["input_ids"]
+        whole = [*begin, *tokenizer(row["answer"] + "\n\n", add_special_tokens=False)["input_ids"]]
+        counted = torch.arange(len(whole)) >= len(begin)
+        nll += reference_nll(written, torch.tensor(whole), counted)
+        tokens += int(counted.sum())
+    assert value(found, "average", "cycle", "loss") == pytest.approx(nll / tokens, rel=1e-5)
+
+
+def test_a_merge_of_one_model_agrees_with_it_fully(tmp_path):
+    recipe = ctl_merge.parse_recipe(
+        f"merge_method: task_arithmetic\nbase_model: {QUICKSTART / 'base'}\n"
+        f"models: [{{model: {QUICKSTART / 'cycle'}, parameters: {{weight: 1.0}}}}]"
+    )
+    found = ctl_merge.evaluate(recipe, sequences=2, length=16, parents=True)
+    assert value(found, found.models[0], "cycle", "agreement:cycle") == 1
+    assert value(found, found.models[0], "cycle", "kl:cycle") == pytest.approx(0, abs=1e-9)
+    assert value(found, found.models[0], "cycle", "kl:base") > 0.01
+
+
+# Metrics
+
+
+def test_wilson_is_the_published_value():
+    assert wilson(0.8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert wilson(0.0, 20)[0] == 0 and wilson(1.0, 20)[1] == 1
+
+
+@pytest.mark.parametrize("samples,right", [(5, 0), (5, 2), (5, 5), (7, 1)])
+def test_pass_at_k_is_the_chance_over_all_draws(samples, right):
+    outcomes = [i < right for i in range(samples)]
+    for k in range(1, samples + 1):
+        drawn = [any(draw) for draw in itertools.combinations(outcomes, k)]
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(drawn) / len(drawn))
+    with pytest.raises(ValueError):
+        pass_at_k(samples, right, samples + 1)
+
+
+def test_metrics_of_evaluate_compute_what_they_say():
+    assert TokenLoss().compute(predictions=[2.0, 4.0], references=[1, 2])["loss"] == 2.0
+    assert PassAtK().compute(predictions=[1, 0], references=[2, 2], k=1)["pass@1"] == 0.25
+    found = ExactMatch().compute(predictions=["so 3\n#### 7", "5"], references=["#### 7", "6"])
+    assert found["exact_match"] == 0
+    found = ExactMatch().compute(predictions=["so 3\n#### 7", "x"], references=["#### 7", "x"], pattern=r"#### (\d+)")
+    assert found["exact_match"] == 0.5  # an answer without a match is not right
+    # 0.9 and 0.95 in one bin, one right: |1 - 1.85|; 0.1 in another, wrong: |0 - 0.1|
+    ece = CalibrationError().compute(predictions=[0.9, 0.95, 0.1], references=[1, 0, 0], bins=5)
+    assert ece["calibration_error"] == pytest.approx((0.85 + 0.1) / 3)
+
+
+def test_calibration_of_a_model_is_that_of_its_tokens(written):
+    passages = [Passage(torch.randint(3, 27, (20,)), torch.arange(20) > 0) for _ in range(3)]
+    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
+    found = predict({"a": model}, passages, calibration=True)["a"]
+    measured = Measured.of(np.stack(found.bins), found.tokens)
+    ids = torch.stack([p.ids for p in passages])
+    with torch.no_grad():
+        confidence, top = model(input_ids=ids).logits[:, :-1].double().softmax(-1).max(-1)
+    right = (top == ids[:, 1:]).int().flatten().tolist()
+    expected = CalibrationError().compute(predictions=confidence.flatten().tolist(), references=right)
+    from ctl_merge.evaluating.metrics import calibration_error
+
+    assert calibration_error(measured.numerator.sum(0)) == pytest.approx(expected["calibration_error"], abs=1e-6)
+
+
+def test_rows_have_paired_differences_and_the_worst_task():
+    one = {"a": {"loss": Measured.of([2.0, 4.0], [2, 2])}, "b": {"loss": Measured.of([3.0, 3.0], [1, 1])}}
+    two = {"a": {"loss": Measured.of([4.0, 6.0], [2, 2])}, "b": {"loss": Measured.of([1.0, 1.0], [1, 1])}}
+    rows = {(r["model"], r["data"]): r for r in rows_of({"one": one, "two": two})}
+    assert rows["one", "a"]["value"] == 1.5 and rows["two", "a"]["difference"] == 1.0
+    assert rows["two", "a"]["difference_low"] == rows["two", "a"]["difference_high"] == 1.0  # paired: no spread
+    assert rows["one", "mean"]["value"] == 2.25 and rows["one", "worst"]["value"] == 3.0
+    assert rows["two", "worst"]["value"] == 2.5 and rows["two", "mean"]["difference"] == -0.5
+
+
+# Answers, choices, programs
+
+
+def test_experts_answer_their_own_task(data):
+    specs = [f"{name}={data / name}.jsonl:prompt,answer" for name in TASKS]
+    models = [str(QUICKSTART / "cycle"), str(AVERAGE)]
+    found = ctl_merge.evaluate(models, match=specs, join="", stop=("\n",), max_new_tokens=16, batch=24)
+    assert value(found, "cycle", "cycle", "exact_match") == 1 and value(found, "cycle", "shift", "exact_match") == 0
+    assert value(found, "cycle", "worst", "exact_match") == 0 and value(found, "cycle", "mean", "exact_match") == 0.5
+    assert value(found, "average", "cycle", "exact_match") > 0.9
+    written = found.answers["cycle"]["cycle"][0]
+    assert written["right"] and written["answer"].strip() == written["wanted"].strip()
+
+
+def test_a_choice_is_the_likeliest_continuation(data, written):
+    spec = f"shift={data / 'shift.jsonl'}:prompt,choices,right"
+    found = ctl_merge.evaluate(str(written), choice=[spec], join="", items=6)
+    tokenizer, right = AutoTokenizer.from_pretrained(written), []
+    for choice in items.choices(DataSpec.parse(spec), 6, ""):
+        begin = tokenizer(choice.prompt)["input_ids"]
+        nll = []
+        for text in choice.choices:
+            own = tokenizer(text, add_special_tokens=False)["input_ids"]
+            counted = torch.arange(len(begin) + len(own)) >= len(begin)
+            nll.append(reference_nll(written, torch.tensor([*begin, *own]), counted))
+        right.append(nll.index(min(nll)) == choice.right)
+    assert value(found, "average", "shift", "accuracy") == pytest.approx(sum(right) / 6)
+
+
+@pytest.mark.parametrize("right", [1, "1", "B", "two"])
+def test_the_right_choice_is_a_number_a_letter_or_a_text(tmp_path, right):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"q": "a", "c": ["one", "two"], "r": right}))
+    assert items.choices(DataSpec.parse(f"{path}:q,c,r"), 5)[0].right == 1
+
+
+def test_labels_of_choices_come_before_letters(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"q": "a", "c": {"text": ["one", "two"], "label": ["1", "2"]}, "r": "1"}))
+    assert items.choices(DataSpec.parse(f"{path}:q,c,r"), 5)[0].right == 0
+
+
+PROGRAMS = {
+    "assert 1 + 1 == 2": "",
+    "assert False": "AssertionError",
+    "raise SystemExit(0)": "SystemExit",
+    "import os; os._exit(0)": "ended early",
+    "def f(:": "SyntaxError",
+    "x = 'a' * (1 << 33)": "MemoryError",
+    "open('big', 'w').write('a' * (1 << 26))": "File too large",
+    "while True: pass": "took more than 1 s",
+    "import os\nif os.fork() == 0:\n    os.setsid()\n    import time\n    time.sleep(60)": "",
+    "import os; assert 'HF_TOKEN' not in os.environ and os.listdir('.') == []": "",
+    "import sys; assert sys.stdin.read() == ''": "",
+}
+
+
+@pytest.mark.parametrize("source", PROGRAMS)
+def test_a_program_runs_under_limits(source, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    why = run(source, timeout=1.0 if "while" in source else 10.0, memory=512)
+    assert PROGRAMS[source] in why and bool(why) == bool(PROGRAMS[source])
+
+
+def test_programs_are_judged_by_their_tests(tmp_path, monkeypatch):
+    path = tmp_path / "p.jsonl"
+    rows = [{"text": "add", "tests": ["assert add(1, 2) == 3"]}, {"text": "mul", "tests": ["assert mul(2, 2) == 5"]}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    wrote = [
+        ["```python\ndef add(a, b):\n    return a + b\n```\nDone.", "def add(a, b): return a"],
+        ["def mul(a, b): return 4"] * 2,
+    ]
+    monkeypatch.setattr(answers, "generate", lambda *args, **how: wrote)
+    found = ctl_merge.evaluate(
+        str(QUICKSTART / "cycle"), code=[f"p={path}:text,tests"], samples=2, k=(1, 2), allow_code_execution=True
+    )
+    assert value(found, "cycle", "p", "pass@1") == 0.25 and value(found, "cycle", "p", "pass@2") == 0.5
+    assert found.answers["cycle"]["p"][1]["failures"][0].startswith("AssertionError")
+
+
+def test_several_samples_are_drawn_again_by_the_same_seed(data):
+    how = {"match": [f"cycle={data / 'cycle.jsonl'}:prompt,answer"], "join": "", "items": 3, "max_new_tokens": 8}
+    first, second = (ctl_merge.evaluate(str(QUICKSTART / "cycle"), **how).answers for _ in range(2))
+    assert first == second
+
+
+# Results
+
+
+def test_results_go_into_the_card_beside_others(written):
+    found = ctl_merge.evaluate(str(written), sequences=2, length=16)
+    for _ in range(2):
+        write_results(found, "average", written)
+    card = ModelCard.load(written / "README.md")
+    losses = [r for r in card.data.eval_results if r.metric_type == "loss"]
+    assert [r.dataset_name for r in losses] == ["cycle", "shift"]
+    assert losses[0].metric_value == pytest.approx(value(found, "average", "cycle", "loss"), abs=1e-6)
+    assert "interval_95_low" in losses[0].metric_args and "merge" in card.data.tags
+    other = ctl_merge.evaluate(str(written), sequences=3, length=16)
+    write_results(other, "average", written)
+    assert len(ModelCard.load(written / "README.md").data.eval_results) == len(card.data.eval_results)
+    AutoModelForCausalLM.from_pretrained(written)
+
+
+def test_a_card_that_is_not_there_is_said_before_anything_runs(tmp_path):
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    with pytest.raises(OutputError, match="no card"):
+        write_results(found, "cycle", tmp_path)
+
+
+def test_paths_do_not_go_into_results(data, written):
+    found = ctl_merge.evaluate(str(written), f"cycle={data / 'cycle.jsonl'}:prompt,answer", sequences=2, length=16)
+    assert str(data) not in found.to_json() and found.sets == {"cycle": "cycle.jsonl"}
+
+
+def test_tables_fit_the_terminal(data):
+    from rich.console import Console
+
+    found = ctl_merge.evaluate([str(AVERAGE)], base=BASE, sequences=3, length=16, parents=True, calibration=True)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(render(found))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100 and "worst" in text and "minus average" in text
+
+
+MISTAKES = {
+    "nowhere.yaml": "there is no file",
+    f"{AVERAGE} --data x=nowhere.jsonl:a": "there is no file",
+    f"{AVERAGE} --match x=%s/cycle.jsonl:prompt": "at least 2 columns",
+    f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,nothing": "has no column 'nothing'",
+    f"{AVERAGE} --choice x=%s/cycle.jsonl:prompt,answer,right": "no list of choices",
+    f"{AVERAGE} --code x=%s/cycle.jsonl:prompt,answer": "--allow-code-execution",
+    f"{AVERAGE} --code x=%s/cycle.jsonl:prompt,answer --allow-code-execution --k 2": "--samples 2",
+    f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,answer --extract (": "no regular expression",
+    f"{AVERAGE} --data x=%s/cycle.jsonl:answer --mask-prompt": "at least two columns",
+    f"{AVERAGE} --data mean=%s/cycle.jsonl:answer": "cannot be called mean",
+    f"{AVERAGE} --data x=%s/cycle.jsonl:answer --match x=%s/cycle.jsonl:prompt,answer": "several data sets",
+    f"{AVERAGE} --match x=%s/cycle.jsonl:prompt,answer --chat": "no chat template",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_are_told(arguments, data):
+    result = CliRunner().invoke(app, ["evaluate", *arguments.replace("%s", str(data)).split()])
+    assert isinstance(result.exception, CheckpointError | DataError | OutputError)
+    assert MISTAKES[arguments] in str(result.exception)
+
+
+def test_the_harness_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["evaluate", str(AVERAGE), "--harness", "arc_easy"])
+    assert isinstance(result.exception, DataError) and "pip install" in str(result.exception)
+
+
+def test_the_harness_takes_a_lazy_merge(data, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data / 'cycle.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{prompt}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: '{{right}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+    arguments = [
+        "evaluate",
+        str(AVERAGE),
+        "--harness",
+        "own",
+        "--harness-path",
+        str(tmp_path),
+        "--items",
+        "12",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    found = json.loads(result.stdout[result.stdout.index("{\n") :])
+    row = next(row for row in found["rows"] if row["metric"] == "harness acc")
+    assert row["value"] > 0.9 and row["low"] <= row["value"]

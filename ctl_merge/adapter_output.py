@@ -20,10 +20,10 @@ from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_targets import Target, Targets
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError
-from ctl_merge.header import TensorSpec
+from ctl_merge.header import TensorSpec, local_header
 from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.reference import ModelRef
-from ctl_merge.stored import ADAPTER_CONFIG, StoredCheckpoint, local_header
+from ctl_merge.stored import ADAPTER_CONFIG, StoredCheckpoint
 from ctl_merge.workers import pool
 from ctl_merge.writer import Shard, ShardWriter
 

@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 
+from ctl_merge.errors import CheckpointError
+
 _TAKEN = (
     "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "*.txt", "vocab*", "merges*",
     "*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
@@ -36,11 +38,24 @@ def is_tokenizer_file(path: str) -> bool:
 
 
 def companions(folder: Path, changes: Mapping[str, bytes | None] = MappingProxyType({})) -> dict[str, Path | bytes]:
-    """The files beside a model's weights by path: those of its folder, and what is changed (None: left out)."""
+    """The files beside a model's weights by path: those of its folder, and what is changed (None: left out).
+
+    Raises CheckpointError where one is a link that leads elsewhere.
+    """
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    found: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in paths}
-    kept = {path: content for path, content in found.items() if is_companion(path) and path not in changes}
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    for path in filter(is_companion, found):
+        if _leads_out(found[path], folder):
+            raise CheckpointError(f"{found[path]} is a link that leads out of the model's folder: put the file there")
+    kept: dict[str, Path | bytes] = {p: path for p, path in found.items() if is_companion(p) and p not in changes}
     return kept | {path: content for path, content in changes.items() if content is not None}
+
+
+def _leads_out(path: Path, folder: Path) -> bool:
+    """Whether a link leads to what is neither of the folder nor of a Hub cache, and would be copied unasked."""
+    target = path.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not cached and not target.is_relative_to(folder.resolve())
 
 
 def _any(path: str, patterns: tuple[str, ...]) -> bool:

@@ -25,9 +25,9 @@ from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, MismatchError, RecipeError
 from ctl_merge.front_matter import stated_licence
 from ctl_merge.header import TensorSpec, dtype_code
-from ctl_merge.manifest import build_manifest, dump
+from ctl_merge.manifest import build_manifest, write_manifest
 from ctl_merge.merging import Merge, MergeResult, Meter, no_meter
-from ctl_merge.output import MANIFEST, disk_errors
+from ctl_merge.output import disk_errors
 from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.placement import Options, placed
 from ctl_merge.probing.text_losses import text_losses
@@ -161,7 +161,7 @@ class _Extractor:
             with disk_errors(folder):
                 manifest = self._manifest(folder, held, shard, left, hash_files)
                 manifest["adapter"]["losses"] = self._losses(folder, sets, options) if sets else None
-                self._finish(folder, manifest)
+                self._finish(folder, manifest, shard)
                 target.commit()
         finally:
             target.close()
@@ -264,7 +264,7 @@ class _Extractor:
         }  # fmt: skip
         return manifest
 
-    def _finish(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def _finish(self, folder: Path, manifest: dict[str, Any], shard: Shard) -> None:
         """Card, manifest and, where the model is one, the recipe."""
         recipe = next(iter(self.opened.recipe.steps.values()), None)
         if recipe:
@@ -277,7 +277,7 @@ class _Extractor:
             recipe_section(self._public.text) if recipe else "",
         )  # fmt: skip
         (folder / "README.md").write_text(card, "utf-8")
-        (folder / MANIFEST).write_text(dump(manifest), "utf-8")
+        write_manifest(folder, manifest, [shard])
 
 
 def _can_be_saved(target: Target, targets: Targets) -> bool:

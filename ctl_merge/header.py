@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ctl_merge.errors import CheckpointError
 
@@ -112,6 +113,17 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
         offsets={name: start + begin for name, (_, begin, _) in specs.items()},
         metadata=metadata,
     )
+
+
+def local_header(path: Path) -> Header:
+    """The checked header of a local safetensors file. Raises CheckpointError."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = parse_length(file.read(8), size, str(path))
+            return parse_header(file.read(length), size, str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _parse_metadata(metadata: object) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctl_merge.errors import HubError
+from ctl_merge.hub_content import differing
 from ctl_merge.hub_errors import NO_HUB, explain, failures, out_of_reach
 from ctl_merge.sizes import format_size
 
@@ -162,8 +163,8 @@ def cached(snapshot: HubSnapshot, paths: Iterable[str]) -> set[str]:
 def download(snapshot: HubSnapshot, paths: Iterable[str]) -> Path:
     """Bring these files into the local cache, those only, and return the folder of the snapshot, where they lie.
 
-    HubError if a file is missing, the transfer fails, or a file does not have its published size. Files that arrived
-    whole stay in the cache, so a further run fetches only the rest.
+    HubError if a file is missing, the transfer fails, or a file does not have its published size and sha256. Files that
+    arrived whole stay in the cache, so a further run fetches only the rest.
     """
     from huggingface_hub import snapshot_download
 
@@ -187,6 +188,12 @@ def download(snapshot: HubSnapshot, paths: Iterable[str]) -> Path:
                 f"{snapshot}, {path}: {found} bytes in the local cache, where the Hub has {size}. Delete "
                 f"{folder / path} and the file it links to, then run again."
             )
+    published = [(path, sha256) for path in wanted if (sha256 := snapshot.file(path).sha256)]
+    for path, expected, actual in differing(folder, published):
+        raise HubError(
+            f"{snapshot}, {path}: the file in the local cache has the sha256 {actual}, where the Hub has published "
+            f"{expected}. Delete {folder / path} and the file it links to, then run again."
+        )
     _note_revision(snapshot, folder)
     return folder
 

@@ -13,8 +13,8 @@ from ctl_merge.card import RECIPE, recipe_section
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.front_matter import stated_licence
 from ctl_merge.lora_output import LoraOutput
-from ctl_merge.manifest import build_manifest, dump
-from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
+from ctl_merge.manifest import build_manifest, write_manifest
+from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.workers import pool
 from ctl_merge.writer import Shard
@@ -71,5 +71,5 @@ def _finish(
         ["merge", recipe.method.name], recipe_section(public.text), attached,
     )  # fmt: skip
     (folder / "README.md").write_text(card, "utf-8")
-    (folder / MANIFEST).write_text(dump(manifest), "utf-8")
+    write_manifest(folder, manifest, [shard])
     return manifest

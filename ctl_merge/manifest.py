@@ -16,14 +16,16 @@ import torch
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
-from ctl_merge.finished import sha256_of
+from ctl_merge.digests import sha256_of
+from ctl_merge.finished import written_files
 from ctl_merge.hub_push import Outgoing
 from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.output import MANIFEST
 from ctl_merge.plan import parameter_ranges
 from ctl_merge.processes import Ranks
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
-from ctl_merge.writer import Shard
+from ctl_merge.writer import Shard, check_shards
 
 Map = Callable[[Callable[[Path], str], Iterable[Path]], Iterator[str]]
 
@@ -74,8 +76,14 @@ def method_notes(merged: MergedCheckpoint) -> list[str]:
     return [note] if note else []
 
 
-def dump(manifest: Mapping[str, Any]) -> str:
-    return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+def write_manifest(folder: Path, manifest: dict[str, Any], shards: Iterable[Shard]) -> None:
+    """Complete the manifest with the files beside the weights, and write it: the last file of an output.
+
+    Before, the weights that lie in the folder are checked against the plan. Raises OutputError.
+    """
+    check_shards(folder, shards)
+    manifest["files"] = written_files(folder, [entry["file"] for entry in manifest["output"]])
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def local_files(checkpoints: Mapping[ModelRef, FileCheckpoint]) -> list[Path]:

@@ -28,12 +28,12 @@ from ctl_merge.identity import agreed_fingerprint, identity
 from ctl_merge.loadable import check_stack
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.lora_writing import write_merged_adapter
-from ctl_merge.manifest import build_manifest, dump, local_files, shared_hashes
+from ctl_merge.manifest import build_manifest, local_files, shared_hashes, write_manifest
 from ctl_merge.measured import keep, recall
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
 from ctl_merge.moe import plan_mixture
-from ctl_merge.output import MANIFEST, OutputFolder, disk_errors
+from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
 from ctl_merge.processes import ALONE, Ranks, deal
@@ -226,6 +226,7 @@ class Merge:
             target.check(sum(sizes[:2] if streamed else sizes))
         if any(c.folder.resolve().is_relative_to(target.final.resolve()) for c in self.sources.values()):
             raise OutputError(f"{target.final} is, or holds, one of the models that are merged: choose another output")
+        companions(self.checkpoints[self.recipe.refs[0]].folder)  # links that lead elsewhere are refused now, not last
 
     def write_shards(
         self, folder: Path, ranks: Ranks, meter: Meter, shared: bool, stream: ShardStream | None = None
@@ -323,7 +324,7 @@ class Merge:
     def _write_small_files(
         self, folder: Path, hashes: Mapping[Path, str] | None, attached: str, gone: Mapping[str, Outgoing]
     ) -> dict[str, Any]:
-        """All that is not weights; index and config last, as readers look for those first."""
+        """All that is not weights; index and config late, as readers look for those first, and the manifest last."""
         public = PublicRecipe.of(self.recipe, self.sources)
         (folder / RECIPE).write_text(public.text, "utf-8")
         hashed = None if hashes is None else lambda _, paths: map(hashes.__getitem__, paths)
@@ -332,10 +333,10 @@ class Merge:
         licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
         name = folder.name.removesuffix(".partial")
         (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, public, attached), "utf-8")
-        (folder / MANIFEST).write_text(dump(manifest), "utf-8")
         (folder / INDEX).unlink(missing_ok=True)
         write_index(folder, self.shards)
         self.write_companions(folder)
+        write_manifest(folder, manifest, [shard for shard in self.shards if shard.file not in gone])
         return manifest
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from ctl_merge import hub
 from ctl_merge.card import RECIPE
+from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, OutputError
-from ctl_merge.finished import sha256_of
 from ctl_merge.output import MANIFEST
 from ctl_merge.reference import ModelRef
 

@@ -14,7 +14,7 @@ from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
 from ctl_merge.hub import HubSnapshot
 from ctl_merge.reference import ModelRef
-from ctl_merge.stored import read_json
+from ctl_merge.stored import check_names, read_json
 
 _CODES = {torch_dtype(code): code for code in ("F16", "BF16", "F32", "F64", "BOOL", "U8", "I8", "I16", "I32", "I64")}
 
@@ -32,6 +32,7 @@ class PickledCheckpoint(FileCheckpoint):
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             self._tensors |= self._load(file)
+        check_names(self.name, self._tensors)
         self.tensors = {n: TensorSpec(_CODES[t.dtype], tuple(t.shape)) for n, t in self._tensors.items()}
 
     def fetch(self) -> None:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from ctl_merge.errors import CtlMergeError, DeviceError
+from ctl_merge.shown import shown
 
 T = TypeVar("T")
 
@@ -137,7 +138,8 @@ def report(error: CtlMergeError) -> None:
     ranks = _started or ALONE
     agreed = getattr(error, "agreed", False)
     if ranks.first or not agreed:
-        print(f"error: {error}" if ranks.first or agreed else f"error: rank {ranks.index}: {error}", file=sys.stderr)
+        said = shown(str(error))
+        print(f"error: {said}" if ranks.first or agreed else f"error: rank {ranks.index}: {said}", file=sys.stderr)
         sys.stderr.flush()
     if agreed:
         ranks.gather(None)  # a launcher ends all processes as soon as one has ended: not before this is said

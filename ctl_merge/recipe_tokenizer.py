@@ -52,7 +52,9 @@ class TokenizerSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     source: Any = Field("union", description="`base`, `union` or a model", json_schema_extra=MODEL)
     tokens: dict[str, TokenSchema] | None = Field(None, description="sources of single tokens' rows")
-    pad_to_multiple_of: int | None = Field(None, ge=1, description="rows are the tokens, rounded up to a multiple")
+    pad_to_multiple_of: int | None = Field(
+        None, ge=1, le=65_536, description="rows are the tokens, rounded up to a multiple"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import yaml
 from ctl_merge import hub
 from ctl_merge.card import RECIPE
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.companions import companions
+from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, DataError, MismatchError
-from ctl_merge.finished import sha256_of
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.original import Original
 from ctl_merge.probing.rows import DataSpec
@@ -90,11 +92,15 @@ def _lay_out(original: Original, place: Path, given: Mapping[str, Path]) -> None
             )
         _check_source(name, folder, source["files"])
         (place / name).mkdir(parents=True)
+        copied = companions(folder)
         for path in folder.rglob("*"):
             if path.is_file():
                 link = place / name / path.relative_to(folder)
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
+                if path.relative_to(folder).as_posix() in copied:  # a link would lead out of the model's folder
+                    shutil.copyfile(path, link)
+                else:
+                    link.symlink_to(path.resolve())
     for name in texts:
         if file := _found(name, given, beside, Path.is_file):
             (place / name).symlink_to(file.resolve())

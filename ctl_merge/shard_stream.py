@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctl_merge.finished import is_stale, public_files, sha256_of
+from ctl_merge.digests import sha256_of
+from ctl_merge.finished import is_stale, public_files
 from ctl_merge.hub_push import Outgoing, Push, Pushed, stored_there
 from ctl_merge.output import UPLOADED
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from ctl_merge import hub
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
-from ctl_merge.header import MAX_HEADER_BYTES, Header, parse_header, parse_length
+from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_header, parse_length
 from ctl_merge.reference import ModelRef, near_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 Identity = tuple[int, int, int, int]  # device, inode, bytes, time of change
 
@@ -43,6 +45,7 @@ class StoredCheckpoint(FileCheckpoint):
         if len(self.tensors) < sum(len(header.tensors) for header in headers.values()):
             twice = next(n for n in self.tensors if sum(n in header.tensors for header in headers.values()) > 1)
             raise CheckpointError(f"{self.name}: the tensor {twice!r} is stored in two of its files")
+        check_names(self.name, self.tensors)
         self._identity = dict(identities or {})
         self._staging = threading.local()
 
@@ -101,6 +104,13 @@ class StoredCheckpoint(FileCheckpoint):
         return buffer[: count * dtype.itemsize].view(dtype)
 
 
+def check_names(model: str, names: Iterable[str]) -> None:
+    """Refuse tensors whose names a terminal would obey, or that would break the lines of a card."""
+    odd = next((name for name in names if _CONTROLS.search(name)), None)
+    if odd is not None:
+        raise CheckpointError(f"{model}: the tensor's name {odd!r} has control characters: refused")
+
+
 def _identity(file: Path | int) -> Identity:
     """What tells a file from another one that has taken its place, and from itself after a change."""
     try:
@@ -130,17 +140,6 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{name}: {path.name} is not a JSON object")
     return data
-
-
-def local_header(path: Path) -> Header:
-    """The checked header of a local safetensors file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = parse_length(file.read(8), size, str(path))
-            return parse_header(file.read(length), size, str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def remote_header(snapshot: hub.HubSnapshot, path: str, size: int) -> Header:

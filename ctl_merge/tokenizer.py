@@ -41,6 +41,7 @@ class Vocabulary:
 
 
 _DECIDING = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "vocab.txt")
+_MOST_ROWS = 2**22  # of an embedding: ten times as many tokens as any model has
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -85,8 +86,12 @@ class TokenizerFiles:
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that the files define; an empty one where there are none."""
         try:
-            return self._vocabulary()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found = self._vocabulary()
+            for i in (*found.core, *found.added):
+                if type(i) is not int or not 0 <= i < _MOST_ROWS:
+                    raise ValueError(f"a token has the id {str(i)[:40]}")
+            return found
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise self._broken("the vocabulary", error) from None
 
     def _vocabulary(self) -> Vocabulary:

@@ -16,8 +16,8 @@ from typing import IO
 import torch
 
 from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
-from ctl_merge.errors import OutputError
-from ctl_merge.header import TensorSpec, build_header, total_bytes
+from ctl_merge.errors import CheckpointError, OutputError
+from ctl_merge.header import TensorSpec, build_header, local_header, total_bytes
 from ctl_merge.output import disk_errors, lock
 from ctl_merge.processes import deal
 from ctl_merge.workers import pool
@@ -72,6 +72,24 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> None:
     weight_map = {name: shard.file for shard in shards for name in shard.specs}
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
     (folder / INDEX).write_text(text + "\n", "utf-8")
+
+
+def check_shards(folder: Path, shards: Iterable[Shard]) -> None:
+    """Whether the folder's headers, sizes and index are those that were planned, as far as can be told without reading
+    weights. Raises OutputError: the disk has not kept what was written to it.
+    """
+    for shard in shards:
+        try:
+            header = local_header(folder / shard.file)
+            if header.tensors == shard.specs and header.metadata == METADATA:
+                continue
+            problem = "its header is not the one that was planned"
+        except CheckpointError as error:
+            problem = str(error)
+        raise OutputError(
+            f"{folder / shard.file} is not as it was written ({problem}): the disk or something else changed it. Run "
+            "the same command with --resume, which writes again what is not whole"
+        )
 
 
 class ShardWriter:

@@ -24,14 +24,15 @@ ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
     starting family pedigree kinship fitting proposal proposal_text
-    checkpoint header hub hub_errors stored pickled adapter adapter_config adapter_changes low_rank task_vectors step
+    checkpoint header hub hub_content hub_errors digests stored pickled adapter adapter_config adapter_changes low_rank
+    task_vectors step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
     methods/ merged compiled devices evidence prefix_evidence
     merging parts processes identity measured sums writer workers output companions tokenizer_files manifest
-    public_recipe local_paths card front_matter markdown sizes
+    public_recipe local_paths card front_matter markdown sizes shown time_limit
     publishing finished shard_stream destination hub_push original reproduce
     factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/
@@ -53,7 +54,8 @@ EVALUATING = """
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
 CLI = """
-    arguments terminal init merge finalize push reproduce probe evaluate tune compare check extract_lora methods schema
+    arguments terminal init merge finalize push verify reproduce probe evaluate tune compare check extract_lora methods
+    schema
 """.split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 

@@ -5,14 +5,18 @@ The suite takes a fixed slice of the cases; `make long` takes over 100,000 new o
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,7 +27,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ctl_merge.errors import CtlMergeError
+from ctl_merge.finished import inspect
+from ctl_merge.front_matter import stated_bases, stated_licence
 from ctl_merge.merging import Merge
+from ctl_merge.original import Original
+from ctl_merge.probing import archive
+from ctl_merge.probing.rows import DataSpec, read_rows
 from ctl_merge.recipe_file import parse_recipe
 from ctl_merge.reference import ModelRef
 
@@ -87,6 +96,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     factors = {f"{prefix}lora_A.weight": torch.randn(2, 8), f"{prefix}lora_B.weight": torch.randn(8, 2)}
     save_file(factors, folder / "adapter" / "adapter_model.safetensors")
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    write_checkpoint(folder / "merged", {"w": torch.ones(4)})
+    (folder / "merged" / "ctl_merge_recipe.yaml").write_text("models: []\n")
+    for name in ("merged/merge_manifest.json", "merged/model.safetensors.index.json", "a/README.md", "statistics.npz",
+                 "rows.jsonl"):  # fmt: skip
+        (folder / name).touch()
+    (folder / "merged" / "merge_manifest.json").write_text(json.dumps(manifest()))
     os.chdir(folder)
     for valid in (RECIPE, SLICES, simple("b+adapter")):  # what is damaged is right before, and all is imported
         plan(valid)
@@ -143,6 +158,35 @@ def header() -> bytes:
     return (QUICKSTART / "cycle-lora" / "adapter_model.safetensors").read_bytes()[:1200]
 
 
+def manifest() -> Any:
+    """What stands in the folder `merged`, as far as readers look at it."""
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    return {
+        "format": 1, "recipe_sha256": hashlib.sha256(b"models: []\n").hexdigest(),
+        "sources": [{"model": "org/a", "revision": "main", "commit": "0" * 40, "files": [{"file": "x", **entry}]},
+                    {"model": "b", "local": True, "files": [{"file": "x", **entry}]}],
+        "tensors": {"merged": 1, "copied": 0, "parameters": 4, "dtypes": {"F32": 1}},
+        "output": [{"file": "model.safetensors", **entry}], "files": [{"file": "config.json", **entry}],
+        "versions": {"ctl_merge": "0"}, "devices": {"cpu": 1}, "max_shard_bytes": 1000, "method": "linear",
+    }  # fmt: skip
+
+
+CARD = "---\nlicense: mit\nbase_model: [org/a, org/b]\nmodel-index: [{name: x}]\n---\n# A model\n"
+ROWS = b'{"text": "a b c", "answer": ["d", 1]}\n{"text": "\xc3\xa9", "answer": null}\n'
+STATISTICS: dict[str, Any] = {
+    "format": 1, "ctl_merge": "0", "base": "base", "parents": ["a", "b"], "merges": ["m"], "patches": {},
+    "settings": {}, "warnings": [], "tensors": ["w"], "sets": {}, "scaled": {},
+}  # fmt: skip
+
+
+def archived(head: Any) -> bytes:
+    """A probe's statistics with this header."""
+    file = io.BytesIO()
+    text = np.array(json.dumps(head).encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+    np.savez_compressed(file, header=text, **{"weights/grams": np.eye(4)[None]})
+    return file.getvalue()
+
+
 Reader = Callable[[Path, Any], None]
 # What is fuzzed: the cases, and what reads them.
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Reader]] = {
@@ -164,7 +208,29 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Reader]] = {
         lambda folder, raw: pickled(folder, raw),
     ),
     "reference": (st.text(max_size=40), lambda _, text: ModelRef.parse(text)),
+    "manifest, verified": (both(manifest()), in_file("merged/merge_manifest.json", lambda: inspect(Path("merged")))),
+    "manifest, reproduced": (
+        both(manifest()), in_file("merged/merge_manifest.json", lambda: Original.open("merged")),
+    ),
+    "index, verified": (
+        both(weight_map()), in_file("merged/model.safetensors.index.json", lambda: inspect(Path("merged"))),
+    ),
+    "header, verified": (cut_up(header()), in_file("merged/model.safetensors", lambda: inspect(Path("merged")))),
+    "adapter weights": (
+        cut_up(header()), in_file("adapter/adapter_model.safetensors", lambda: plan(simple("b+adapter"))),
+    ),
+    "card": (
+        st.text(max_size=60).map(lambda text: f"---\n{text}\n---\n".encode()) | cut_up(CARD.encode()),
+        in_file("a/README.md", lambda: (stated_licence(Path("a")), stated_bases(Path("a")))),
+    ),
+    "statistics": (
+        damaged(STATISTICS).map(archived) | cut_up(archived(STATISTICS)),
+        in_file("statistics.npz", lambda: archive.load(Path("statistics.npz"))),
+    ),
+    "rows": (cut_up(ROWS), in_file("rows.jsonl", lambda: list(islice(read_rows(DataSpec.parse("rows.jsonl")), 3)))),
 }  # fmt: skip
+CASES = 6_000  # of each in the long run
+FEWER = {"rows": 500}  # of what is slow: this opens a library's data set each time
 
 
 def pickled(folder: Path, raw: bytes) -> None:
@@ -217,5 +283,5 @@ def test_only_errors_with_words_come_out_of_rubbish(target: str, models: Path) -
 @pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_only_errors_with_words_come_out_of_a_lot_of_rubbish(target: str, models: Path) -> None:
-    cases = 10_000
+    cases = FEWER.get(target, CASES)
     print(f"\n{target}: {cases:,} cases, {fuzz(target, models, cases, fixed=False):,} of them read")

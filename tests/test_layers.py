@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors problems sizes", "processes"),
+    "what everything uses": ("__init__ errors problems shown sizes time_limit", "processes"),
     "methods: pure functions of tensors": (
         "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -29,9 +29,10 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions factors header hub_errors layers local_paths markdown model_config output "
+        "adapter_config companions digests factors header hub_errors layers local_paths markdown model_config output "
         "reference tokenizer workers",
-        "architecture chat_template devices hub rates sums tokenizer_files",
+        "architecture chat_template devices hub_content rates sums tokenizer_files",
+        "hub",
         "checkpoint destination stacks",
         "hub_push low_rank parameter_names stored writer",
         "adapter_changes adapter_targets finished pickled",
@@ -118,7 +119,7 @@ STAGES = {
     "the command line": (
         "cli.arguments cli.terminal",
         "cli.check cli.compare cli.evaluate cli.extract_lora cli.init cli.methods cli.probe cli.push "
-        "cli.reproduce cli.schema cli.tune",
+        "cli.reproduce cli.schema cli.tune cli.verify",
         "cli.merge",
         "cli.finalize",
         "cli.__init__",

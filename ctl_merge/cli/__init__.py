@@ -25,6 +25,7 @@ from ctl_merge.cli import (
     reproduce,
     schema,
     tune,
+    verify,
 )
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
@@ -60,6 +61,7 @@ app.command()(check.check)
 app.command()(extract_lora.extract_lora)
 app.command()(push.push)
 app.command()(reproduce.reproduce)
+app.command()(verify.verify)
 app.command()(methods.methods)
 app.command()(schema.schema)
 

@@ -10,8 +10,8 @@ import typer
 from ctl_merge.problems import nearest
 
 VERBS = (
-    "init", "check", "merge", "finalize", "push", "reproduce", "probe", "evaluate", "tune", "compare", "extract-lora",
-    "methods", "schema",
+    "init", "check", "merge", "finalize", "push", "verify", "reproduce", "probe", "evaluate", "tune", "compare",
+    "extract-lora", "methods", "schema",
 )  # fmt: skip
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]

@@ -37,7 +37,7 @@ def probe(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text: FILE, FILE:column,column or org/dataset[/config]:column@split, named NAME=…; may be repeated."
+            help="Text: FILE, FILE:column,column or org/dataset\\[/config]:column@split, named NAME=…; may be repeated."
         ),
     ] = None,
     models: Annotated[list[str] | None, typer.Option(help="Parents, without a recipe: two for a sweep over α.")] = None,

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from ctl_merge.shown import shown
+
 WIDTH = 100  # columns beyond which a table is no easier to read
-_UNITS = {"merging": "B", "checking": "B", "probing": "sequence"}  # of what a bar counts; elsewhere tensors
+# what a bar counts; elsewhere tensors
+_UNITS = {"merging": "B", "checking": "B", "verifying": "B", "probing": "sequence"}
 
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
@@ -25,11 +28,16 @@ def configure(verbose: bool = False, quiet: bool = False) -> None:
     logger = logging.getLogger("ctl_merge")
     logger.setLevel(level)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s" if verbose else "%(levelname)s: %(message)s"))
+    handler.setFormatter(_Shown("%(message)s" if verbose else "%(levelname)s: %(message)s"))
     logger.handlers = [handler]  # the command line may run twice in one process, as it does in tests
     logger.propagate = False
     if quiet or not sys.stderr.isatty():
         _silence_hub()
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def _silence_hub() -> None:
@@ -69,7 +77,7 @@ def print_text(text: str) -> None:
     """Print a line, broken between words."""
     from rich.text import Text
 
-    print_table(Text(text))
+    print_table(Text(shown(text)))
 
 
 def print_table(what: Any) -> None:
@@ -87,10 +95,10 @@ def print_sections(sections: Iterable[tuple[str, Iterable[str]]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown: list[Any] = []
+    parts: list[Any] = []
     for title, lines in sections:
         listed = Table.grid(padding=(0, 1), pad_edge=True)
         for line in lines:
-            listed.add_row("·", Text(line))
-        shown += [Text(title, "bold"), listed]
-    print_table(Group(*shown))
+            listed.add_row("·", Text(shown(line)))
+        parts += [Text(shown(title), "bold"), listed]
+    print_table(Group(*parts))

@@ -116,7 +116,9 @@ def value_at(counts: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
 def _keys(values: Tensor, signed: bool) -> Tensor:
     """Integers that order like the values: (rows, ...) -> (rows, n) int32."""
     flat = values.flatten(1).float()
-    return _flip_negative((flat + 0.0).view(torch.int32)) if signed else flat.view(torch.int32)  # + 0.0: no -0.0
+    if signed:
+        return _flip_negative((flat + 0.0).view(torch.int32))  # + 0.0: no -0.0
+    return flat.view(torch.int32) & 0x7FFFFFFF  # NaN may have a sign
 
 
 def _flip_negative(bits: Tensor) -> Tensor:

@@ -8,9 +8,13 @@ from itertools import cycle, product
 from typing import Any
 
 from ctl_merge.errors import DataError
+from ctl_merge.time_limit import interrupted_after
 
 PROMPT, RESPONSE = "prompt", "response"
 _ROLES = ("user", "assistant")
+_REFUSALS = (ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_SECONDS = 10.0  # that a template may take for one row
+_MOST = 1000  # characters that it may make of each one of the row, and of a thousand for itself
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,14 @@ def _render(messages: Sequence[Mapping[str, str]], tokenizer: Any, name: str) ->
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{name}: the tokenizer has no chat template: leave --chat out")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        with interrupted_after(_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TimeoutError:
+        raise DataError(f"{name}: the chat template does not end within {_SECONDS} seconds of one row") from None
+    except MemoryError:
+        raise DataError(f"{name}: the chat template takes more memory than there is") from None
+    except (*_REFUSALS, jinja2.TemplateError) as error:
         raise DataError(f"{name}: the chat template refuses a row ({str(error) or type(error).__name__})") from None
+    if len(text) > _MOST * (1000 + sum(len(m["content"]) for m in messages)):
+        raise DataError(f"{name}: the chat template makes {len(text):,} characters of one row")
+    return text

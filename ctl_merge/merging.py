@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,20 +15,18 @@ from typing import Any
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.architecture import ties_embeddings
-from ctl_merge.card import RECIPE, build_card
+from ctl_merge.card import RECIPE
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.companions import companions
 from ctl_merge.devices import assign_devices, parse_max_memory
 from ctl_merge.errors import DeviceError, OutputError, RecipeError
 from ctl_merge.estimate import estimate, memory_bound
 from ctl_merge.evidence import TextEvidence, Texts
-from ctl_merge.front_matter import stated_licence
-from ctl_merge.hub_push import Outgoing
+from ctl_merge.finishing import finish
 from ctl_merge.identity import agreed_fingerprint, identity
 from ctl_merge.loadable import check_stack
 from ctl_merge.lora_output import LoraOutput
 from ctl_merge.lora_writing import write_merged_adapter
-from ctl_merge.manifest import build_manifest, local_files, shared_hashes, write_manifest
 from ctl_merge.measured import keep, recall
 from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.model_config import patch_config
@@ -36,8 +34,7 @@ from ctl_merge.moe import plan_mixture
 from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.plan import Plan, make_plan
 from ctl_merge.prefix_evidence import PrefixEvidence
-from ctl_merge.processes import ALONE, Ranks, deal
-from ctl_merge.public_recipe import PublicRecipe
+from ctl_merge.processes import ALONE, Ranks
 from ctl_merge.recipe import Recipe
 from ctl_merge.recipe_file import load_recipe
 from ctl_merge.reference import ModelRef
@@ -48,7 +45,7 @@ from ctl_merge.stored import open_checkpoint
 from ctl_merge.summary import as_json
 from ctl_merge.tying import settle_ties
 from ctl_merge.workers import pool
-from ctl_merge.writer import INDEX, JOURNAL, Shard, ShardWriter, owned, plan_shards, write_index
+from ctl_merge.writer import JOURNAL, Shard, ShardWriter, owned, plan_shards
 
 logger = logging.getLogger("ctl_merge")
 
@@ -214,7 +211,7 @@ class Merge:
         try:
             ranks.together(lambda: target.check_same(fingerprint))
             resumed = sum(ranks.gather(self.write_shards(target.path, ranks, meter, True, stream)))
-            manifest = self.finish(target, hash_files, attach, ranks, stream)
+            manifest = finish(self, target, hash_files, attach, ranks, stream)
         finally:
             target.close()
         return MergeResult(target.final, manifest, resumed)
@@ -288,56 +285,6 @@ class Merge:
         original = (first.folder / "config.json").read_bytes()
         config = patch_config(original, self.recipe.dtype, untie, self.plan.fit)
         (folder / "config.json").write_bytes(config)
-
-    def finish(
-        self, target: OutputFolder, hash_files: bool, attach: Callable[[Path], str] | None, ranks: Ranks = ALONE,
-        stream: ShardStream | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Make the folder whole once its shards are, with hashes, what is attached, the small files: the manifest."""
-        gone = stream.sent if stream else {}
-        if self.plan.method.report:
-            for known in ranks.gather(self.merged.known()):
-                self.merged.recall(known)
-        with disk_errors(target.path):
-            hashes = self._hashes(target.path, gone, ranks) if hash_files else None
-            attached = attach(target.path) if attach else ""
-
-        def last() -> dict[str, Any]:
-            with disk_errors(target.path):
-                manifest = self._write_small_files(target.path, hashes, attached, gone)
-            if stream:
-                stream.commit()  # until this is done, --resume can go on
-            with disk_errors(target.path):
-                target.commit()
-            return manifest
-
-        return ranks.at_first(last) or {}
-
-    def _hashes(self, folder: Path, gone: Mapping[str, Outgoing], ranks: Ranks) -> dict[Path, str]:
-        """Of the output's files, each by the rank that wrote it, and of local sources."""
-        shards, sources = [s for s in self.shards if s.file not in gone], local_files(self.sources)
-        owners = deal([shard.nbytes for shard in shards], ranks.count)
-        owners += deal([path.stat().st_size for path in sources], ranks.count)
-        with pool(self.workers) as mapped:
-            return shared_hashes([*(folder / shard.file for shard in shards), *sources], owners, mapped, ranks)
-
-    def _write_small_files(
-        self, folder: Path, hashes: Mapping[Path, str] | None, attached: str, gone: Mapping[str, Outgoing]
-    ) -> dict[str, Any]:
-        """All that is not weights; index and config late, as readers look for those first, and the manifest last."""
-        public = PublicRecipe.of(self.recipe, self.sources)
-        (folder / RECIPE).write_text(public.text, "utf-8")
-        hashed = None if hashes is None else lambda _, paths: map(hashes.__getitem__, paths)
-        manifest = build_manifest(self.merged, self.sources, public, folder, self.shards, self.devices, hashed, gone)
-        manifest["max_shard_bytes"] = self.shard_bytes
-        licences = {ref: stated_licence(source.folder) for ref, source in self.sources.items()}
-        name = folder.name.removesuffix(".partial")
-        (folder / "README.md").write_text(build_card(self.plan, manifest, licences, name, public, attached), "utf-8")
-        (folder / INDEX).unlink(missing_ok=True)
-        write_index(folder, self.shards)
-        self.write_companions(folder)
-        write_manifest(folder, manifest, [shard for shard in self.shards if shard.file not in gone])
-        return manifest
 
 
 def merge(

@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ctl_merge.errors import OutputError
+from ctl_merge.errors import DeviceError, OutputError
+from ctl_merge.finishing import finish
 from ctl_merge.header import build_header
 from ctl_merge.merging import Merge, MergeResult, Meter, no_meter
 from ctl_merge.output import OutputFolder, disk_errors
@@ -26,8 +27,7 @@ def write_part(
     What is there already is kept. `overwrite`: an output that exists will be replaced, by `finalize`. Returns how many
     tensors were there.
     """
-    target = OutputFolder(Path(output), overwrite=overwrite, resume=True)
-    opened.check_output(target)
+    target = _target(opened, output, overwrite)
     opened.fetch()
     folder = target.join(opened.fingerprint())
     try:
@@ -44,8 +44,7 @@ def finalize(
 
     Raises OutputError where shards are missing or not as they were written, and says which processes make them.
     """
-    target = OutputFolder(Path(output), overwrite=overwrite, resume=True)
-    opened.check_output(target)
+    target = _target(opened, output, overwrite)
     opened.fetch()
     fingerprint = opened.fingerprint()
     target.check_same(fingerprint)
@@ -54,10 +53,19 @@ def finalize(
         opened.recall(target.path)
         with disk_errors(target.path):
             _check_shards(opened, target, meter)
-        manifest = opened.finish(target, hash_files, attach)
+        manifest = finish(opened, target, hash_files, attach)
     finally:
         target.close()
     return MergeResult(target.final, manifest, 0)
+
+
+def _target(opened: Merge, output: str | Path, overwrite: bool) -> OutputFolder:
+    """The output that parts go into. Refuses what is written in one piece."""
+    if opened.lora:
+        raise DeviceError("an adapter is the work of one process: run `ctl-merge RECIPE` without --shard-rank")
+    target = OutputFolder(Path(output), overwrite=overwrite, resume=True)
+    opened.check_output(target)
+    return target
 
 
 def _check_shards(opened: Merge, target: OutputFolder, meter: Meter) -> None:

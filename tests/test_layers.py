@@ -73,6 +73,7 @@ STAGES = {
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",
         "summary",
+        "finishing",
         "merging",
         "calibrate parts reproduce",
     ),

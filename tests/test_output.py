@@ -20,7 +20,7 @@ import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
 
-from ctl_merge import cli, merging, output
+from ctl_merge import cli, finishing, merging, output
 from ctl_merge import writer as writing
 from ctl_merge.errors import OutputError
 from ctl_merge.merging import Merge, MergeResult
@@ -153,7 +153,7 @@ def test_the_old_output_stays_until_the_new_one_is_whole(
     before = contents(folder)
     recipe.write_text(recipe.read_text().replace("0.5", "0.25"))
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "build_manifest", raising(Killed))
+        patch.setattr(finishing, "build_manifest", raising(Killed))
         with pytest.raises(Killed):
             run(recipe, folder, overwrite=True)
     assert contents(folder) == before
@@ -172,13 +172,13 @@ def test_an_output_that_came_up_during_the_run_is_not_replaced(
         (folder / "other").write_text("of another program")
         return build(*args)
 
-    build = merging.build_manifest
-    monkeypatch.setattr(merging, "build_manifest", somebody_else)
+    build = finishing.build_manifest
+    monkeypatch.setattr(finishing, "build_manifest", somebody_else)
     with pytest.raises(OutputError, match="merged exists: choose another output"):
         run(recipe, folder)
     assert contents(folder) == {"other": b"of another program"}
     shutil.rmtree(folder)
-    monkeypatch.setattr(merging, "build_manifest", build)
+    monkeypatch.setattr(finishing, "build_manifest", build)
     assert run(recipe, folder, resume=True).resumed_tensors == 4
 
 
@@ -241,7 +241,7 @@ def test_an_unfinished_merge_is_not_taken_up_unasked(recipe: Path, tmp_path: Pat
 def interrupted(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was killed when its four tensors were written."""
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "build_manifest", raising(Killed))
+        patch.setattr(finishing, "build_manifest", raising(Killed))
         with pytest.raises(Killed):
             run(recipe, tmp_path / "merged")
 
@@ -286,8 +286,8 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "writing a header": (writing, "write_at", 1),
     "writing the third tensor": (writing, "write_at", 6),
     "copying the tokenizer": (shutil, "copyfile", 0),
-    "building the manifest": (merging, "build_manifest", 0),
-    "writing the index": (merging, "write_index", 0),
+    "building the manifest": (finishing, "build_manifest", 0),
+    "writing the index": (finishing, "write_index", 0),
     "before the config": (merging, "patch_config", 0),
     "removing the journal": (Path, "unlink", 1),
     "removing the fingerprint": (Path, "unlink", 2),
@@ -370,7 +370,7 @@ def test_a_disk_that_breaks_is_an_output_error(recipe: Path, tmp_path: Path, mon
 def test_ctrl_c_says_that_the_work_can_be_resumed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(merging, "build_manifest", raising(KeyboardInterrupt))
+    monkeypatch.setattr(finishing, "build_manifest", raising(KeyboardInterrupt))
     monkeypatch.setattr(sys, "argv", ["ctl-merge", str(recipe), "-o", str(tmp_path / "merged")])
     with pytest.raises(SystemExit) as exit:
         cli.main()

@@ -491,3 +491,18 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(tmp_path
 
 def test_errors_know_whether_all_raise_them() -> None:
     assert CtlMergeError("x").agreed is False
+
+
+def test_an_adapter_is_not_written_in_parts(tmp_path: Path) -> None:
+    quickstart = Path(__file__).parents[1] / "recipes" / "quickstart"
+    recipe = parse_recipe(
+        f"merge_method: task_arithmetic\nbase_model: {quickstart / 'base'}\noutput: lora\n"
+        f"models: [{{model: {quickstart / 'base'}+{quickstart / 'cycle-lora'}, parameters: {{weight: 1}}}}]\n"
+    )
+    for attempt in (
+        lambda: parts.write_part(Merge(recipe), tmp_path / "merged", 0, 2),
+        lambda: parts.finalize(Merge(recipe), tmp_path / "merged"),
+    ):
+        with pytest.raises(DeviceError, match="an adapter is the work of one process"):
+            attempt()
+    assert not list(tmp_path.iterdir())

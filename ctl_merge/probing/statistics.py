@@ -44,10 +44,8 @@ class Statistics:
                 patches.setdefault(rider.name.rpartition("/patch@")[0], {})[rider.patch] = rider.name
         notes = {name: dict((merges or {}).get(name, {})) for name in subject.merges}
         base = subject.base
-        name = (
         # Where it lies is nobody's business.
         name = base.ref.short if isinstance(base, FileCheckpoint | ParentView) else base.name
-        )  # where it lies is nobody's business
         return cls(name, list(subject.parents), notes, subject.weights, observed, patches, **more)
 
     @property

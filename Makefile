@@ -8,8 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: environment  ## merge the models that ship with the repository, and measure what came out
 	$(BIN)/python recipes/quickstart/demo.py
 
-test: environment  ## the whole suite
-	$(BIN)/python -m pytest
+test: environment  ## the whole suite, a process for each core
+	$(BIN)/python -m pytest --numprocesses logical
 
 launchers: environment  ## what the suite leaves out: several processes, killed ones, several machines
 	$(BIN)/python -m pytest -m launchers

@@ -265,7 +265,8 @@ def named_base(ref: ModelRef, named: str, revision: str | None) -> ModelRef:
         if len(found) > 1:
             raise CheckpointError(f"{named!r} may be {' or '.join(map(str, found))}")
         if found:
-            return ModelRef(os.path.relpath(found[0]), folder=found[0])
+            written = str(found[0]) if os.path.isabs(ref.text) else os.path.relpath(found[0])  # as the adapter is
+            return ModelRef(written, folder=found[0])
     return ModelRef.on_hub(f"{named}@{revision}" if revision else named)
 
 

@@ -50,7 +50,8 @@ class PublicRecipe:
         """A sentence with folders by name alone: where they lie on this machine is nobody else's business."""
         for written in sorted(self.texts, key=len, reverse=True):
             if "/" in written:
-                text = text.replace(written, self.texts[written])
+                up = r"(?:\.\.(?:/\.\.)*)?" if written.startswith("/") else ""  # the same folder, seen from elsewhere
+                text = self.texts[written].join(re.split(up + re.escape(written), text))
         return without_paths(text)
 
 

@@ -16,6 +16,7 @@ from ctl_merge.card import build_card, with_results
 from ctl_merge.local_paths import local_path, without_paths
 from ctl_merge.merging import Merge
 from ctl_merge.public_recipe import PublicRecipe
+from ctl_merge.reference import ModelRef
 
 ODD = [
     "plain",
@@ -170,3 +171,11 @@ def test_results_of_evaluations_stand_in_the_metadata(tmp_path: Path) -> None:
     assert with_results(card, "title: <i>|`x`", RESULTS) == card  # in place of those before
     with pytest.raises(KeyError):
         with_results(plain, "x", [{"task": {"type": "x"}}])
+
+
+def test_a_folder_that_is_seen_from_elsewhere_is_told_by_its_name_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "org" / "base"
+    folder.mkdir(parents=True)
+    ref = ModelRef(str(folder), folder=folder)
+    public = PublicRecipe("", {folder: "base"}, {ref.text: "base"})
+    assert public.line(f"../..{folder}+adapter: LoRA; {folder} is read") == "base+adapter: LoRA; base is read"

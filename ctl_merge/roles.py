@@ -111,4 +111,7 @@ def model_state(ref: ModelRef) -> tuple[Any, ...]:
 def short_names(refs: Sequence[ModelRef]) -> list[str]:
     """The last part of each name where that tells them apart, else whole names."""
     short = [short_name(ref.text) for ref in refs]
-    return short if len(set(short)) == len(short) else [ref.text for ref in refs]
+    if len(set(short)) == len(short):
+        return short
+    longer = ["/".join(ref.folder.parts[-2:]) if ref.folder and not ref.adapter else ref.text for ref in refs]
+    return longer if len(set(longer)) == len(longer) else [ref.text for ref in refs]

@@ -11,6 +11,7 @@ import torch
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError, HubError, ProbeError, RecipeError
+from ctl_merge.local_paths import without_paths
 from ctl_merge.merging import Merge, Meter, no_meter
 from ctl_merge.model import load_weights, open_model, return_freed_memory
 from ctl_merge.probing import ranks
@@ -269,7 +270,7 @@ def _probe(
         "chat": options.chat, "compute": "float32", "statistics": "float64",
         "torch": torch.__version__, **memory(running, subject, riders, observed),
     }  # fmt: skip
-    more = {"scaled": nearer, "settings": settings, "warnings": list(opened.plan.warnings)}
+    more = {"scaled": nearer, "settings": settings, "warnings": [without_paths(line) for line in opened.plan.warnings]}
     return rebuild(Statistics.of(subject, riders, observed, notes, **more))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.merged import ParentView
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.weights import TaskGrams
 
@@ -43,7 +44,8 @@ class Statistics:
                 patches.setdefault(rider.name.rpartition("/patch@")[0], {})[rider.patch] = rider.name
         notes = {name: dict((merges or {}).get(name, {})) for name in subject.merges}
         base = subject.base
-        name = base.ref.short if isinstance(base, FileCheckpoint) else base.name  # where it lies is nobody's business
+        # Where it lies is nobody's business.
+        name = base.ref.short if isinstance(base, FileCheckpoint | ParentView) else base.name
         return cls(name, list(subject.parents), notes, subject.weights, observed, patches, **more)
 
     @property

@@ -93,7 +93,9 @@ def test_a_merge_made_elsewhere_gives_the_same_numbers(report: ctl_merge.ProbeRe
         ctl_merge.probe_merged(str(folder))
 
 
-def test_parents_come_from_the_recipe_in_the_merges_folder(tmp_path: Path) -> None:
+def test_parents_come_from_the_recipe_in_the_merges_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names local models without their paths: they are looked for here."""
+    monkeypatch.chdir(Path(BASE).parent)
     recipe = f"merge_method: linear\nbase_model: {BASE}\nparameters: {{weight: 1.0}}\nmodels: [{{model: {CYCLE}}}]\n"
     folder = ctl_merge.merge(ctl_merge.parse_recipe(recipe), tmp_path / "merged").folder
     found = ctl_merge.probe_merged(str(folder), **SMALL)

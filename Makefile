@@ -14,7 +14,7 @@ test: environment  ## the whole suite, a process for each core
 launchers: environment  ## what the suite leaves out: several processes, killed ones, several machines
 	$(BIN)/python -m pytest -m launchers
 
-long: environment  ## what the suite takes a slice of: every kill, more cases (about half an hour)
+long: environment  ## what the suite takes a slice of: every kill, more cases (an hour or more)
 	$(BIN)/python -m pytest -m long -s
 
 lint: environment

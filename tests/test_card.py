@@ -289,11 +289,3 @@ def test_the_config_states_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
     assert json.loads((result.folder / "config.json").read_text()) == {
         "model_type": "llama", "dtype": "bfloat16", "text_config": {"torch_dtype": "bfloat16", "dtype": None}
     }  # fmt: skip
-
-
-def test_links_are_followed(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "a")
-    (tmp_path / "blob").write_text("{}")
-    (model / "tokenizer.json").symlink_to(tmp_path / "blob")
-    copied = merged(write_recipe(tmp_path, [model])).folder / "tokenizer.json"
-    assert not copied.is_symlink() and copied.read_text() == "{}"

@@ -60,7 +60,7 @@ class Document:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}" if mark else ""
             reason = getattr(error, "problem", None) or str(error)
-            reason += ": indent with spaces, not with tabs" if "'\\t'" in reason else ""
+            reason += ": indent with spaces, not with tabs" if mark and _tab_at(text, mark) else ""
             raise RecipeError(f"{name}{place}: not a YAML recipe: {reason}") from None
         except (RecursionError, ValueError) as error:
             raise RecipeError(f"{name}: not a YAML recipe: {error}") from None
@@ -85,6 +85,12 @@ class Document:
                 break
             node = child
         return line
+
+
+def _tab_at(text: str, mark: yaml.Mark) -> bool:
+    """Whether what YAML stumbles over is a tab."""
+    lines = text.splitlines()
+    return mark.line < len(lines) and lines[mark.line][mark.column : mark.column + 1] == "\t"
 
 
 def _check_size(text: str, name: str) -> None:

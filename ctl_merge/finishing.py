@@ -1,4 +1,4 @@
-"""A merge whose weights are written: hashes, manifest, card, the rest."""
+"""What follows the weights: hashes, manifest, card, companions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of the Hub's cache, checked once against their published sha256."""
+"""Files of the Hub's cache, checked against their sha256."""
 
 from __future__ import annotations
 

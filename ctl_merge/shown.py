@@ -1,4 +1,4 @@
-"""Text as a terminal and a pasted report may have it."""
+"""Text that terminals and pasted reports may have."""
 
 from __future__ import annotations
 

@@ -539,7 +539,7 @@ def test_the_bases_that_a_card_states(card: str, expected: list[str], tmp_path: 
 def test_metadata_that_is_no_yaml_is_told(here: Path, base: Path) -> None:
     model(here / "a", card="base_model: *nothing")
     found = propose_recipe(["a", "base"])
-    assert "a: the metadata of README.md is not YAML: found undefined alias 'nothing'" in found.doubts
+    assert "a: the metadata of README.md is not YAML: found undefined alias" in found.doubts
 
 
 # ---- the Hub

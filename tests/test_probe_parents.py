@@ -145,8 +145,9 @@ def test_parents_of_the_same_name_are_kept_apart(tmp_path: Path) -> None:
         shutil.copytree(source, tmp_path / name / "model")
         parents.append(str(tmp_path / name / "model"))
     found = ctl_merge.probe_merged(str(folder), parents, BASE, **SMALL)
-    assert found.data["parents"] == parents
-    assert found.data["merges"][0]["effective_weight"] == pytest.approx(dict.fromkeys(parents, 0.5), abs=1e-4)
+    short = ["one/model", "two/model"]
+    assert found.data["parents"] == short
+    assert found.data["merges"][0]["effective_weight"] == pytest.approx(dict.fromkeys(short, 0.5), abs=1e-4)
 
 
 def test_a_merge_is_not_its_own_parent(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def run(command, tmp_path, **options):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ctl-merge") and ON_HUB not in c])
 def test_commands_run(command, tmp_path):
+    if "verify" in command:
+        run("ctl-merge recipes/quickstart/task_arithmetic.yaml -o merged", tmp_path)
     arguments, _ = run(command, tmp_path)
     if "report" in command:
         assert (tmp_path / "report" / "report.html").is_file()

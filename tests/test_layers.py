@@ -33,7 +33,7 @@ STAGES = {
         "reference tokenizer workers",
         "architecture chat_template devices hub_content rates sums tokenizer_files",
         "hub",
-        "checkpoint destination stacks",
+        "checkpoint destination stacks together",
         "hub_push low_rank parameter_names stored writer",
         "adapter_changes adapter_targets finished pickled",
         "adapter adapter_files shard_stream",

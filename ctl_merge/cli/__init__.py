@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import sys
 from typing import Annotated, Any
@@ -83,6 +84,9 @@ def root(
 
 def main() -> None:
     """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
+    gc.set_threshold(
+        100_000, 20, 20
+    )  # imports make a million objects that stay: looking for garbage took half a second
     try:
         app()
     except CtlMergeError as error:

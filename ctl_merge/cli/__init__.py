@@ -31,7 +31,6 @@ from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
 from ctl_merge.processes import launched, leave, report
 
-
 # Verbs that share their work among the processes of a launcher, and those that do none.
 _FOR_MANY = ("merge", "probe", "evaluate", "methods", "schema")
 

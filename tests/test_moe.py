@@ -476,8 +476,11 @@ def test_the_plan_tells_what_is_done(dense_models: Any) -> None:
     assert random["bytes"]["memory"] < summary["bytes"]["memory"]
 
 
-def test_the_command_line(dense_models: Any, tmp_path: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line(
+    dense_models: Any, tmp_path: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "moe.yaml").write_text(mixture(dense_models("llama"), "Mixtral"))
+    capsys.readouterr()  # what is said when the models are made
     monkeypatch.chdir(tmp_path)
     done = ctl("moe.yaml", "--dry-run")
     assert (done.code, done.err) == (0, "") and "computed here" in done.out

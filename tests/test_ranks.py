@@ -460,7 +460,6 @@ def test_two_agents_on_two_nodes(recipe: Path, tmp_path: Path) -> None:
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 ON_TEXTS = f"""\
-base_model: {QUICKSTART / "base"}
 models:
   - {{model: {QUICKSTART / "cycle"}, data: {QUICKSTART / "README.md"}, parameters: {{weight: 0.5}}}}
   - {{model: {QUICKSTART / "shift"}, data: {QUICKSTART / "tasks.py"}, parameters: {{weight: 0.5}}}}
@@ -483,7 +482,7 @@ KINDS = {
     "regmean": ("merge_method: regmean\n" + ON_TEXTS, []),
     "regmean of merged inputs": (f"merge_method: regmean\n{ON_TEXTS}".replace("24}", "24, inputs: merged}"), []),
     "fisher": ("merge_method: fisher\n" + ON_TEXTS, []),
-    "lot": ("merge_method: lot\n" + ON_TEXTS, []),
+    "lot": (f"merge_method: lot\nbase_model: {QUICKSTART / 'base'}\n{ON_TEXTS}", []),
     "experts": (EXPERTS, []),
     "slices": (STACK, []),
     "a probe": ((QUICKSTART / "ties.yaml").read_text().replace("model: ", f"model: {QUICKSTART}/")

@@ -562,6 +562,31 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(tmp_path
     assert contents(output) == expected
 
 
+@pytest.mark.launchers
+def test_a_rank_killed_on_one_node_ends_both_nodes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text("ties", family(tmp_path, layers=24, width=256), density=0.4, trim="model"))
+    output = tmp_path / "many" / "merged"
+    expected = alone(path.read_text(), tmp_path / "one" / "merged", "200KB")
+    command = [argument.replace(SHARDS, "200KB") for argument in torchrun(1, path, output, "--num-workers", "1")]
+    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29873", "--rdzv_id", "killed"]
+    agents = [
+        subprocess.Popen([*command[:3], *place, "--node_rank", str(node), "--local_addr", "127.0.0.1", *command[3:]])
+        for node in (0, 1)
+    ]
+    journal = output.with_name("merged.partial") / f"{JOURNAL}.1-of-2"
+    while not (journal.exists() and journal.read_text().count("\n") > 2):
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.005)
+    ranks = [child for agent in agents for child in psutil.Process(agent.pid).children()]
+    next(child for child in ranks if child.environ().get("RANK") == "1").send_signal(signal.SIGKILL)
+    assert all(agent.wait(timeout=120) for agent in agents)
+    assert not output.exists()
+    opened = Merge(parse_recipe(path.read_text()), max_shard_size="200KB")
+    assert opened.write(output, resume=True).resumed_tensors > 0
+    assert contents(output) == expected
+
+
 def test_errors_know_whether_all_raise_them() -> None:
     assert CtlMergeError("x").agreed is False
 

@@ -422,6 +422,7 @@ def torchrun(count: int, recipe: Path, output: Path, *options: str) -> list[str]
     return [*started, "--max-shard-size", SHARDS, *options]
 
 
+@pytest.mark.launchers
 def test_torchrun_merges_and_only_the_first_rank_speaks(recipe: Path, tmp_path: Path) -> None:
     expected = alone(recipe.read_text(), tmp_path / "one" / "merged")
     done = subprocess.run(torchrun(2, recipe, tmp_path / "many" / "merged"), capture_output=True, text=True)

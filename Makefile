@@ -9,7 +9,7 @@ demo: environment  ## merge the models that ship with the repository, and measur
 	$(BIN)/python recipes/quickstart/demo.py
 
 test: environment  ## the whole suite, a process for each core
-	$(BIN)/python -m pytest --numprocesses logical
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 launchers: environment  ## what the suite leaves out: several processes, killed ones, several machines
 	$(BIN)/python -m pytest -m launchers

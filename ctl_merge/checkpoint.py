@@ -18,6 +18,7 @@ from ctl_merge import hub
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.hub import HubSnapshot
+from ctl_merge.mapped import MappedFile
 from ctl_merge.reference import ModelRef
 
 # Elements of a tensor that are worked on at once. Several float64 copies of it stay in cache, and the allocator hands
@@ -109,6 +110,10 @@ class FileCheckpoint(Checkpoint):
     def stored(self, tensor: str) -> tuple[ModelRef, str]:
         """The checkpoint that holds a tensor, and its name there: this one, as a rule."""
         return self.ref, tensor
+
+    def mapped(self, tensor: str) -> MappedFile | None:
+        """The tensor's bytes as they lie in the file; None where they are to be read."""
+        return None
 
     def sources(self) -> dict[ModelRef, FileCheckpoint]:
         """The checkpoints in files that it is made of: itself, as a rule."""

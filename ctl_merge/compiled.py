@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.noise import PER_BLOCK, key_of
 from ctl_merge.methods.registry import Measure
@@ -21,7 +22,7 @@ from ctl_merge.token_rows import Input
 
 # Entries of a model from which on the loops are worth the second or two that it takes to load them: for a sum, which
 # torch does well, and for whatever goes over a chunk more often.
-LEAST_SUMMED, LEAST = 1 << 28, 1 << 25
+LEAST_SUMMED, LEAST = 1 << 26, 1 << 25
 # Entries of a tensor that are read at once. The loops cut them up themselves; larger pieces than elsewhere, as reading
 # and calling would else take longer than the arithmetic.
 LOOP_CHUNK = 1 << 19
@@ -33,6 +34,8 @@ _SUM, _ANCHORED, _AGREE = range(3)
 logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
+Mapped = Callable[[Input], MappedFile | None]
+Raw = tuple[np.ndarray, np.ndarray]  # as `ctl_merge.methods.kernels` has it
 
 
 def worthwhile(plan: Plan) -> bool:
@@ -57,22 +60,23 @@ class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
     `read(row, input, start)` fills a row with an input's values; `exact(input)` says whether these are stored in
-    bfloat16 and read as they are, so that the loop may decode them. Thread-safe.
+    bfloat16 and read as they are, so that the loop may decode them; `mapped(input)` gives such an input's bytes as they
+    lie in the file, or None. Thread-safe.
     """
 
-    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> None:
-        self._kernels, self._plan, self._read, self._exact = kernels, plan, read, exact
+    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> None:
+        self._kernels, self._plan, self._read, self._exact, self._mapped = kernels, plan, read, exact, mapped
         self._held = threading.local()
 
     @classmethod
-    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool]) -> CompiledLoops | None:
+    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> CompiledLoops | None:
         """None where numba does not work: a merge without it is slower, and the same."""
         try:
             from ctl_merge.methods import kernels
         except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
             logger.info("without compiled loops: %s", error)
             return None
-        return cls(kernels, plan, read, exact)
+        return cls(kernels, plan, read, exact, mapped)
 
     def merge(self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int) -> Tensor | None:
         """The entries of a tensor from `start` on, as many as `out` has.
@@ -84,10 +88,12 @@ class CompiledLoops:
         if prepared is None or start % PER_BLOCK:
             return None
         rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
-        raw, scratch = self._load(plan, start, out.numel(), decoded=not rounded)
-        rounded = raw.dtype != np.float64  # there is a loop from bfloat16 to bfloat16, and one from float64 to float64
-        merged = out if rounded else self._memory("merged", out.numel(), torch.float64)
-        words = self._memory("words", self._kernels.BLOCK // 2, torch.int64).numpy().view(np.uint64)
+        raw = self._load(plan, start, out.numel(), decoded=not rounded)
+        # There is a loop from bfloat16 to bfloat16, and one from float64 to float64.
+        merged = out if raw[1].dtype == np.uint16 else self._memory("merged", out.numel(), torch.float64)
+        block, rows = self._kernels.BLOCK, len(plan.everyone) + 4
+        words = self._memory("words", block // 2, torch.int64).numpy().view(np.uint64)
+        scratch = self._memory("scratch", rows * block, torch.float64).view(rows, block).numpy()
         undecided = self._kernels.merge_chunk(
             raw, plan.base is not None, start, _array(merged), scratch, words, *prepared
         )
@@ -97,12 +103,12 @@ class CompiledLoops:
         self, measure: Measure, plan: TensorPlan, results: Tensor | None, start: int, count: int, state: Tensor
     ) -> bool:
         """Add a chunk's counts to the state of a measure; false where NaN or infinity is among the inputs."""
-        raw, scratch = self._load(plan, start, count, decoded=False)
+        raw, keys = self._load(plan, start, count, decoded=False), self._keys()
         with_base = plan.base is not None
         if measure.compiled == "count_upper":
-            return not self._kernels.count_upper(raw, with_base, scratch, state.numpy())
+            return not self._kernels.count_upper(raw, with_base, count, keys, state.numpy())
         assert results is not None
-        return not self._kernels.count_lower(raw, with_base, scratch, results[..., 0].numpy(), state.numpy())
+        return not self._kernels.count_lower(raw, with_base, count, keys, results[..., 0].numpy(), state.numpy())
 
     def decode(self, plan: TensorPlan, start: int, stack: Tensor) -> bool:
         """Fill the float64 `stack` (inputs, n) from `start` on, the base subtracted from the others; false as `count`.
@@ -116,10 +122,10 @@ class CompiledLoops:
         raw = self._raw(plan, begin, count)
         return not self._kernels.decode_chunk(raw, plan.base is not None, start - begin, stack.numpy())
 
-    def _raw(self, plan: TensorPlan, start: int, count: int) -> np.ndarray:
+    def _raw(self, plan: TensorPlan, start: int, count: int) -> Raw:
         held = getattr(self._held, "raw", None)
         if held is None or held[0] is not plan or held[1:3] != (start, count):
-            raw, _ = self._load(plan, start, count, decoded=False)
+            raw = self._load(plan, start, count, decoded=False)
             held = self._held.raw = (plan, start, count, raw)
         return held[3]
 
@@ -150,16 +156,30 @@ class CompiledLoops:
             fused.divisors is not None, np.array(fused.divisors or ()),
         )  # fmt: skip
 
-    def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The inputs' values, (models, count), in bfloat16 if they are and need not be `decoded`; memory to work in."""
+    def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> Raw:
+        """The inputs' values, in bfloat16 if they are and need not be `decoded`; good until this thread's next."""
         self._held.raw = None  # whose memory this is
         parts = plan.everyone
-        dtype = torch.float64 if decoded or not all(map(self._exact, parts)) else torch.bfloat16
-        raw = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)
-        for row, part in zip(raw, parts, strict=True):
+        dtype = torch.float64
+        if not decoded and all(map(self._exact, parts)):
+            dtype = torch.bfloat16
+            pieces = [file and file.bytes(2 * start, 2 * count) for file in self._files(plan)]
+            if all(piece is not None for piece in pieces):
+                return _addresses(pieces), np.empty(0, np.uint16)
+        rows = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)
+        for row, part in zip(rows, parts, strict=True):
             self._read(row, part, start)
-        scratch = self._memory("scratch", (len(parts) + 4) * self._kernels.BLOCK, torch.float64)
-        return _array(raw), scratch.view(-1, self._kernels.BLOCK).numpy()
+        return _addresses(_array(rows)), _array(rows)[0, :0]
+
+    def _files(self, plan: TensorPlan) -> list[MappedFile | None]:
+        """The inputs' bytes in their files: mapped once for all passes over a tensor."""
+        held = getattr(self._held, "files", None)
+        if held is None or held[0] is not plan:
+            held = self._held.files = (plan, [self._mapped(part) for part in plan.everyone])
+        return held[1]
+
+    def _keys(self) -> np.ndarray:
+        return self._memory("keys", self._kernels.BLOCK, torch.int32).numpy().view(np.uint32)
 
     def _memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
         """This thread's memory for a use."""
@@ -172,6 +192,10 @@ class CompiledLoops:
 def _limits(chances: Any) -> np.ndarray:
     """Below which of 2^24 an entry's random bits must be: the chance in float32, as the plain definition has it."""
     return np.array([math.ceil(float(np.float32(chance)) * 2**24) for chance in chances], np.int32)
+
+
+def _addresses(rows: Any) -> np.ndarray:
+    return np.array([row.ctypes.data for row in rows], np.int64)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

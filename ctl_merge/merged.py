@@ -17,6 +17,7 @@ from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, working_bytes, worthwhile
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
+from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
@@ -77,7 +78,7 @@ class MergedCheckpoint(Checkpoint):
     @cached_property
     def _loops(self) -> CompiledLoops | None:
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
-        return CompiledLoops.load(self.plan, self.fill, self._is_plain) if self.has_loops else None
+        return CompiledLoops.load(self.plan, self.fill, self._is_plain, self._mapped) if self.has_loops else None
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -153,6 +154,9 @@ class MergedCheckpoint(Checkpoint):
     def _is_plain(self, part: Input) -> bool:
         """Whether an input's values are stored in bfloat16, and read as they are."""
         return part.rows is None and self._checkpoints[part.model].stored_as(part.tensor) == "BF16"
+
+    def _mapped(self, part: Input) -> MappedFile | None:
+        return self._checkpoints[part.model].mapped(part.tensor)
 
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """What is computed at once for the entries [start, stop): chunks of them, or the whole blocks that they lie in.
@@ -230,10 +234,7 @@ class MergedCheckpoint(Checkpoint):
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
         key = id(plan.parameters)
         if key not in self._columns:
-            self._columns[key] = {
-                name: torch.tensor(value, dtype=torch.float64) if _numeric(value) else value
-                for name, value in plan.parameters.items()
-            }
+            self._columns[key] = self._columns_of(plan)
         ones = [1] * (stack.ndim - 1)
         arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns[key].items()}
         if self.method.random:
@@ -321,6 +322,10 @@ class MergedCheckpoint(Checkpoint):
             self._of_tensor[plan.name] = results
         return self._of_tensor[plan.name]
 
+    def _columns_of(self, plan: TensorPlan) -> dict[str, Any]:
+        """The parameters, per-model ones as float64 columns (models,)."""
+        return {n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()}
+
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure = self.method.measures[name]
         if measure.compiled and self._by_loops(plan) and self._loops is not None:
@@ -346,8 +351,7 @@ class MergedCheckpoint(Checkpoint):
 
     def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:
         measure: Measure = self.method.measures[name]
-        arguments = {n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()}
-        return measure.conclude(state, numel, **arguments, **results)
+        return measure.conclude(state, numel, **self._columns_of(plan), **results)
 
     def measured(self) -> dict[str, Results]:
         """The measures' results for every merged tensor; those not read yet are measured now."""

@@ -195,9 +195,8 @@ class Merge:
         """
         target = OutputFolder(Path(output), overwrite=overwrite, resume=resume)
         ranks.at_first(lambda: self.check_output(target, bool(stream)))
-        if ranks.count > 1 and (stream or self.lora):
-            what = "a streamed upload" if stream else "an adapter"
-            raise DeviceError(f"{what} is the work of one process: run this without a launcher")
+        if stream or self.lora:
+            ranks.require_alone("a streamed upload" if stream else "an adapter")
         if self.lora:
             manifest = write_merged_adapter(
                 self, self.lora, target, self.fingerprint(), hash_files=hash_files, meter=meter, attach=attach

@@ -68,6 +68,13 @@ class Ranks:
         """Take a step that the first process alone takes, while the others wait."""
         return self.together(lambda: step() if self.first else None)
 
+    def require_alone(self, what: str) -> None:
+        """Refuse several processes. Raises DeviceError, on all of them."""
+        if self.count > 1:
+            error = DeviceError(f"{what} is the work of one process: run it without a launcher")
+            error.agreed = True
+            raise error
+
 
 def _agreed(problems: Sequence[CtlMergeError | None]) -> CtlMergeError:
     """The problems of all processes as one, which all of them raise."""

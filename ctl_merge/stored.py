@@ -19,6 +19,7 @@ from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_header, parse_length
+from ctl_merge.mapped import MappedFile
 from ctl_merge.reference import ModelRef, near_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -70,6 +71,16 @@ class StoredCheckpoint(FileCheckpoint):
                 staged = self._stage(end - begin, dtype)
                 self._read_bytes(descriptor, raw_bytes(staged), offset + begin * dtype.itemsize, file, tensor)
                 out[begin:end].copy_(staged)
+        finally:
+            os.close(descriptor)
+
+    def mapped(self, tensor: str) -> MappedFile | None:
+        file, offset = self._place[tensor]
+        descriptor = self._open(file)
+        try:
+            return MappedFile(descriptor, offset, self.tensors[tensor].nbytes)
+        except (OSError, ValueError):
+            return None
         finally:
             os.close(descriptor)
 

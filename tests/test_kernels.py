@@ -164,17 +164,23 @@ def test_words_are_numpys():
         np.testing.assert_array_equal(words, wanted)
 
 
+def rows_of(stack: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What the loops take, of a float64 (models, n)."""
+    rows = stack.numpy()
+    return np.array([row.ctypes.data for row in rows], np.int64), rows[0, :0]
+
+
 @pytest.mark.parametrize("count", [1, 2047, 2048, 6001])
 def test_counts_are_those_of_the_definition(count):
     deltas = torch.stack([values((count,), seed, torch.float64) for seed in (1, 2)])
-    scratch = np.empty((6, kernels.BLOCK))
+    keys, raw = np.empty(kernels.BLOCK, np.uint32), rows_of(deltas)
     upper = np.zeros((2, 1 << 15), np.int64)
-    assert not kernels.count_upper(deltas.numpy(), False, scratch, upper)
+    assert not kernels.count_upper(raw, False, count, keys, upper)
     wanted = count_upper(deltas.abs())
     np.testing.assert_array_equal(upper, wanted.numpy())
     bins = locate(wanted, torch.tensor([[1, (count + 1) // 2]]))
     lower = np.zeros((2, 2, 1 << 16), np.int64)
-    assert not kernels.count_lower(deltas.numpy(), False, scratch, bins[..., 0].numpy(), lower)
+    assert not kernels.count_lower(raw, False, count, keys, bins[..., 0].numpy(), lower)
     np.testing.assert_array_equal(lower, count_lower(deltas.abs(), bins).numpy())
 
 

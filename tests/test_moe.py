@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command import Ctl
 from found_models import write_found
 from hub_server import HubServer, use_hub
 from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
-from test_output import CTL_MERGE, Killed, contents, raising
+from test_output import Killed, contents, raising
 from tiny_architectures import VOCABULARY, build, finetune, load_whole
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -476,12 +476,16 @@ def test_the_plan_tells_what_is_done(dense_models: Any) -> None:
     assert random["bytes"]["memory"] < summary["bytes"]["memory"]
 
 
-def test_the_command_line(dense_models: Any, tmp_path: Path) -> None:
+def test_the_command_line(
+    dense_models: Any, tmp_path: Path, ctl: Ctl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "moe.yaml").write_text(mixture(dense_models("llama"), "Mixtral"))
-    done = subprocess.run([*CTL_MERGE, "moe.yaml", "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "computed here" in done.stdout
-    done = subprocess.run([*CTL_MERGE, "moe.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    capsys.readouterr()  # what is said when the models are made
+    monkeypatch.chdir(tmp_path)
+    done = ctl("moe.yaml", "--dry-run")
+    assert (done.code, done.err) == (0, "") and "computed here" in done.out
+    done = ctl("moe.yaml")
+    assert done.code == 0, done.err
     load_whole("mixtral", tmp_path / "moe")
     assert "\n- moe\n" in (tmp_path / "moe" / "README.md").read_text()
     written = (tmp_path / "moe" / "ctl_merge_recipe.yaml").read_text()  # it names local models without their paths

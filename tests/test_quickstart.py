@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
+import exact_match  # noqa: E402
 import tasks  # noqa: E402
 
 COUNT = 200
@@ -26,8 +26,7 @@ def scores(tmp_path_factory) -> dict[str, dict[str, float]]:
     parents = [QUICKSTART / name for name in ("base", "cycle", "shift", "cycle-lora")]
     merged = sorted(path for path in output.iterdir())
     assert [path.name for path in merged] == sorted(path.stem for path in QUICKSTART.glob("*.yaml"))
-    command = [sys.executable, QUICKSTART / "exact_match.py", "--json", "--count", str(COUNT), *parents, *merged]
-    rows = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows = [exact_match.measure(folder, tasks.TASKS, COUNT) for folder in (*parents, *merged)]
     return {row["model"]: row["exact_match"] for row in rows}
 
 

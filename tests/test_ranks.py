@@ -17,6 +17,7 @@ import pytest
 import thread_ranks
 import torch
 from checkpoints import recipe_text, write_checkpoint
+from command import Ctl
 from typer.testing import CliRunner
 
 from ctl_merge import identity, merging, parts, processes
@@ -421,6 +422,7 @@ def torchrun(count: int, recipe: Path, output: Path, *options: str) -> list[str]
     return [*started, "--max-shard-size", SHARDS, *options]
 
 
+@pytest.mark.launchers
 def test_torchrun_merges_and_only_the_first_rank_speaks(recipe: Path, tmp_path: Path) -> None:
     expected = alone(recipe.read_text(), tmp_path / "one" / "merged")
     done = subprocess.run(torchrun(2, recipe, tmp_path / "many" / "merged"), capture_output=True, text=True)
@@ -457,6 +459,78 @@ def test_two_agents_on_two_nodes(recipe: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "many" / "merged") == expected
 
 
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
+ON_TEXTS = f"""\
+models:
+  - {{model: {QUICKSTART / "cycle"}, data: {QUICKSTART / "README.md"}, parameters: {{weight: 0.5}}}}
+  - {{model: {QUICKSTART / "shift"}, data: {QUICKSTART / "tasks.py"}, parameters: {{weight: 0.5}}}}
+data: {{sequences: 6, length: 24}}
+"""
+EXPERTS = f"""\
+base_model: {QUICKSTART / "base"}
+gate_mode: hidden
+experts:
+  - {{source_model: {QUICKSTART / "cycle"}, positive_prompts: ["cycle: ab"]}}
+  - {{source_model: {QUICKSTART / "shift"}, positive_prompts: ["shift: ab"]}}
+"""
+STACK = f"""\
+merge_method: passthrough
+slices:
+  - sources: [{{model: {QUICKSTART / "cycle"}, layer_range: [0, 3]}}]
+  - sources: [{{model: {QUICKSTART / "shift"}, layer_range: [2, 6]}}]
+"""
+KINDS = {
+    "regmean": ("merge_method: regmean\n" + ON_TEXTS, []),
+    "regmean of merged inputs": (f"merge_method: regmean\n{ON_TEXTS}".replace("24}", "24, inputs: merged}"), []),
+    "fisher": ("merge_method: fisher\n" + ON_TEXTS, []),
+    "lot": (f"merge_method: lot\nbase_model: {QUICKSTART / 'base'}\n{ON_TEXTS}", []),
+    "experts": (EXPERTS, []),
+    "slices": (STACK, []),
+    "a probe": ((QUICKSTART / "ties.yaml").read_text().replace("model: ", f"model: {QUICKSTART}/")
+                .replace(": base", f": {QUICKSTART}/base") + "probe: {sequences: 20, length: 32}\n", ["--probe"]),
+}  # fmt: skip
+
+
+@pytest.mark.launchers
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_merged_ranks_write_the_same(kind: str, tmp_path: Path, ctl: Ctl) -> None:
+    written, options = KINDS[kind]
+    (tmp_path / "recipe.yaml").write_text(written)
+    done = ctl(tmp_path / "recipe.yaml", "-o", tmp_path / "one" / "merged", "--max-shard-size", "500KB", *options)
+    assert done.code == 0, done.err
+    command = torchrun(2, tmp_path / "recipe.yaml", tmp_path / "many" / "merged", *options)
+    command[command.index(SHARDS)] = "500KB"
+    subprocess.run(command, check=True)
+    assert contents(tmp_path / "many" / "merged") == contents(tmp_path / "one" / "merged")
+
+
+@pytest.mark.launchers
+def test_a_probe_by_ranks_speaks_once_and_finds_the_same(tmp_path: Path, ctl: Ctl) -> None:
+    arguments = ["probe", str(QUICKSTART / "ties.yaml"), "--sequences", "20", "--length", "32"]
+    alone = ctl(*arguments, "-o", tmp_path / "one")
+    command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "ctl_merge", *arguments, "-o", str(tmp_path / "many")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.replace("many", "one") == alone.out
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+@pytest.mark.launchers
+def test_an_adapter_and_work_of_one_process_are_refused_once(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {QUICKSTART / 'base'}\noutput: lora\n"
+        f"models: [{{model: {QUICKSTART / 'base'}+{QUICKSTART / 'cycle-lora'}, parameters: {{weight: 1}}}}]\n"
+    )
+    finalize = [*TORCHRUN, "--nproc_per_node", "2", "-m", "ctl_merge", "finalize", str(recipe)]
+    for command, what in (
+        (torchrun(2, recipe, tmp_path / "merged"), "an adapter"), (finalize, "`ctl-merge finalize`"),
+    ):  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode != 0
+        assert done.stderr.count(f"error: {what} is the work of one process: run it without a launcher") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 @pytest.mark.launchers
 def test_accelerate_launch_on_the_cpu_is_refused(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "ctl_merge"]
@@ -486,6 +560,31 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_goes_on(tmp_path
     again = [argument.replace(SHARDS, "200KB") for argument in torchrun(3, path, output, "--resume", "--json")]
     done = subprocess.run(again, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["method"] == "ties"
+    assert contents(output) == expected
+
+
+@pytest.mark.launchers
+def test_a_rank_killed_on_one_node_ends_both_nodes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text("ties", family(tmp_path, layers=24, width=256), density=0.4, trim="model"))
+    output = tmp_path / "many" / "merged"
+    expected = alone(path.read_text(), tmp_path / "one" / "merged", "200KB")
+    command = [argument.replace(SHARDS, "200KB") for argument in torchrun(1, path, output, "--num-workers", "1")]
+    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29873", "--rdzv_id", "killed"]
+    agents = [
+        subprocess.Popen([*command[:3], *place, "--node_rank", str(node), "--local_addr", "127.0.0.1", *command[3:]])
+        for node in (0, 1)
+    ]
+    journal = output.with_name("merged.partial") / f"{JOURNAL}.1-of-2"
+    while not (journal.exists() and journal.read_text().count("\n") > 2):
+        assert all(agent.poll() is None for agent in agents)
+        time.sleep(0.005)
+    ranks = [child for agent in agents for child in psutil.Process(agent.pid).children()]
+    next(child for child in ranks if child.environ().get("RANK") == "1").send_signal(signal.SIGKILL)
+    assert all(agent.wait(timeout=120) for agent in agents)
+    assert not output.exists()
+    opened = Merge(parse_recipe(path.read_text()), max_shard_size="200KB")
+    assert opened.write(output, resume=True).resumed_tensors > 0
     assert contents(output) == expected
 
 

@@ -59,21 +59,19 @@ def test_make_targets_exist():
     assert all(re.search(rf"^{command.split()[1]}:", rules, re.MULTILINE) for command in set(COMMANDS) & MAKE)
 
 
-def run(command, tmp_path, **options):
+def arguments_of(command, tmp_path):
     written = ("merged", "report", "recipe.yaml", "adapter")
-    arguments = [str(tmp_path / a) if a in written else a for a in command.split()[1:]]
-    done = subprocess.run(
-        [sys.executable, "-m", "ctl_merge", *arguments], cwd=readme.ROOT, capture_output=True, text=True, **options
-    )
-    assert done.returncode == 0, done.stderr
-    return arguments, done.stdout
+    return [str(tmp_path / a) if a in written else a for a in command.split()[1:]]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("ctl-merge") and ON_HUB not in c])
-def test_commands_run(command, tmp_path):
-    if "verify" in command:
-        run("ctl-merge recipes/quickstart/task_arithmetic.yaml -o merged", tmp_path)
-    arguments, _ = run(command, tmp_path)
+def test_commands_run(command, tmp_path, ctl, monkeypatch):
+    monkeypatch.chdir(readme.ROOT)
+    before = ["ctl-merge recipes/quickstart/task_arithmetic.yaml -o merged"] if "verify" in command else []
+    for each in (*before, command):
+        arguments = arguments_of(each, tmp_path)
+        done = ctl(*arguments)
+        assert done.code == 0, done.err
     if "report" in command:
         assert (tmp_path / "report" / "report.html").is_file()
     elif "init" in command:
@@ -87,7 +85,12 @@ def test_commands_run(command, tmp_path):
 def test_commands_on_the_hub_run(tmp_path):
     with HubServer() as hub:
         environment = hub_environment(hub, tmp_path) | {"HF_TOKEN": TOKEN}
-        said = [run(command, tmp_path, env=environment)[1] for command in COMMANDS if ON_HUB in command]
+        said = []
+        for command in (command for command in COMMANDS if ON_HUB in command):
+            arguments = [sys.executable, "-m", "ctl_merge", *arguments_of(command, tmp_path)]
+            done = subprocess.run(arguments, cwd=readme.ROOT, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout)
         assert len(hub.repos[ON_HUB].log) == 2  # its beginning and one commit
     assert said[-1].startswith("byte-identical")
 

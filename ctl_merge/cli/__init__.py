@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import sys
 from typing import Annotated, Any
@@ -29,7 +30,10 @@ from ctl_merge.cli import (
 )
 from ctl_merge.cli.arguments import VERBS
 from ctl_merge.errors import CtlMergeError
-from ctl_merge.processes import leave, report
+from ctl_merge.processes import launched, leave, report
+
+# Verbs that share their work among the processes of a launcher, and those that do none.
+_FOR_MANY = ("merge", "probe", "evaluate", "methods", "schema")
 
 
 class RecipeFirst(TyperGroup):
@@ -74,15 +78,20 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand not in _FOR_MANY:
+        launched().require_alone(f"`ctl-merge {ctx.invoked_subcommand}`")
 
 
 def main() -> None:
     """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
+    gc.set_threshold(
+        100_000, 20, 20
+    )  # imports make a million objects that stay: looking for garbage took half a second
     try:
         app()
     except CtlMergeError as error:

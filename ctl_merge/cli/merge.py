@@ -112,8 +112,9 @@ def merge(
     if push_to_hub:
         from ctl_merge.publishing import Upload, destination
 
-        to = destination(push_to_hub, private, revision, create_pr, commit_message)
-        upload = ranks.at_first(lambda: Upload(to, stream_upload))
+        upload = ranks.at_first(
+            lambda: Upload(destination(push_to_hub, private, revision, create_pr, commit_message), stream_upload)
+        )
     try:
         if shard_rank is not None:
             _write_part(opened, target, shard_rank, world, overwrite, told, as_json, quiet)
@@ -169,7 +170,7 @@ def probing(
     """
     from ctl_merge.probing import api
 
-    api.check_opened(opened, trust_remote_code)  # before hours of writing
+    ranks.together(lambda: api.check_opened(opened, trust_remote_code))  # before hours of writing
 
     def attach(folder: Path) -> str:
         from ctl_merge.probing.section import markdown

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
 from ctl_merge.cli.terminal import configure, meter, print_table
+from ctl_merge.processes import launched
 
 
 class ManyModels(TyperCommand):
@@ -85,26 +86,30 @@ def probe(
     as_json: JsonFlag = False,
 ) -> None:
     """Probe Cross-Task Linearity of a merge, block by block: what mixes linearly, what does not, and what it costs."""
-    configure()
-    if output is not None:
-        check_folder(output)
     for recipe in recipes or []:
         require_recipe(recipe)
     from ctl_merge.probing import api
 
+    ranks = launched()
+    configure(quiet=not ranks.first)
+    if output is not None:
+        ranks.at_first(lambda: check_folder(output))
+    told = meter(not ranks.first)
     options = api.Options(
         sequences=sequences or 64, length=length, batch=batch, device_map=device_map, max_memory=max_memory,
         blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     if recipes and not (models or merged):
-        report = api.probe_recipes(recipes, data or [], options, sequences, length, base, meter=meter())
+        report = api.probe_recipes(recipes, data or [], options, sequences, length, base, meter=told)
     elif merged is not None and not recipes:
-        report = api.probe_merged(merged, models or [], base, data or [], options=options, meter=meter())
+        report = api.probe_merged(merged, models or [], base, data or [], options=options, meter=told)
     elif models and base and not recipes:
-        report = api.probe_pair(models, base, data or [], options=options, meter=meter())
+        report = api.probe_pair(models, base, data or [], options=options, meter=told)
     else:
         raise typer.BadParameter("give a RECIPE, or --models A B --base C, or --merged FOLDER")
+    if not ranks.first:
+        return
     if output:
         report.save(output)
     if as_json:

@@ -1,9 +1,11 @@
 """Compiled loops over chunks, bit for bit the plain definitions.
 
 Each goes once over the models' stored values, in blocks that stay in cache: decode to float64, subtract the base,
-keep, combine, add the base, round. They do the same operations in the same order as the torch functions beside which
-they stand. What those treat specially (NaN and infinity, values near the end of the output's range) they only find:
-the caller then asks the plain definition. All in one file, as numba's cache sees the changes of one file only.
+keep, combine, add the base, round. `raw` is (addresses, array): where the values of each model begin, the base's last,
+and an array of their dtype, bfloat16 as uint16. The loops do the same operations in the same order as the torch
+functions beside which they stand. What those treat specially (NaN and infinity, values near the end of the output's
+range) they only find: the caller then asks the plain definition. All in one file, as numba's cache sees the changes of
+one file only.
 """
 
 from __future__ import annotations
@@ -12,10 +14,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
-BLOCK = 2048  # entries: a block of every model in float64 stays in the second level of cache
+BLOCK = 1024  # entries: a block of every model in float64 stays in the caches of a core
 
 # What `ctl_merge.compiled` numbers so.
 SUM, ANCHORED, AGREE = 0, 1, 2
@@ -67,33 +69,21 @@ def _high_word(context, one, other):
     return types.uint64(types.uint64, types.uint64), generate
 
 
-def _decode(row: Any, out: Any) -> bool:
-    """Stored values as float64; whether NaN or infinity is among them."""
-    raise NotImplementedError  # by `overload`, for bfloat16 (as uint16) and float64
+@intrinsic
+def _pointer(context, address, like):
+    """Where a row of the array's dtype lies."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(address, like), generate
 
 
-@overload(_decode)
-def _decode_overload(row, out):
-    if row.dtype == types.uint16:
-
-        def decode(row, out):
-            bad = np.uint16(0)
-            for i in range(row.size):
-                bits = row[i]
-                bad |= np.uint16((bits & np.uint16(0x7F80)) == np.uint16(0x7F80))
-                out[i] = np.float64(_bits_to_float32(np.uint32(bits) << np.uint32(16)))
-            return bad != 0
-    else:
-
-        def decode(row, out):
-            bad = np.uint64(0)
-            end = np.uint64(0x7FF0000000000000)
-            for i in range(row.size):
-                bad |= np.uint64((_float64_to_bits(row[i]) & end) == end)
-                out[i] = row[i]
-            return bad != 0
-
-    return decode
+@_compiled
+def _row(raw, model, start, stop):
+    """Entries [start, stop) of a model's stored values, `raw` being (addresses, an array of their dtype)."""
+    addresses, like = raw
+    return carray(_pointer(addresses[model] + start * like.itemsize, like), (stop - start,))
 
 
 def _encode(merged: Any, out: Any) -> bool:
@@ -124,19 +114,63 @@ def _encode_overload(merged, out):
     return encode
 
 
+def _value(stored: Any) -> Any:
+    """As float64."""
+    raise NotImplementedError
+
+
+@overload(_value)
+def _value_overload(stored):
+    if stored == types.uint16:
+        return lambda stored: np.float64(_bits_to_float32(np.uint32(stored) << np.uint32(16)))
+    return lambda stored: stored
+
+
+def _end(stored: Any) -> Any:
+    """Whether it is NaN or infinity, as a number as wide as it is itself: what is then added up stays vectorised."""
+    raise NotImplementedError
+
+
+@overload(_end)
+def _end_overload(stored):
+    if stored == types.uint16:
+        return lambda stored: np.uint16((stored & np.uint16(0x7F80)) == np.uint16(0x7F80))
+    end = np.uint64(0x7FF0000000000000)
+    return lambda stored: np.uint64((_float64_to_bits(stored) & end) == end)
+
+
+@_compiled
+def _decode(row, out):
+    """Stored values as float64; whether NaN or infinity is among them."""
+    bad = _end(row[0])
+    for i in range(row.size):
+        bad |= _end(row[i])
+        out[i] = _value(row[i])
+    return bad != 0
+
+
+@_compiled
+def _decode_less(row, base, out):
+    """As `_decode`, less the base."""
+    bad = _end(row[0])
+    for i in range(row.size):
+        bad |= _end(row[i])
+        out[i] = _value(row[i]) - base[i]
+    return bad != 0
+
+
 @_compiled
 def _load(raw, with_base, start, stop, stack, base):
-    """A block of every model into `stack`, less the base, which is the last row of `raw`."""
-    models = raw.shape[0] - 1 if with_base else raw.shape[0]
+    """A block of every model into `stack`, less the base, which is the last of `raw`."""
+    models = raw[0].size - 1 if with_base else raw[0].size
     count, bad = stop - start, False
     if with_base:
-        bad |= _decode(raw[models, start:stop], base[:count])
+        bad |= _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
-        row = stack[model]
-        bad |= _decode(raw[model, start:stop], row[:count])
-        if with_base:
-            for i in range(count):
-                row[i] -= base[i]
+        row = _row(raw, model, start, stop)
+        bad |= (
+            _decode_less(row, base[:count], stack[model, :count]) if with_base else _decode(row, stack[model, :count])
+        )
     return bad
 
 
@@ -146,7 +180,7 @@ def decode_chunk(raw, with_base, start, stack):
 
     True if NaN or infinity is among them.
     """
-    models = raw.shape[0] - 1
+    models = raw[0].size - 1
     for begin in range(0, stack.shape[1], BLOCK):
         end = min(begin + BLOCK, stack.shape[1])
         piece = stack[:, begin:end]
@@ -251,8 +285,10 @@ def _agree(stack, count, factors, elect, divide, merged, sign, share):
             share[i] = counted if model == 0 else share[i] + counted
     for i in range(count):
         merged[i] *= sign[i]
-        if divide != BY_NOTHING:
-            merged[i] /= max(share[i], least)
+    if divide != BY_NOTHING:
+        for i in range(count):  # max() would mind NaN, which takes four times as long
+            part = share[i]
+            merged[i] /= part if part > least else least
 
 
 @_compiled
@@ -260,7 +296,7 @@ def merge_chunk(
     raw, with_base, first, out, scratch, words, combine, elect, divide, factors, anchor, total, scale,
     trims, above, upto, drops, keys, limits, divides, divisors,
 ):  # fmt: skip
-    """Merge a chunk of the stored values `raw` (models, n), a base as the last row, into `out` (n,).
+    """Merge a chunk of the stored values `raw`, a base as the last of them, into `out` (n,).
 
     `first` is the chunk's first entry in its tensor, a multiple of eight where entries are dropped at random.
     `scratch` (models + 4, BLOCK) float64 and `words` (BLOCK / 2,) uint64 are memory to work in; for the rest see
@@ -303,35 +339,73 @@ def merge_chunk(
 # ---- counting
 
 
+def _key(value: Any, base: Any) -> Any:
+    """The bits of |value - base| in float32, which order as it does."""
+    raise NotImplementedError
+
+
+@overload(_key)
+def _key_overload(value, base):
+    if value == types.uint16:
+        # Rounded once: the difference of two bfloat16 rounds to the same float32 by way of float64.
+        def key(value, base):
+            one = _bits_to_float32(np.uint32(value) << np.uint32(16))
+            other = _bits_to_float32(np.uint32(base) << np.uint32(16))
+            return _float32_to_bits(one - other) & np.uint32(0x7FFFFFFF)
+    else:
+
+        def key(value, base):
+            return _float32_to_bits(np.float32(abs(value - base)))
+
+    return key
+
+
 @_compiled
-def count_upper(raw, with_base, scratch, counts):
-    """How often each upper half of the bits of |d| in float32 occurs, added to `counts` (models, 32768)."""
-    models = counts.shape[0]
-    for start in range(0, raw.shape[1], BLOCK):
-        stop = min(start + BLOCK, raw.shape[1])
-        if _load(raw, with_base, start, stop, scratch, scratch[models]):
-            return True
-        for model in range(models):
-            row, found = scratch[model], counts[model]
+def _keys(raw, model, with_base, start, stop, keys):
+    """Those of a block of one model, or of its difference from the base; whether NaN or infinity is among them."""
+    row = _row(raw, model, start, stop)
+    bad = _end(row[0])
+    if with_base:
+        base = _row(raw, raw[0].size - 1, start, stop)
+        for i in range(row.size):
+            bad |= _end(row[i]) | _end(base[i])
+            keys[i] = _key(row[i], base[i])
+    else:
+        nothing = np.zeros(1, row.dtype)[0]
+        for i in range(row.size):
+            bad |= _end(row[i])
+            keys[i] = _key(row[i], nothing)
+    return bad != 0
+
+
+@_compiled
+def count_upper(raw, with_base, size, keys, counts):
+    """How often each upper half of the bits of |d| in float32 occurs, added to `counts` (models, 32768).
+
+    Of `size` entries; `keys` (BLOCK,) uint32 is memory to work in.
+    """
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        for model in range(counts.shape[0]):
+            if _keys(raw, model, with_base, start, stop, keys):
+                return True
+            found = counts[model]
             for i in range(stop - start):
-                found[_float32_to_bits(np.float32(abs(row[i]))) >> np.uint32(16)] += 1
+                found[keys[i] >> np.uint32(16)] += 1
     return False
 
 
 @_compiled
-def count_lower(raw, with_base, scratch, bins, counts):
+def count_lower(raw, with_base, size, keys, bins, counts):
     """Within each of the `bins` (models, k), how often each lower half occurs, added to `counts` (models, k, 65536)."""
-    models = counts.shape[0]
-    for start in range(0, raw.shape[1], BLOCK):
-        stop = min(start + BLOCK, raw.shape[1])
-        if _load(raw, with_base, start, stop, scratch, scratch[models]):
-            return True
-        for model in range(models):
-            row = scratch[model]
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        for model in range(counts.shape[0]):
+            if _keys(raw, model, with_base, start, stop, keys):
+                return True
             for chosen in range(bins.shape[1]):
                 wanted, found = np.uint32(bins[model, chosen]), counts[model, chosen]
                 for i in range(stop - start):
-                    key = _float32_to_bits(np.float32(abs(row[i])))
-                    if key >> np.uint32(16) == wanted:
-                        found[key & np.uint32(0xFFFF)] += 1
+                    if keys[i] >> np.uint32(16) == wanted:
+                        found[keys[i] & np.uint32(0xFFFF)] += 1
     return False

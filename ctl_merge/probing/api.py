@@ -58,7 +58,7 @@ def probe(
     ['model.layers.0', 'model.layers.1']
     """
     several: Sequence[Any] = recipe if isinstance(recipe, list | tuple) else [recipe]
-    opened = [r if isinstance(r, Merge) else Merge(r) for r in several]
+    opened = launched().together(lambda: [r if isinstance(r, Merge) else Merge(r) for r in several])
     names = [MERGED] if len(opened) == 1 else [Path(merge.recipe.name).stem for merge in opened]
     merges = dict(zip(names, opened, strict=True))
     if len(merges) < len(opened):
@@ -77,7 +77,7 @@ def probe_pair(
     """The paper's sweep: α θ_i + (1 - α) θ_j for two finetunes of a base, all α in one run."""
     if len(models) != 2:
         raise ProbeError(f"a sweep over α takes two models, not {len(models)}: write a recipe for more")
-    merges = {f"α = {a:g}": Merge(_pair_recipe(models, base, a)) for a in alphas}
+    merges = launched().together(lambda: {f"α = {a:g}": Merge(_pair_recipe(models, base, a)) for a in alphas})
     notes = {f"α = {a:g}": {"method": "task_arithmetic", "alpha": float(a)} for a in alphas}
     middle = min(alphas, key=lambda a: abs(a - 0.5))
     return _run(merges, notes, f"α = {middle:g}", data, options or Options(**how), meter)
@@ -88,7 +88,7 @@ def probe_recipes(
     base: str | None = None, meter: Meter = no_meter,
 ) -> ProbeReport:  # fmt: skip
     """Probe recipe files; what is not given here comes from the first one's `probe:` section."""
-    recipe = load_recipe(paths[0])
+    recipe = launched().together(lambda: load_recipe(paths[0]))
     section = recipe.probe or _DEFAULTS
     how = replace(
         _with_flags(options, section), sequences=sequences or section.sequences, length=length or section.length

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
-from ctl_merge.errors import DeviceError
 from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.observer import Observations, Rider, Subject
-from ctl_merge.probing.run import Running, observe
+from ctl_merge.probing.run import Running, batch_size, observe
 from ctl_merge.processes import Ranks
 
 
@@ -23,17 +22,22 @@ def observed(
     def told_of_all(count: int) -> None:
         told(count * ranks.count)
 
-    return gather(observe(subject, riders, share(sets, ranks), running, told_of_all), ranks)
+    return gather(observe(subject, riders, share(sets, running.batch, ranks), running, told_of_all), ranks)
 
 
-def share(sets: Sequence[TokenSet], ranks: Ranks) -> list[TokenSet]:
-    """This rank's consecutive part of every set's sequences."""
+def share(sets: Sequence[TokenSet], batch: int, ranks: Ranks) -> list[TokenSet]:
+    """This rank's consecutive part of every set's sequences: whole batches, as a sum depends on a batch's size.
+
+    Sets of which nothing is left for this rank are not among them.
+    """
     found = []
     for tokens in sets:
-        bounds = [len(tokens.ids) * r // ranks.count for r in (ranks.index, ranks.index + 1)]
-        if bounds[0] == bounds[1]:
-            raise DeviceError(f"{tokens.name} has {len(tokens.ids)} sequences, too few for {ranks.count} processes")
+        size = batch_size(tokens, batch)
+        batches = -(-len(tokens.ids) // size)
+        bounds = [size * -(-batches * r // ranks.count) for r in (ranks.index, ranks.index + 1)]
         part = slice(*bounds)
+        if not len(tokens.ids[part]):
+            continue
         first = tokens.ids[:1] if bounds[0] else None
         found.append(replace(tokens, ids=tokens.ids[part], strata=tokens.strata[part], first=first))
     return found
@@ -41,8 +45,8 @@ def share(sets: Sequence[TokenSet], ranks: Ranks) -> list[TokenSet]:
 
 def gather(observed: Mapping[str, Observations], ranks: Ranks) -> dict[str, Observations]:
     """All ranks' observations, in the order of the sequences: the same on every rank."""
-    parts = ranks.gather(dict(observed))
-    return {name: _joined([part[name] for part in parts]) for name in observed}
+    parts = ranks.gather(dict(observed))  # the first rank has a part of every set
+    return {name: _joined([part[name] for part in parts if name in part]) for name in parts[0]}
 
 
 def _joined(parts: list[Observations]) -> Observations:
@@ -52,6 +56,8 @@ def _joined(parts: list[Observations]) -> Observations:
         for site, grams in first.grams.sites.items():
             for name in ("gram", "robust", "cosines", "tokens"):
                 getattr(grams, name).extend(getattr(other.grams.sites[site], name))
+        first.feature_bytes = max(first.feature_bytes, other.feature_bytes)
+        first.logit_bytes = max(first.logit_bytes, other.logit_bytes)
         if first.losses and other.losses:
             first.losses.tokens += other.losses.tokens
             for each in fields(first.losses):

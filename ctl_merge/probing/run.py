@@ -165,8 +165,12 @@ def _forbid_cache(model: Any) -> list[Any]:
 
 
 def batches(tokens: TokenSet, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    count, length = tokens.ids.shape
-    if min(size, count) == length:  # a square batch would not show features laid out (T, B, H)
-        size = length - 1
-    for start in range(0, count, size):
+    size = batch_size(tokens, size)
+    for start in range(0, len(tokens.ids), size):
         yield tokens.ids[start : start + size], tokens.strata[start : start + size]
+
+
+def batch_size(tokens: TokenSet, size: int) -> int:
+    """How many windows are run at once, where `size` were asked for."""
+    count, length = tokens.ids.shape
+    return length - 1 if min(size, count) == length else size  # a square batch would hide features laid out (T, B, H)

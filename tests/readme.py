@@ -24,8 +24,8 @@ ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
     starting family pedigree kinship fitting proposal proposal_text
-    checkpoint header hub hub_content hub_errors digests stored mapped pickled adapter adapter_config adapter_changes
-    low_rank task_vectors step
+    checkpoint header hub hub_content hub_client hub_errors digests stored mapped pickled adapter adapter_config
+    adapter_changes low_rank task_vectors step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made

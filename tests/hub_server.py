@@ -192,6 +192,8 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
             return True
         self.close_connection = True
         if limit is not None:
+            if broken.action:
+                broken.action()
             if broken.stall is not None:
                 self.hub.closing.wait()
             self._record(0, b"")

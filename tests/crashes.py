@@ -3,7 +3,8 @@
 A run happens in a forked process, which shares the imports of this one. `operations` counts what it does to the file
 system below a folder, or its requests and their answers; `killed_before` makes the process kill itself, with SIGKILL,
 right before one of these; `killed_after` kills it from outside after some time. What is left on the disk, or on the
-Hub, is what a crash leaves. `kills` counts them by the file of the test.
+Hub, is what a crash leaves. `kill_at` and `kill_at_instants` do so to a scenario again and again, and `kills` counts
+it by the file of the test.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Any, Literal, Protocol
 
 _CHANGES = {f"os.{name}" for name in ("rename", "mkdir", "remove", "rmdir", "link", "symlink", "truncate")}
 _CALLS = ("pwrite", "posix_fallocate", "ftruncate", "fsync", "sendfile")  # of which Python tells no auditor
@@ -26,6 +28,47 @@ _GIVEN_UP = 120.0  # seconds after which a run counts as hanging
 Run = Callable[[], Any]
 Watched = Path | Literal["requests"]  # below which folder operations count; or what is asked of the Hub
 kills: Counter[str] = Counter()
+
+
+class Scenario(Protocol):
+    """A run that can be killed: what stands before it, it, what a kill may leave, and the run after."""
+
+    def prepare(self) -> None: ...
+    def run(self) -> None: ...
+    def check_aftermath(self) -> None: ...
+    def go_on(self) -> None: ...
+
+
+def kill_at(
+    scenario: Scenario, watched: Watched, chosen: Callable[[int], bool], again: Callable[[int], bool] | None = None
+) -> int:
+    """Kill a run before each chosen operation and go on; `again(total)` may kill once more. How many kills."""
+    scenario.prepare()
+    total, count = operations(scenario.run, watched), 0
+    for operation in filter(chosen, range(total)):
+        scenario.prepare()
+        count += killed_before(scenario.run, watched, operation)
+        scenario.check_aftermath()
+        if again is not None:
+            count += again(total)
+            scenario.check_aftermath()
+        scenario.go_on()
+    return count
+
+
+def kill_at_instants(scenario: Scenario, draw: Random, runs: int) -> int:
+    """Kill a run at random instants and go on. How many kills; the other runs were over by then."""
+    scenario.prepare()
+    start = time.monotonic()
+    code, told = _forked(scenario.run, None)
+    assert code == 0, told
+    length, count = time.monotonic() - start, 0
+    for _ in range(runs):
+        scenario.prepare()
+        count += killed_after(scenario.run, draw.uniform(0, length))
+        scenario.check_aftermath()
+        scenario.go_on()
+    return count
 
 
 class _Watch:

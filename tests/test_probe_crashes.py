@@ -8,14 +8,12 @@ from __future__ import annotations
 import io
 import random
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from crashes import killed_after, killed_before, operations
+from crashes import kill_at, kill_at_instants, killed_before, operations
 
 import ctl_merge
 from ctl_merge.cli.merge import probing
@@ -102,58 +100,40 @@ def saving(request: pytest.FixtureRequest, tmp_path: Path, new: ProbeReport, old
     return Saving(tmp_path, new, old if "replaces" in request.param else None)
 
 
-def kill_at_operations(saving: Saving, chosen: Callable[[int], bool]) -> int:
-    saving.prepare()
-    total, kills = operations(saving.run, saving.folder.parent), 0
-    for operation in filter(chosen, range(total)):
-        saving.prepare()
-        kills += killed_before(saving.run, saving.folder.parent, operation)
-        saving.check_aftermath()
-        saving.go_on()
-    return kills
-
-
 def test_killed_before_any_file_operation(saving: Saving) -> None:
-    assert kill_at_operations(saving, lambda operation: operation % SLICE == 4) >= 3
+    assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 3
 
 
 def test_killed_while_the_files_change_places(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
     saving = Saving(tmp_path, new, old)
     saving.prepare()
     total = operations(saving.run, saving.folder.parent)
-    assert kill_at_operations(saving, lambda operation: total - 30 < operation and operation % 6 == 0) >= 3
+    assert kill_at(saving, saving.folder.parent, lambda operation: total - 30 < operation and operation % 6 == 0) >= 3
 
 
 @pytest.mark.long
 def test_killed_before_every_file_operation(saving: Saving) -> None:
-    print(f"\n{kill_at_operations(saving, lambda operation: True)} kills")
+    print(f"\n{kill_at(saving, saving.folder.parent, lambda operation: True)} kills")
 
 
-def run_probe(folder: Path) -> None:
+class Probing(Saving):
     """What `ctl-merge probe -o` does."""
-    ctl_merge.probe(RECIPE, **SMALL).save(folder)
 
-
-def kill_probes(saving: Saving, draw: random.Random, runs: int) -> int:
-    saving.prepare()
-    start = time.monotonic()
-    operations(lambda: run_probe(saving.folder), saving.folder.parent)
-    length, kills = time.monotonic() - start, 0
-    for _ in range(runs):
-        saving.prepare()
-        kills += killed_after(lambda: run_probe(saving.folder), draw.uniform(0, length))
-        saving.check_aftermath()
-        saving.go_on()
-    return kills
+    def run(self) -> None:
+        ctl_merge.probe(RECIPE, **SMALL).save(self.folder)
 
 
 def test_a_probe_is_killed_at_random_instants(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
-    assert kill_probes(Saving(tmp_path, new, old), random.Random(0), 3) >= 1
+    assert kill_at_instants(Probing(tmp_path, new, old), random.Random(0), 3) >= 1
 
 
 @pytest.mark.long
-def test_a_probe_is_killed_at_many_random_instants(saving: Saving) -> None:
-    print(f"\n{kill_probes(saving, random.Random(1), 40)} kills")
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_probe_is_killed_at_many_random_instants(
+    replaces: bool, tmp_path: Path, new: ProbeReport, old: ProbeReport
+) -> None:
+    kills = kill_at_instants(Probing(tmp_path, new, old if replaces else None), random.Random(1), 40)
+    print(f"\n{kills} kills")
 
 
 # ---- the probe of a merge
@@ -179,11 +159,11 @@ class Probed:
     def prepare(self) -> None:
         shutil.rmtree(self.output.parent, ignore_errors=True)
 
-    def kill(self, operation: int) -> bool:
-        self.prepare()
-        killed = killed_before(lambda: self.write(self.output), self.output.parent, operation)
+    def run(self) -> None:
+        self.write(self.output)
+
+    def check_aftermath(self) -> None:
         assert not self.output.exists() or contents(self.output) == self.expected
-        return killed
 
     def go_on(self) -> None:
         if not self.output.exists():
@@ -191,24 +171,20 @@ class Probed:
         assert contents(self.output) == self.expected
         assert [path.name for path in self.output.parent.iterdir()] == [self.output.name]
 
-    def operations(self) -> int:
-        self.prepare()
-        return operations(lambda: self.write(self.output), self.output.parent)
-
 
 def test_a_merge_is_killed_while_it_is_probed(tmp_path: Path) -> None:
     probed = Probed(tmp_path)
-    total, kills = probed.operations(), 0
-    for operation in (total * 2 // 5, total * 3 // 5):
-        kills += probed.kill(operation)
-        probed.go_on()
-    assert kills == 2
+    assert kill_at(probed, probed.output.parent, lambda operation: operation in (40, 60)) == 2
 
 
 def test_going_on_without_the_probe_leaves_no_report(tmp_path: Path) -> None:
     probed = Probed(tmp_path)
-    for operation in (probed.operations() * 3 // 5, probed.operations() - 12):
-        assert probed.kill(operation)
+    probed.prepare()
+    total = operations(probed.run, probed.output.parent)
+    for operation in (total * 3 // 5, total - 12):
+        probed.prepare()
+        assert killed_before(probed.run, probed.output.parent, operation)
+        assert [path for path in probed.output.parent.rglob("*") if "probe" in path.name]
         probed.write(probed.output, resume=True, probe=False)
         assert not [name for name in contents(probed.output) if "probe" in name]
         assert not inspect(probed.output).findings
@@ -216,13 +192,9 @@ def test_going_on_without_the_probe_leaves_no_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_merge_is_killed_before_every_file_operation_of_its_probe(tmp_path: Path) -> None:
+def test_a_merge_with_a_probe_is_killed_before_every_file_operation(tmp_path: Path) -> None:
     probed = Probed(tmp_path)
-    kills = 0
-    for operation in range(probed.operations()):
-        kills += probed.kill(operation)
-        probed.go_on()
-    print(f"\n{kills} kills")
+    print(f"\n{kill_at(probed, probed.output.parent, lambda operation: True)} kills")
 
 
 # ---- two at once, and what goes wrong without a kill

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from crashes import Watched, killed_after, killed_before, operations
+from crashes import kill_at, kill_at_instants, killed_before, operations
 from hub_server import HubServer
 from huggingface_hub.utils import close_session
 from pushes import REPO, SHARD_SIZE, contents, remote, to, write_recipe
@@ -116,31 +115,6 @@ KINDS: dict[str, Callable[[HubServer, Path], Pushing]] = {
 @pytest.fixture(params=KINDS)
 def pushing(request: pytest.FixtureRequest, hub: HubServer, tmp_path: Path) -> Pushing:
     return KINDS[request.param](hub, tmp_path)
-
-
-def kill_at(pushing: Pushing, watched: Watched, chosen: Callable[[int], bool]) -> int:
-    """Kill a push before each chosen operation and go on. How many kills."""
-    pushing.prepare()
-    total, kills = operations(pushing.run, watched), 0
-    for operation in filter(chosen, range(total)):
-        pushing.prepare()
-        kills += killed_before(pushing.run, watched, operation)
-        pushing.check_aftermath()
-        pushing.go_on()
-    return kills
-
-
-def kill_at_instants(pushing: Pushing, draw: random.Random, runs: int) -> int:
-    pushing.prepare()
-    start = time.monotonic()
-    operations(pushing.run, "requests")
-    length, kills = time.monotonic() - start, 0
-    for _ in range(runs):
-        pushing.prepare()
-        kills += killed_after(pushing.run, draw.uniform(0, length))
-        pushing.check_aftermath()
-        pushing.go_on()
-    return kills
 
 
 def test_killed_before_a_request_or_after_its_answer(pushing: Pushing) -> None:

@@ -177,7 +177,9 @@ def test_a_report_is_whole_or_not_there(disk: Disk, report: ProbeReport, earlier
     assert [path.name for path in disk.place.iterdir()] == ["report"]
 
 
-@pytest.mark.parametrize("pages", [0, 1, 25])
+@pytest.mark.parametrize(
+    "pages", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(25, marks=pytest.mark.long)]
+)
 def test_a_merge_whose_report_finds_no_room_goes_on(disk: Disk, pages: int, tmp_path: Path) -> None:
     recipe, output = tmp_path / "probed.yaml", disk.place / "merged"
     text = (QUICKSTART / "ties.yaml").read_text().replace("model: ", f"model: {QUICKSTART}/")

@@ -26,7 +26,7 @@ from ctl_merge.processes import ALONE
 QUICKSTART = Path(ctl_merge.__file__).parent.parent / "recipes" / "quickstart"
 RECIPE = QUICKSTART / "ties.yaml"
 SMALL = {"sequences": 3, "length": 16}
-SLICE = 6  # every so many operations are tried in the suite
+SLICE = 11  # every so many operations are tried in the suite
 NOTES = b"by hand"
 Contents = dict[str, Any]
 
@@ -107,14 +107,14 @@ def saving(request: pytest.FixtureRequest, tmp_path: Path, new: ProbeReport, old
 
 
 def test_killed_before_any_file_operation(saving: Saving) -> None:
-    assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 2
+    assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 1
 
 
 def test_killed_while_the_files_change_places(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
     saving = Saving(tmp_path, new, old)
     saving.prepare()
     total = operations(saving.run, saving.folder.parent)
-    assert kill_at(saving, saving.folder.parent, lambda operation: total - 30 < operation and operation % 6 == 0) >= 3
+    assert kill_at(saving, saving.folder.parent, lambda operation: total - 30 < operation and operation % 10 == 0) >= 2
 
 
 @pytest.mark.long

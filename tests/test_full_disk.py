@@ -144,6 +144,12 @@ def test_a_disk_with_no_room_for_the_first_file(disk: Disk, recipe: Path, tmp_pa
 # ---- probes
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures beside the figures take most of the time, and are files like the others."""
+    monkeypatch.setattr("ctl_merge.probing.figures.png", lambda svg: None)
+
+
 @pytest.fixture(scope="module")
 def report() -> ProbeReport:
     return ctl_merge.probe(QUICKSTART / "ties.yaml", sequences=3, length=16)

@@ -26,7 +26,7 @@ from ctl_merge.processes import ALONE
 QUICKSTART = Path(ctl_merge.__file__).parent.parent / "recipes" / "quickstart"
 RECIPE = QUICKSTART / "ties.yaml"
 SMALL = {"sequences": 3, "length": 16}
-SLICE = 9  # every so many operations are tried in the suite
+SLICE = 6  # every so many operations are tried in the suite
 NOTES = b"by hand"
 Contents = dict[str, Any]
 
@@ -40,6 +40,12 @@ def contents(folder: Path) -> Contents:
 def _arrays(data: bytes) -> dict[str, bytes]:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return {name: arrays[name].tobytes() for name in arrays.files}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures beside the figures take most of the time, and are files like the others."""
+    monkeypatch.setattr("ctl_merge.probing.figures.png", lambda svg: None)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +107,7 @@ def saving(request: pytest.FixtureRequest, tmp_path: Path, new: ProbeReport, old
 
 
 def test_killed_before_any_file_operation(saving: Saving) -> None:
-    assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 3
+    assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 2
 
 
 def test_killed_while_the_files_change_places(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
@@ -124,7 +130,7 @@ class Probing(Saving):
 
 
 def test_a_probe_is_killed_at_random_instants(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
-    assert kill_at_instants(Probing(tmp_path, new, old), random.Random(0), 3) >= 1
+    assert kill_at_instants(Probing(tmp_path, new, old), random.Random(0), 2) >= 1
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ from ctl_merge.finished import inspect
 from ctl_merge.merging import Merge
 from ctl_merge.publishing import Upload
 
-SLICE = 7  # every so many operations are tried in the suite
+SLICE = 13  # every so many operations are tried in the suite
 Contents = dict[str, bytes]
 
 
@@ -134,7 +134,7 @@ def test_killed_around_the_commit(pushing: Pushing) -> None:
 
 
 def test_killed_at_random_instants(hub: HubServer, tmp_path: Path) -> None:
-    assert kill_at_instants(KINDS["a push over an earlier one"](hub, tmp_path), random.Random(0), 4) >= 1
+    assert kill_at_instants(KINDS["a push over an earlier one"](hub, tmp_path), random.Random(0), 3) >= 1
 
 
 @pytest.mark.long

@@ -23,16 +23,16 @@ def appearing(folder: Path, mark: str, stale: Iterable[str] = ()) -> Iterator[Pa
     folder = Path(os.path.realpath(folder))
     inside, beside = _works(folder)
     work = inside if folder.exists() else beside
-    try:
-        with disk_errors(folder, "Free space and run the same command again, an unfinished merge with --resume."):
-            clear_left(folder)
-            work.mkdir(parents=True)
-            with _locked(work, folder):
+    with disk_errors(folder, "Free space and run the same command again, an unfinished merge with --resume."):
+        clear_left(folder)
+        work.mkdir(parents=True)
+        with _locked(work, folder):
+            try:
                 yield work
                 _put_in_place(work, folder, mark, stale)
-    finally:
-        if work.is_dir():
-            shutil.rmtree(work, ignore_errors=True)
+            finally:  # under the lock: else it might be another run's by now
+                if work.is_dir():
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 def clear_left(folder: Path) -> None:

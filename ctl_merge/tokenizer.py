@@ -109,7 +109,7 @@ class TokenizerFiles:
         added = {int(i): str(t) for t, i in self.json("added_tokens.json").items()}
         if "tokenizer.json" in self.files:
             whole = self.json("tokenizer.json")
-            added |= {int(entry["id"]): str(entry["content"]) for entry in whole.get("added_tokens", [])}
+            added |= {int(entry["id"]): entry["content"] for entry in whole.get("added_tokens", [])}
             return Vocabulary(model_vocabulary(whole["model"]), added, True, digest)
         if "vocab.json" in self.files:
             return Vocabulary({int(i): str(t) for t, i in self.json("vocab.json").items()}, added, True, digest)

@@ -52,6 +52,7 @@ def build_card(
             recipe_section(public.text),
             "## How it was made\n",
             *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
+            "- numbers: " + ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in manifest["numbers"].items()),
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
             "\n## Make it again\n",
             f"The recipe above is the file `{RECIPE}`; `merge_manifest.json` lists every source with its commit, and "

@@ -79,6 +79,12 @@ def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON")
 
 
+def _natural(digits: str) -> int:
+    if digits.startswith("-"):  # -0 too, as safetensors has it
+        raise ValueError(f"{digits} is no natural number")
+    return int(digits)
+
+
 def parse_length(first: bytes, file_size: int, where: str) -> int:
     """Bytes of JSON that follow the first eight bytes of a file of `file_size` bytes."""
     length = int.from_bytes(first, "little")
@@ -96,7 +102,9 @@ def parse_header(raw: bytes, file_size: int, where: str) -> Header:
     Raises CheckpointError for anything that is not exactly a safetensors header covering the whole file.
     """
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        entries = json.loads(
+            raw.decode(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_natural
+        )
         if not isinstance(entries, dict):
             raise ValueError("it is no JSON object")
         metadata = _parse_metadata(entries.pop("__metadata__", None))

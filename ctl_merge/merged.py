@@ -127,7 +127,7 @@ class MergedCheckpoint(Checkpoint):
         with self._on(self._device(tensor)):
             for begin, end in self._pieces(plan, start, stop):
                 merged = self._merge(plan, begin, end - begin, results)
-                self._check_result(plan, merged)
+                self._check_result(plan, merged, begin)
                 wanted = merged[max(start - begin, 0) : stop - begin]
                 # Waits for the device, so that the pinned buffer may be filled again.
                 out[max(begin - start, 0) :][: wanted.numel()].copy_(wanted)
@@ -142,7 +142,7 @@ class MergedCheckpoint(Checkpoint):
             if merged is None:
                 return False
             if merged is not wanted:
-                self._check_result(plan, merged)
+                self._check_result(plan, merged, start + begin)
                 wanted.copy_(merged)
         return True
 
@@ -186,10 +186,16 @@ class MergedCheckpoint(Checkpoint):
         stack, base = self._stack(plan, start, count)
         wanted = {name: result for name, result in results.items() if name in self._accepted}
         arguments = {**self._arguments(plan, stack, start), **wanted}
-        if self.method.statistic:
-            merged = self._on_statistic(plan, stack, statistic, arguments)
-        else:
-            merged = self.method.function(stack, **arguments)
+        try:
+            if self.method.statistic:
+                merged = self._on_statistic(plan, stack, statistic, arguments)
+            else:
+                merged = self.method.function(stack, **arguments)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(
+                f"{plan.name}: {self.method.name} finds no decomposition of {_listed(plan)} ({error}). "
+                "Look at these tensors with `ctl-merge compare`, or leave one of the models out."
+            ) from None
         return merged.flatten().add_(base) if base is not None else merged.flatten()
 
     def _grain(self, plan: TensorPlan) -> Grain:
@@ -384,17 +390,18 @@ class MergedCheckpoint(Checkpoint):
                     "Use an intact model, or set `nonfinite: allow` in the recipe to let it through."
                 )
 
-    def _check_result(self, plan: TensorPlan, merged: Tensor) -> None:
+    def _check_result(self, plan: TensorPlan, merged: Tensor, start: int) -> None:
         """Refuse a result that its dtype cannot hold; NaN and infinity of the inputs are dealt with before."""
         if self.plan.recipe.allow_nonfinite:
             return
         low, high = (float(bound) for bound in torch.aminmax(merged))
         largest = torch.finfo(torch_dtype(plan.spec.dtype)).max
         if not (low >= -largest and high <= largest):  # so written that NaN is refused too
-            name = dtype_name(plan.spec.dtype)
+            name, entry = dtype_name(plan.spec.dtype), int(torch.nonzero(~(merged.abs() <= largest))[0])
             raise NonFiniteError(
-                f"{plan.name}: the merged values reach from {low:g} to {high:g}, and {name} ends at {largest:g}: "
-                "set a wider `dtype`, or smaller weights"
+                f"{plan.name}: the merged values reach from {low:g} to {high:g}, and {name} ends at {largest:g} (the "
+                f"first beyond it is element {start + entry}, {float(merged[entry]):g}, of "
+                f"{_listed(plan)}): set a wider `dtype`, or smaller weights"
             )
 
     def _device(self, tensor: str) -> torch.device:
@@ -441,6 +448,10 @@ class ParentView(Checkpoint):
         parts = plan.everyone
         part = next((p for p in parts if p.model == self.ref), parts[0])  # a computed buffer: the first model's
         self.merged.fill(out, part, start)
+
+
+def _listed(plan: TensorPlan) -> str:
+    return ", ".join(str(part.model) for part in plan.everyone)
 
 
 def _row_width(spec: TensorSpec) -> int:

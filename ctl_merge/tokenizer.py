@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,14 +86,22 @@ class TokenizerFiles:
 
     def vocabulary(self) -> Vocabulary:
         """The vocabulary that the files define; an empty one where there are none."""
-        try:
+        with self._understood("the vocabulary"):
             found = self._vocabulary()
-            for i in (*found.core, *found.added):
+            for i, token in (*found.core.items(), *found.added.items()):
                 if type(i) is not int or not 0 <= i < _MOST_ROWS:
                     raise ValueError(f"a token has the id {str(i)[:40]}")
-            return found
+                if not isinstance(token, str):
+                    raise ValueError(f"the token {i} is no text")
+        return found
+
+    @contextmanager
+    def _understood(self, what: str) -> Iterator[None]:
+        """Files that are JSON, and not what a tokenizer's are, are an error in words."""
+        try:
+            yield
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise self._broken("the vocabulary", error) from None
+            raise self._broken(what, error) from None
 
     def _vocabulary(self) -> Vocabulary:
         pieces = self.content("tokenizer.model") if "tokenizer.model" in self.files else None
@@ -100,7 +109,7 @@ class TokenizerFiles:
         added = {int(i): str(t) for t, i in self.json("added_tokens.json").items()}
         if "tokenizer.json" in self.files:
             whole = self.json("tokenizer.json")
-            added |= {int(entry["id"]): str(entry["content"]) for entry in whole.get("added_tokens", [])}
+            added |= {int(entry["id"]): entry["content"] for entry in whole.get("added_tokens", [])}
             return Vocabulary(model_vocabulary(whole["model"]), added, True, digest)
         if "vocab.json" in self.files:
             return Vocabulary({int(i): str(t) for t, i in self.json("vocab.json").items()}, added, True, digest)
@@ -111,20 +120,25 @@ class TokenizerFiles:
 
     def entries(self, whole: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The added tokens with all of their flags, as tokenizer.json (`whole`) has them: content -> entry."""
-        listed = whole.get("added_tokens")
-        if listed is None:
-            decoder = self.json("tokenizer_config.json").get("added_tokens_decoder") or {}
-            plain = [{"content": token} for token in self.json("added_tokens.json")]
-            listed = [*plain, *decoder.values()]
-        return {entry["content"]: added_entry(entry) for entry in listed}
+        with self._understood("the added tokens"):
+            listed = whole.get("added_tokens")
+            if listed is None:
+                decoder = self.json("tokenizer_config.json").get("added_tokens_decoder") or {}
+                plain = [{"content": token} for token in self.json("added_tokens.json")]
+                listed = [*plain, *decoder.values()]
+            return {entry["content"]: added_entry(entry) for entry in listed}
 
     def merges(self, whole: Mapping[str, Any]) -> list[tuple[str, str]]:
         """The merges of a BPE in their order, of tokenizer.json (`whole`) if there is one; none for other kinds."""
-        listed = whole.get("model", {}).get("merges")
-        if listed is None and not whole and "merges.txt" in self.files:
-            lines = self.text("merges.txt").splitlines()
-            listed = [line for line in lines if line and not line.startswith("#version")]
-        return [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in listed or []]  # type: ignore[misc]
+        with self._understood("the merges"):
+            listed = whole.get("model", {}).get("merges")
+            if listed is None and not whole and "merges.txt" in self.files:
+                lines = self.text("merges.txt").splitlines()
+                listed = [line for line in lines if line and not line.startswith("#version")]
+            pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in listed or []]
+            if any(len(pair) != 2 or not all(isinstance(part, str) for part in pair) for pair in pairs):
+                raise ValueError("a merge is no pair of texts")
+            return pairs  # type: ignore[return-value]
 
 
 def written(data: Mapping[str, Any]) -> bytes:

@@ -323,3 +323,19 @@ def test_a_header_that_claims_a_hundred_megabytes_in_little_memory(models: list[
         env={**os.environ, "PYTHONPATH": str(Path(ctl_merge.__file__).parents[1])}, timeout=60,
     )  # fmt: skip
     assert ran.stdout.startswith("refused"), ran.stderr
+
+
+@pytest.mark.parametrize("broken", [
+    {"added_tokens": [{"id": 0, "content": {}}]}, {"added_tokens": [{"id": 0, "content": ["<pad>"]}]},
+    {"added_tokens": 7}, {"model": {"type": "WordLevel", "vocab": [[["a"], 0]]}},
+], ids=str)  # fmt: skip
+def test_a_tokenizer_of_the_wrong_shape(broken: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (QUICKSTART / "cycle").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | broken))
+    recipe = recipe_text("linear", [(p, {"weight": 1.0}) for p in (folder, QUICKSTART / "shift")])
+    with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
+        Merge(parse_recipe(recipe + "tokenizer_source: union\n")).summary()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag, require_recipe
-from ctl_merge.cli.terminal import configure, print_json, print_sections
+from ctl_merge.cli.terminal import configure, print_json, print_sections, say
 
 
 def check(
@@ -29,6 +28,6 @@ def check(
     else:
         print_sections(found.sections)
         if found.problem:
-            print(f"error: {found.problem}", file=sys.stderr)
+            say(f"error: {found.problem}", error=True)
     if found.problem:
         raise typer.Exit(2)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
-from ctl_merge.cli.terminal import configure, meter, print_table
+from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 
 _SPEC = "NAME=FILE:column,column or org/dataset:column@split; may be repeated."
 
@@ -115,7 +115,7 @@ def evaluate(
     if output:
         found.save(output)
     if as_json:
-        print(found.to_json(), end="")
+        print_document(found.to_json())
     else:
         from ctl_merge.evaluating.table import render
 
@@ -123,7 +123,7 @@ def evaluate(
     for name, folder in found.folders.items() if card else ():
         path = results.write_results(found, name, folder)
         if not as_json:
-            print(f"→ {path}")
+            say(f"→ {path}")
 
 
 def _folder(text: str) -> Path | None:

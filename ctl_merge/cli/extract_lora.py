@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
-from ctl_merge.cli.terminal import configure, meter, print_json, warn
+from ctl_merge.cli.terminal import configure, meter, print_json, say, warn
 
 
 def extract_lora(
@@ -75,7 +75,7 @@ def _show(result: Any) -> None:
 
     adapter = result.manifest["adapter"]
     for line in said(adapter):
-        print(f"· {line}")
+        say(f"· {line}")
     for text, losses in (adapter["losses"] or {}).items():
-        print(f"· loss on {text}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    print(f"→ {result.folder}")
+        say(f"· loss on {text}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+    say(f"→ {result.folder}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +27,7 @@ from ctl_merge.cli.arguments import (
     require_recipe,
 )
 from ctl_merge.cli.push import MessageOption, PrivateFlag, PullRequestFlag, RevisionOption
-from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, print_text, warn
+from ctl_merge.cli.terminal import Meter, configure, meter, print_json, print_table, print_text, say, warn
 from ctl_merge.processes import check_launcher, launched
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def merge(
             stream=upload.stream if upload else None,
         )  # fmt: skip
     except KeyboardInterrupt:
-        print("interrupted: what is written is kept, the same command with --resume goes on", file=sys.stderr)
+        say("interrupted: what is written is kept, the same command with --resume goes on", error=True)
         raise typer.Exit(130) from None
     if ranks.first:
         show_result(result, as_json, quiet, said, upload.finish(result.folder) if upload else None)
@@ -157,8 +156,8 @@ def _write_part(
         print_json({"output": str(target), "shards": [shard.file for shard in own], "resumed_tensors": resumed})
     elif not quiet:
         again = f" ({resumed:,} tensors of them were there already)" if resumed else ""
-        print(f"{len(own)} of {len(opened.shards)} shards are in {target}.partial{again}")
-        print(f"When all {world} processes are done: ctl-merge finalize RECIPE -o {target}")
+        say(f"{len(own)} of {len(opened.shards)} shards are in {target}.partial{again}")
+        say(f"When all {world} processes are done: ctl-merge finalize RECIPE -o {target}")
 
 
 def probing(
@@ -210,11 +209,11 @@ def show_result(
     manifest = result.manifest
     tensors = manifest["tensors"]
     again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
-    print(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
+    say(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
     for line in manifest["decisions"]:
-        print(f"· {line}")
+        say(f"· {line}")
     for line in verdict:
         print_text(f"· {line}")
-    print(f"→ {result.folder}")
+    say(f"→ {result.folder}")
     if pushed:
-        print(pushed)
+        say(pushed)

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
-from ctl_merge.cli.terminal import configure, meter, print_table
+from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 from ctl_merge.processes import launched
 
 
@@ -113,13 +113,13 @@ def probe(
     if output:
         report.save(output)
     if as_json:
-        print(report.to_json(), end="")
+        print_document(report.to_json())
     else:
         from ctl_merge.probing.raster import missing
         from ctl_merge.probing.terminal import render
 
         print_table(render(report.data))
         if output:
-            print(f"→ {output / 'report.html'}")
+            say(f"→ {output / 'report.html'}")
             if reason := missing():
-                print(f"· {reason}")
+                say(f"· {reason}")

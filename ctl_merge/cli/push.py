@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
-from ctl_merge.cli.terminal import configure, print_json, print_table
+from ctl_merge.cli.terminal import configure, print_json, print_table, say
 
 PrivateFlag = Annotated[
     bool | None, typer.Option("--private/--no-private", help="Of a repository that is created.", show_default=False)
@@ -46,7 +46,7 @@ def push(
     if as_json:
         print_json(pushed.data)
     elif not quiet:
-        print(pushed)
+        say(pushed)
 
 
 def _difference(found: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
-from ctl_merge.cli.terminal import configure, meter, print_json, print_table
+from ctl_merge.cli.terminal import configure, meter, print_json, print_table, say
 
 DIFFERENT = 3  # exit code
 _SHOWN = 10  # tensors
@@ -52,22 +52,22 @@ def reproduce(
         elif not quiet:
             _show(found)
     if found.folder.exists() and not quiet and not as_json:
-        print(f"→ {found.folder}")
+        say(f"→ {found.folder}")
     if not found.identical:
         raise typer.Exit(DIFFERENT)
 
 
 def _show(found: Any) -> None:
     if found.identical:
-        print(f"byte-identical: all {found.same} files but the card and the manifest, which are written anew")
+        say(f"byte-identical: all {found.same} files but the card and the manifest, which are written anew")
     else:
-        print(f"different: {len(found.files)} files, where {found.same} are byte-identical")
+        say(f"different: {len(found.files)} files, where {found.same} are byte-identical")
     for name, why in found.files.items():
-        print(f"· {name} {why}")
+        say(f"· {name} {why}")
     if found.tensors:
         print_table(_table(found.tensors))
     for name, (then, now) in found.versions.items():
-        print(f"· {name}: {then} then, {now} now")
+        say(f"· {name}: {then} then, {now} now")
 
 
 def _table(tensors: Any) -> Any:

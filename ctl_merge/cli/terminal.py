@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from ctl_merge.shown import shown
+from ctl_merge.shown import inert, inert_json, shown
 
 WIDTH = 100  # columns beyond which a table is no easier to read
 # what a bar counts; elsewhere tensors
@@ -69,8 +69,18 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
+def say(text: object, error: bool = False) -> None:
+    """Print a line as it is, to standard output or error, but for what a terminal would obey."""
+    print(shown(str(text)), file=sys.stderr if error else sys.stdout)
+
+
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    print_document(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_document(text: str) -> None:
+    """Print a JSON document; names in it keep their value, and are escaped where a terminal would obey them."""
+    print(inert_json(text.removesuffix("\n")))
 
 
 def print_text(text: str) -> None:
@@ -81,12 +91,25 @@ def print_text(text: str) -> None:
 
 
 def print_table(what: Any) -> None:
-    """Print what rich renders, in at most WIDTH columns."""
+    """Print what rich renders, in at most WIDTH columns: brackets in names are no markup, controls are written out."""
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
     console.width = min(console.width, WIDTH)
-    console.print(what)
+    console.print(_Inert(what))
+
+
+class _Inert:
+    """What rich renders, with the text of every cell made inert: no table need see to it."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.segment import Segment
+
+        for segment in console.render(self.what, options):
+            yield segment if segment.control else Segment(inert(segment.text), segment.style)
 
 
 def print_sections(sections: Iterable[tuple[str, Iterable[str]]]) -> None:

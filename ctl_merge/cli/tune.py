@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
-from ctl_merge.cli.terminal import configure, meter, print_table
+from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 
 
 def tune(
@@ -76,12 +76,12 @@ def tune(
     if report:
         found.save_report(report)
     if as_json:
-        print(found.to_json(), end="")
+        print_document(found.to_json())
         return
     from ctl_merge.tuning.table import render
 
     print_table(render(found))
     if output:
-        print(f"→ {output}: {found.recommended}")
+        say(f"→ {output}: {found.recommended}")
     if report:
-        print(f"→ {report / 'report.html'}")
+        say(f"→ {report / 'report.html'}")

@@ -55,7 +55,7 @@ def recipe(
         }
         for name, path in experts.items()
     ]
-    data = {"data": {"sequences": 48, "length": 128}} if train else {}
+    data = {"data": {"sequences": 96, "length": 64}} if train else {}
     origin = {"base_model": str(base.resolve())} if base else {}
     document = {"merge_method": method, **origin, "models": models, **data}
     return json.dumps({**document, **({"parameters": shared} if shared else {})})

@@ -86,12 +86,12 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     best = ", ".join(f"{model} in {count}" for model, count in found["best_of_others"].items())
     behind = f" ({'; '.join(level)})" if level else ""
     return (
-        f"Of {runs} runs ({groups} groups, {runs // groups} sets of data each) the tuned merge has a lower mean than task "
-        f"arithmetic at its best λ in {found['ahead']}, beyond doubt in {found['beyond_doubt']}; plain task arithmetic is "
-        f"level or ahead in {len(level)}{behind}, beyond doubt in {found['behind_beyond_doubt']}. The best of all others "
-        f"({best}) is beaten beyond doubt in {won}; in the other {runs - won} `tune` recommends that one. Tuning lowers the "
-        f"mean and may pay with one text: the worst text's loss is below task arithmetic's in {found['worst_text_lower']} "
-        "runs."
+        f"Of {runs} runs ({groups} groups, {runs // groups} sets of data each) the tuned merge has a lower mean than "
+        f"task arithmetic at its best λ in {found['ahead']}, beyond doubt in {found['beyond_doubt']}; plain task "
+        f"arithmetic is level or ahead in {len(level)}{behind}, beyond doubt in {found['behind_beyond_doubt']}. The best "
+        f"of all others ({best}) is beaten beyond doubt in {won}; in the other {runs - won} `tune` recommends that one. "
+        "Tuning lowers the mean and may pay with one text: the worst text's loss is below task arithmetic's in "
+        f"{found['worst_text_lower']} runs."
     )
 
 

@@ -17,7 +17,8 @@ from ctl_merge.cli import app
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import DataError, RecipeError
 from ctl_merge.evaluating.evaluation import Evaluation
-from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Measured
 from ctl_merge.evaluating.passages import Passage
 from ctl_merge.merging import Merge
 from ctl_merge.roles import roles

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ctl_merge
-from ctl_merge.evaluating.measured import kind_of
+from ctl_merge.evaluating.metrics import kind_of
 from ctl_merge.output import disk_errors
 
 OVER = ("mean", "worst")  # rows over all data sets

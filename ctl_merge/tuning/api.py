@@ -13,7 +13,8 @@ from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating.api import loss_metrics
 from ctl_merge.evaluating.evaluation import Evaluation
-from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Measured
 from ctl_merge.evaluating.passages import passages_of
 from ctl_merge.merged import ParentView
 from ctl_merge.merging import Merge, Meter, no_meter

@@ -90,8 +90,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         f"task arithmetic at its best λ in {found['ahead']}, beyond doubt in {found['beyond_doubt']}; plain task "
         f"arithmetic is level or ahead in {len(level)}{behind}, beyond doubt in {found['behind_beyond_doubt']}. The "
         f"best of all others ({best}) is beaten beyond doubt in {won}; in the other {runs - won} `tune` recommends "
-        "that one. Tuning lowers the mean and may pay with one text: the worst text's loss is below task arithmetic's in "
-        f"{found['worst_text_lower']} runs."
+        "that one. Tuning lowers the mean and may pay with one text: the worst text's loss is below task arithmetic's "
+        f"in {found['worst_text_lower']} runs."
     )
 
 

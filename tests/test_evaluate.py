@@ -326,6 +326,62 @@ def test_results_go_into_the_card_beside_others(written):
     AutoModelForCausalLM.from_pretrained(written)
 
 
+CARD = """---
+license: apache-2.0
+tags:
+- merge
+- mine
+datasets: [gsm8k]
+model-index:
+- name: My Model
+  results:
+  - task: {type: text-generation}
+    dataset: {type: gsm8k, name: GSM8K}
+    metrics: [{type: acc, value: 0.5}]
+widget:
+- text: hello --- world
+---
+# Mine
+
+---
+ünïcode
+"""
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_card_of_someone_else_keeps_what_it_says(tmp_path, newline):
+    (tmp_path / "README.md").write_text(CARD, "utf-8", newline=newline)
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    write_results(found, "cycle", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.tags == ["merge", "mine"]
+    assert card.data.datasets == ["gsm8k"] and card.data.widget == [{"text": "hello --- world"}]
+    assert card.data.model_name == "My Model" and card.text.strip() == "# Mine\n\n---\nünïcode"
+    kept, *new = card.data.eval_results
+    assert (kept.dataset_name, kept.metric_type, kept.metric_value) == ("GSM8K", "acc", 0.5)
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in new] == [
+        (name, metric, round(value(found, "cycle", name, metric), 6))
+        for name in ("cycle", "shift") for metric in ("loss", "perplexity")
+    ]  # fmt: skip
+
+
+def test_a_card_without_metadata_gets_some(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    write_results(found, "cycle", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == tmp_path.name and len(card.data.eval_results) == 4 and "# Mine" in card.text
+
+
+@pytest.mark.parametrize("front", ["tags: [", "just words", "- a list", "model-index: 5", "model-index: [{name: x}]"])
+def test_metadata_that_cannot_be_read_is_left_alone(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    with pytest.raises(OutputError, match="cannot be read"):
+        write_results(found, "cycle", tmp_path)
+    assert (tmp_path / "README.md").read_text() == f"---\n{front}\n---\n# Mine\n"
+
+
 def test_a_card_that_is_not_there_is_said_before_anything_runs(tmp_path):
     found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
     with pytest.raises(OutputError, match="no card"):

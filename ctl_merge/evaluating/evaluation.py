@@ -62,19 +62,18 @@ class Evaluation:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n", "utf-8")
 
-    def results(self, model: str) -> list[Any]:
-        """What was measured of a model as the Hub's `EvalResult`s, for the card's `model-index`.
+    def results(self, model: str) -> list[dict[str, Any]]:
+        """What was measured of a model as entries of the Hub's `model-index`, for its card.
 
         Intervals stand in the metric's arguments; what says something of two models only is left out.
         """
-        from huggingface_hub import EvalResult
-
         return [
-            EvalResult(
-                task_type="text-generation", dataset_type=_published(self.sets[row["data"]], row["data"]),
-                dataset_name=row["data"], metric_type=row["metric"], metric_name=kind_of(row["metric"]).title,
-                metric_value=round(row["value"], 6), metric_args=_bounds(row), verified=False,
-            )
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": _published(self.sets[row["data"]], row["data"]), "name": row["data"]},
+                "metrics": [{"type": row["metric"], "name": kind_of(row["metric"]).title,
+                             "value": round(row["value"], 6), "args": _bounds(row)}],
+            }
             for row in self.rows
             if row["model"] == model and row["data"] in self.sets and ":" not in row["metric"]
             and _plain(row["value"]) is not None

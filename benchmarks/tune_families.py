@@ -47,7 +47,7 @@ def shipped(folder: Path, seeds: Sequence[int]) -> Family:
     for name, task in TASKS.items():
         for seed in seeds:
             path = folder / f"{name}-{seed}.jsonl"
-            rows = (json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in examples(task, "held-out", 256, seed))
+            rows = (json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in examples(task, "held-out", 96, seed))
             path.write_text("\n".join(rows), "utf-8")
             texts[seed][name] = f"{name}={path}:prompt,answer"
         path = folder / f"{name}.txt"
@@ -56,7 +56,7 @@ def shipped(folder: Path, seeds: Sequence[int]) -> Family:
         train[name] = f"{name}={path}"
     experts = {name: folder / name for name in TASKS}
     return Family(
-        "shipped", folder / "base", experts, texts, train, {"mask_prompt": True, "chat": True, "sequences": 256}
+        "shipped", folder / "base", experts, texts, train, {"mask_prompt": True, "chat": True, "sequences": 96}
     )
 
 

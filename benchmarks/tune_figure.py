@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import numpy as np
 from predicts_loss_figure import ticks_of
 
-UNIFORM = "task arithmetic"
-SHOWN = ("tuned", UNIFORM, "average", "ties", "dare", "localize_and_stitch", "regmean", "lot", "best expert", "base")
+UNIFORM, BEST = "task arithmetic", "best expert"
+SHOWN = ("tuned", UNIFORM, "average", "ties", "dare", "localize_and_stitch", "regmean", "lot", BEST, "base")
 COLOURS = ("#0072B2", "#000000", "#999999", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00")
 _LEFT, _WIDTH, _ROW = 190, 540, 30
 _MOST = 1.0  # nats per token beyond which a mark stands at the edge
@@ -23,19 +25,91 @@ def means(rows: Sequence[Mapping[str, Any]], group: str, model: str) -> float:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: means over seeds, and in how many seeds tuning wins beyond doubt."""
+    """The README's table, means over seeds, and in words what follows from it."""
     lines = [
         f"| experts | {' | '.join(SHOWN)} | gain over task arithmetic, seed by seed |",
         f"|---{'|---' * (len(SHOWN) + 1)}|",
     ]
     for group in dict.fromkeys(row["experts"] for row in rows):
-        values = {model: means(rows, group, model) for model in SHOWN}
-        least = min(v for v in values.values() if v == v)
-        cells = [f"**{v:.2f}**" if v == least else f"{v:.2f}" if v == v else "–" for v in values.values()]
-        gains = [row["gain"] for row in rows if row["experts"] == group and row["model"] == UNIFORM]
-        told = "; ".join(f"{g:+.2f} [{low:.2f}, {high:.2f}]" for g, low, high in gains)
-        lines.append(f"| {group.replace('+', ' + ')} | {' | '.join(cells)} | {told} |")
-    return "\n".join(lines)
+        values = [means(rows, group, model) for model in SHOWN]
+        told = "; ".join(_told(gain) for gain in _gains(rows, group))
+        lines.append(f"| {group.replace('+', ' + ')} | {' | '.join(_cells(values))} | {told} |")
+    return "\n".join(lines) + "\n\n" + summary(rows)
+
+
+def tasks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss by task, a table for each group of experts."""
+    parts = ["# Held-out loss by task\n\nNats per token, means over seeds; written by `tune_against_uniform.py`."]
+    for group in dict.fromkeys(row["experts"] for row in rows):
+        own = [row for row in rows if row["experts"] == group]
+        names = list(own[0]["losses"])
+        models = [*SHOWN[:8], BEST, *dict.fromkeys(r["model"] for r in own if r["model"] not in SHOWN), "base"]
+        table = {model: [row for row in own if row["model"] == model] for model in models}
+        columns = [[float(np.mean([r["losses"][name] for r in found])) for found in table.values()] for name in names]
+        columns += [
+            [float(np.mean([r[over] for r in found])) for found in table.values()] for over in ("mean", "worst")
+        ]
+        cells = zip(*map(_cells, columns), strict=True)
+        lines = [
+            f"| model | chosen | {' | '.join((*names, 'mean', 'worst'))} |",
+            "|---|---" + "|---" * len(columns) + "|",
+        ]
+        for (model, found), line in zip(table.items(), cells, strict=True):
+            chosen = "; ".join(dict.fromkeys(r["chosen"] for r in found if r["chosen"]))
+            lines.append(f"| {model} | {chosen} | {' | '.join(line)} |")
+        parts += [f"## {group.replace('+', ' + ')}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def counted(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """In how many runs the tuned merge is ahead of task arithmetic, and of the best of all others."""
+    uniform = [row for row in rows if row["model"] == UNIFORM]
+    best = [row for row in rows if row.get("best_of_others")]
+    tuned = {(row["experts"], row["seed"]): row for row in rows if row["model"] == "tuned"}
+    return {
+        "runs": len(tuned),
+        "ahead": sum(row["gain"][0] > 0 for row in uniform),
+        "beyond_doubt": sum(row["gain"][1] > 0 for row in uniform),
+        "behind_beyond_doubt": sum(row["gain"][2] < 0 for row in uniform),
+        "not_ahead": [f"{row['experts']}, seed {row['seed']}" for row in uniform if row["gain"][0] <= 0],
+        "mean_gain": round(float(np.mean([row["gain"][0] for row in uniform])), 4),
+        "beats_all_beyond_doubt": sum(row["gain"][1] > 0 for row in best),
+        "best_of_others": dict(Counter(row["model"] for row in best).most_common()),
+        "worst_text_lower": sum(tuned[row["experts"], row["seed"]]["worst"] < row["worst"] for row in uniform),
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the table shows, in words."""
+    found, groups = counted(rows), len({row["experts"] for row in rows})
+    runs, won, level = found["runs"], found["beats_all_beyond_doubt"], found["not_ahead"]
+    best = ", ".join(f"{model} in {count}" for model, count in found["best_of_others"].items())
+    behind = f" ({'; '.join(level)})" if level else ""
+    return (
+        f"Of {runs} runs ({groups} groups, {runs // groups} sets of data each) the tuned merge has a lower mean than "
+        f"task arithmetic at its best λ in {found['ahead']}, beyond doubt in {found['beyond_doubt']}; plain task "
+        f"arithmetic is level or ahead in {len(level)}{behind}, beyond doubt in {found['behind_beyond_doubt']}. The "
+        f"best of all others ({best}) is beaten beyond doubt in {won}; in the other {runs - won} `tune` recommends "
+        "that one. Tuning lowers the mean and may pay with one text: the worst text's loss is below task arithmetic's "
+        f"in {found['worst_text_lower']} runs."
+    )
+
+
+def _cells(values: Sequence[float]) -> list[str]:
+    """Losses as cells, the least in bold; – where there is none."""
+    least = min((v for v in values if v == v), default=math.nan)
+    shown = [_shown(v) for v in values]
+    return ["–" if v != v else f"**{text}**" if v == least else text for v, text in zip(values, shown, strict=True)]
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def _told(gain: Sequence[float]) -> str:
+    value, low, high = gain
+    digits = 2 if max(map(abs, gain)) >= 0.1 else 3
+    return f"{value:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def figure(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
@@ -84,8 +158,8 @@ def figure(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
 def _above(rows: Sequence[Mapping[str, Any]], group: str, model: str) -> list[float]:
     """A model's loss minus task arithmetic's, one for each seed."""
     of = {(row["seed"], row["model"]): row["mean"] for row in rows if row["experts"] == group}
-    return [loss - of[seed, "task arithmetic"] for (seed, name), loss in of.items() if name == model]
+    return [loss - of[seed, UNIFORM] for (seed, name), loss in of.items() if name == model]
 
 
 def _gains(rows: Sequence[Mapping[str, Any]], group: str) -> list[list[float]]:
-    return [row["gain"] for row in rows if row["experts"] == group and "gain" in row]
+    return [row["gain"] for row in rows if row["experts"] == group and row["model"] == UNIFORM]

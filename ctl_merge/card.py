@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,22 +67,38 @@ def build_card(
 
 
 def with_results(card: str, title: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The card with these results of evaluations (as in `build_card`) in its metadata, in place of any before."""
-    before, front, text = card.split("---\n", 2)
-    if before:
-        raise ValueError("the card has no metadata")
-    metadata = yaml.safe_load(front)
-    metadata.pop("model-index", None)
-    return _front(metadata, title, results) + text
+    """The card with these results of evaluations (as in `build_card`) in its metadata; what else stands there stays.
+
+    Of the results before, those of other data sets or metrics stay too, and the model's name, which is else `title`.
+    Raises ValueError where the metadata cannot be read.
+    """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    block = re.match(REGEX_YAML_BLOCK, card)
+    try:
+        metadata = (yaml.safe_load(block[2]) if block else None) or {}
+        before = metadata.pop("model-index", None) or []
+        name, old = model_index_to_eval_results(before) if before else (title, [])
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from None
+    return _front(metadata, name, results, old) + (card[block.end() :] if block else f"\n{card}")
 
 
-def _front(metadata: dict[str, Any], title: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The card's metadata, with results as the Hub's model-index; KeyError where one lacks what that needs."""
+def _front(
+    metadata: dict[str, Any], title: str, results: Sequence[Mapping[str, Any]], before: Sequence[Any] = ()
+) -> str:
+    """The card's metadata, with results as the Hub's model-index; KeyError where one lacks what that needs.
+
+    `before`: `EvalResult`s, of which those stay that are of another data set or metric.
+    """
     from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-    if results:
-        _, flat = model_index_to_eval_results([{"name": title, "results": list(results)}])
-        metadata = metadata | {"model-index": _filled(eval_results_to_model_index(title, flat))}
+    _, new = model_index_to_eval_results([{"name": title, "results": list(results)}])
+    taken = {(result.dataset_name, result.metric_type) for result in new}
+    all_of_them = [*(old for old in before if (old.dataset_name, old.metric_type) not in taken), *new]
+    if all_of_them:
+        metadata = metadata | {"model-index": _filled(eval_results_to_model_index(title, all_of_them))}
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=10**9)}---\n"
 
 

@@ -6,10 +6,10 @@ import io
 import itertools
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 import ctl_merge
 from ctl_merge.cli import app
 from ctl_merge.errors import CheckpointError, DataError, OutputError
-from ctl_merge.evaluating import answers, items
+from ctl_merge.evaluating import answers, items, metrics
 from ctl_merge.evaluating.execution import run
 from ctl_merge.evaluating.likelihood import predict
-from ctl_merge.evaluating.measured import Measured, rows_of
-from ctl_merge.evaluating.metrics import CalibrationError, ExactMatch, PassAtK, TokenLoss, pass_at_k, wilson
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Measured, calibration_error, pass_at_k, wilson
 from ctl_merge.evaluating.passages import Passage
 from ctl_merge.evaluating.results import write_results
 from ctl_merge.evaluating.table import render
@@ -153,29 +153,62 @@ def test_pass_at_k_is_the_chance_over_all_draws(samples, right):
         pass_at_k(samples, right, samples + 1)
 
 
-def test_metrics_of_evaluate_compute_what_they_say():
-    assert TokenLoss().compute(predictions=[2.0, 4.0], references=[1, 2])["loss"] == 2.0
-    assert PassAtK().compute(predictions=[1, 0], references=[2, 2], k=1)["pass@1"] == 0.25
-    found = ExactMatch().compute(predictions=["so 3\n#### 7", "5"], references=["#### 7", "6"])
-    assert found["exact_match"] == 0
-    found = ExactMatch().compute(predictions=["so 3\n#### 7", "x"], references=["#### 7", "x"], pattern=r"#### (\d+)")
-    assert found["exact_match"] == 0.5  # an answer without a match is not right
-    # 0.9 and 0.95 in one bin, one right: |1 - 1.85|; 0.1 in another, wrong: |0 - 0.1|
-    ece = CalibrationError().compute(predictions=[0.9, 0.95, 0.1], references=[1, 0, 0], bins=5)
-    assert ece["calibration_error"] == pytest.approx((0.85 + 0.1) / 3)
+METRIC_CASES = [  # by hand
+    (metrics.TokenLoss, [2.0, 4.0], [1, 2], {}, {"loss": 2.0}),  # of tokens, not of sequences: (2 + 4) / (1 + 2)
+    (metrics.Perplexity, [2.0, 4.0], [1, 2], {}, {"perplexity": 7.38905609893065}),  # e²
+    (metrics.Agreement, [1.0, 4.0], [2, 8], {}, {"agreement": 0.5}),
+    (metrics.Divergence, [1.0, 0.5], [1, 5], {}, {"kl": 0.25}),
+    # so 0.9 and 0.95 are in one bin, one right: |1 - 1.85|; 0.1 in another, wrong: |0 - 0.1|; over three
+    (metrics.CalibrationError, [0.9, 0.95, 0.1], [1, 0, 0], {"bins": 5}, {"calibration_error": 0.95 / 3}),
+    (metrics.CalibrationError, [1.0], [1], {}, {"calibration_error": 0.0}),  # the last bin holds its end
+    (metrics.ExactMatch, [" 5 ", "6"], ["5", "5"], {}, {"exact_match": 0.5}),  # space around does not count
+    (metrics.ExactMatch, ["so 3\n#### 7", "5"], ["#### 7", "6"], {}, {"exact_match": 0.0}),
+    # an answer without a match is not right
+    (metrics.ExactMatch, ["3\n#### 7", "x"], ["#### 7", "x"], {"pattern": r"#### (\d+)"}, {"exact_match": 0.5}),
+    (metrics.ChoiceAccuracy, [0, 1, 2, 1], [0, 1, 1, 1], {}, {"accuracy": 0.75}),
+    (metrics.ChoiceAccuracyPerCharacter, [0, 1], [1, 0], {}, {"accuracy_per_character": 0.0}),
+    (metrics.PassAtK, [1, 0], [2, 2], {"k": 1}, {"pass@1": 0.25}),
+    (metrics.PassAtK, [1, 2], [4, 4], {"k": 2}, {"pass@2": (3 / 6 + 5 / 6) / 2}),  # of six pairs 3, and 5, hold one
+]
+
+
+@pytest.mark.parametrize("metric,predictions,references,how,expected", METRIC_CASES)
+def test_metrics_of_evaluate_compute_what_they_say(metric, predictions, references, how, expected):
+    found = metric().compute(predictions=predictions, references=references, **how)
+    interval = found.pop("interval", None)
+    assert found == pytest.approx(expected)
+    share = metric.kind.share and metric is not metrics.PassAtK
+    assert interval == (wilson(*found.values(), len(references)) if share else None)
+
+
+def test_every_metric_has_a_hand_worked_case():
+    assert {case[0] for case in METRIC_CASES} == {*metrics.METRICS.values(), metrics.PassAtK}
+
+
+def test_rows_are_what_the_metrics_compute(data, written):
+    """The verb's figures, recomputed by `compute` from what it wrote and predicted."""
+    specs = {kind: [f"{kind}={data / 'cycle.jsonl'}:prompt,{columns}"]
+             for kind, columns in (("match", "answer"), ("choice", "choices,right"))}  # fmt: skip
+    found = ctl_merge.evaluate(str(written), **specs, join="", stop=("\n",), items=6, max_new_tokens=16)
+    answers = found.answers["average"]["match"]
+    own = metrics.ExactMatch().compute(
+        predictions=[a["answer"] for a in answers], references=[a["wanted"] for a in answers]
+    )
+    row = found.of("average", "match", "exact_match")
+    assert (row["value"], (row["low"], row["high"])) == (own["exact_match"], own["interval"])
+    assert [a["right"] for a in answers] == [a["answer"].strip() == a["wanted"].strip() for a in answers]
 
 
 def test_calibration_of_a_model_is_that_of_its_tokens(written):
     passages = [Passage(torch.randint(3, 27, (20,)), torch.arange(20) > 0) for _ in range(3)]
     model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32).eval()
     found = predict({"a": model}, passages, calibration=True)["a"]
-    measured = Measured.of(np.stack(found.bins), found.tokens)
+    measured = metrics.CalibrationError.of_bins(found.bins)
     ids = torch.stack([p.ids for p in passages])
     with torch.no_grad():
         confidence, top = model(input_ids=ids).logits[:, :-1].double().softmax(-1).max(-1)
     right = (top == ids[:, 1:]).int().flatten().tolist()
-    expected = CalibrationError().compute(predictions=confidence.flatten().tolist(), references=right)
-    from ctl_merge.evaluating.metrics import calibration_error
+    expected = metrics.CalibrationError().compute(predictions=confidence.flatten().tolist(), references=right)
 
     assert calibration_error(measured.numerator.sum(0)) == pytest.approx(expected["calibration_error"], abs=1e-6)
 
@@ -276,6 +309,30 @@ def test_several_samples_are_drawn_again_by_the_same_seed(data):
     assert first == second
 
 
+@pytest.mark.launchers
+def test_two_processes_find_what_one_finds(data, tmp_path):
+    """Losses, answers, choices and programs, shared by ranks: the same figures, and only the first rank speaks."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"t{i}", "tests": ["assert 1"]}) for i in range(3)))
+    rows = data / "cycle.jsonl"
+    command = [
+        "-m", "ctl_merge", "evaluate", str(AVERAGE), "--base", BASE, "--parents", "--calibration",
+        "--data", f"text={rows}:prompt,answer", "--sequences", "5", "--length", "24", "--match",
+        f"match={rows}:prompt,answer", "--choice", f"choice={rows}:prompt,choices,right", "--code",
+        f"code={path}:text,tests", "--allow-code-execution", "--items", "5", "--max-new-tokens", "8", "--json", "-o",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    for name, start in (("one", []), ("two", launcher)):
+        done = subprocess.run([sys.executable, *start, *command, str(tmp_path / name)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["rows"]
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert one["answers"] == two["answers"] and one["settings"] == two["settings"]
+    assert len(one["rows"]) == len(two["rows"])
+    for own, other in zip(one["rows"], two["rows"], strict=True):
+        assert own == pytest.approx(other, rel=1e-6, abs=1e-9, nan_ok=True)
+
+
 # Results
 
 
@@ -292,6 +349,62 @@ def test_results_go_into_the_card_beside_others(written):
     write_results(other, "average", written)
     assert len(ModelCard.load(written / "README.md").data.eval_results) == len(card.data.eval_results)
     AutoModelForCausalLM.from_pretrained(written)
+
+
+CARD = """---
+license: apache-2.0
+tags:
+- merge
+- mine
+datasets: [gsm8k]
+model-index:
+- name: My Model
+  results:
+  - task: {type: text-generation}
+    dataset: {type: gsm8k, name: GSM8K}
+    metrics: [{type: acc, value: 0.5}]
+widget:
+- text: hello --- world
+---
+# Mine
+
+---
+ünïcode
+"""
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_card_of_someone_else_keeps_what_it_says(tmp_path, newline):
+    (tmp_path / "README.md").write_text(CARD, "utf-8", newline=newline)
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    write_results(found, "cycle", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.tags == ["merge", "mine"]
+    assert card.data.datasets == ["gsm8k"] and card.data.widget == [{"text": "hello --- world"}]
+    assert card.data.model_name == "My Model" and card.text.strip() == "# Mine\n\n---\nünïcode"
+    kept, *new = card.data.eval_results
+    assert (kept.dataset_name, kept.metric_type, kept.metric_value) == ("GSM8K", "acc", 0.5)
+    assert [(r.dataset_name, r.metric_type, r.metric_value) for r in new] == [
+        (name, metric, round(value(found, "cycle", name, metric), 6))
+        for name in ("cycle", "shift") for metric in ("loss", "perplexity")
+    ]  # fmt: skip
+
+
+def test_a_card_without_metadata_gets_some(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    write_results(found, "cycle", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.model_name == tmp_path.name and len(card.data.eval_results) == 4 and "# Mine" in card.text
+
+
+@pytest.mark.parametrize("front", ["tags: [", "just words", "- a list", "model-index: 5", "model-index: [{name: x}]"])
+def test_metadata_that_cannot_be_read_is_left_alone(tmp_path, front):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# Mine\n")
+    found = ctl_merge.evaluate(str(QUICKSTART / "cycle"), sequences=2, length=16)
+    with pytest.raises(OutputError, match="cannot be read"):
+        write_results(found, "cycle", tmp_path)
+    assert (tmp_path / "README.md").read_text() == f"---\n{front}\n---\n# Mine\n"
 
 
 def test_a_card_that_is_not_there_is_said_before_anything_runs(tmp_path):

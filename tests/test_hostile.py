@@ -288,6 +288,16 @@ def test_what_takes_too_long_is_interrupted_in_any_thread_and_only_then() -> Non
         pass
 
 
+def test_a_limit_that_was_not_reached_leaves_profilers_alone() -> None:
+    """To withdraw an interruption that was never sent made Python 3.11 spin for ever under cProfile, or a debugger."""
+    code = (
+        "import cProfile; from ctl_merge.time_limit import interrupted_after\n"
+        "def work():\n    with interrupted_after(5):\n        pass\n    return sum(map(abs, range(9)))\n"
+        "cProfile.run('work()')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
 # ---- what is said
 
 

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 import ctl_merge
 from ctl_merge.cli import app
 from ctl_merge.dispatch import Placement
-from ctl_merge.errors import DataError, RecipeError
+from ctl_merge.errors import DataError, ProbeError, RecipeError
 from ctl_merge.evaluating.evaluation import Evaluation
-from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Measured
 from ctl_merge.evaluating.passages import Passage
 from ctl_merge.merging import Merge
+from ctl_merge.probing import archive
 from ctl_merge.roles import roles
 from ctl_merge.tuning.adjustable import Adjustable
 from ctl_merge.tuning.closed_form import least_squares
@@ -253,7 +255,25 @@ def test_the_page_tells_what_was_lost_and_what_came_back(tuned):
         assert word in page
     Report.model_validate_json((out / "report" / "probe.json").read_text())
     assert (out / "report" / "figures" / "held_out.svg").is_file()
-    assert ctl_merge.ProbeReport.load(out / "report").data["merges"][1]["name"] == TUNED
+
+
+def test_the_report_of_a_tuned_merge_comes_back_whole(tuned, tmp_path):
+    found, out = tuned
+    again = ctl_merge.ProbeReport.load(out / "report")
+    assert again.data["merges"][1]["name"] == TUNED
+    assert again.to_json() == (out / "report" / "probe.json").read_text()
+    assert again.data["tuning"] == json.loads(found.to_json())
+    again.save(tmp_path)
+    assert (tmp_path / "report.html").read_text() == (out / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("key", ["verdict", "evaluation", "coefficients"])
+def test_a_damaged_account_of_tuning_is_refused(tuned, tmp_path, key):
+    report = ctl_merge.ProbeReport.load(tuned[1] / "report")
+    del report.statistics.tuning[key]
+    archive.save(report.statistics, tmp_path / archive.FILE)
+    with pytest.raises(ProbeError, match="damaged"):
+        ctl_merge.ProbeReport.load(tmp_path)
 
 
 def test_a_search_goes_on_with_its_study(opened, writer, tmp_path):

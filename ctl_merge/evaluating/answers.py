@@ -12,8 +12,7 @@ from ctl_merge.evaluating import items
 from ctl_merge.evaluating.execution import run_all
 from ctl_merge.evaluating.generation import generate
 from ctl_merge.evaluating.likelihood import losses
-from ctl_merge.evaluating.measured import Measured
-from ctl_merge.evaluating.metrics import pass_at_k, same_answer
+from ctl_merge.evaluating.metrics import ChoiceAccuracy, ChoiceAccuracyPerCharacter, ExactMatch, Measured, PassAtK
 from ctl_merge.evaluating.options import EvaluationOptions
 from ctl_merge.evaluating.passages import continuation
 from ctl_merge.evaluating.subjects import Evaluated
@@ -51,21 +50,27 @@ def measure_answers(
     for spec in specs["match"]:
         own = part(items.questions(spec, options.items, options.join))
         found = _joined(gather(_matched(own, writer, options)))
-        written[spec.name] = found
-        metrics[spec.name] = {"exact_match": Measured.of([answer["right"] for answer in found])}
+        given, wanted = ([each[key] for each in found] for key in ("answer", "wanted"))
+        measured = ExactMatch.items(given, wanted, options.extract)
+        written[spec.name] = [
+            {**answer, "right": bool(right)} for answer, right in zip(found, measured.numerator, strict=True)
+        ]
+        metrics[spec.name] = {ExactMatch.key: measured}
     for spec in specs["choice"]:
         listed = part(items.choices(spec, options.items, options.join))
         chosen = _joined(gather(_chosen(listed, writer, options, length)))
         metrics[spec.name] = {
-            "accuracy": Measured.of([right for right, _ in chosen]),
-            "accuracy_per_character": Measured.of([right for _, right in chosen]),
+            metric.key: metric.items([each[place] for each in chosen], [right for *_, right in chosen])
+            for place, metric in enumerate((ChoiceAccuracy, ChoiceAccuracyPerCharacter))
         }
     for spec in specs["code"]:
         asked = part(items.problems(spec, options.items))
         found = _joined(gather(_programmed(asked, writer, options)))
         written[spec.name] = found
         metrics[spec.name] = {
-            f"pass@{k}": Measured.of([pass_at_k(options.samples, answer["right"], k) for answer in found])
+            PassAtK.key.format(k=k): PassAtK.items(
+                [each["right"] for each in found], [options.samples] * len(found), k=k
+            )
             for k in options.k
         }
     return metrics, written
@@ -108,15 +113,15 @@ def _matched(asked: Sequence[items.Question], writer: _Writer, options: Evaluati
     stop = options.stop or ("\n\n",)
     given = writer.write([question.prompt for question in asked], stop)
     return [
-        {"prompt": q.prompt, "answer": a, "wanted": q.answer, "right": same_answer(a, q.answer, options.extract)}
-        for q, (a,) in zip(asked, given, strict=True)
+        {"prompt": question.prompt, "answer": answer, "wanted": question.answer}
+        for question, (answer,) in zip(asked, given, strict=True)
     ]
 
 
 def _chosen(
     asked: Sequence[items.Choice], writer: _Writer, options: EvaluationOptions, length: int
-) -> list[tuple[bool, bool]]:
-    """Whether the right choice is the likeliest, and the likeliest for its length in characters."""
+) -> list[tuple[int, int, int]]:
+    """The likeliest choice, the likeliest for its length in characters, and the right one."""
     tokenizer = writer.model.tokenizer
     passages = [
         continuation(choice.prompt, text, tokenizer, length)
@@ -127,7 +132,7 @@ def _chosen(
     for choice in asked:
         own = [next(nll) for _ in choice.choices]
         by_length = [loss / max(len(text), 1) for loss, text in zip(own, choice.choices, strict=True)]
-        found.append((own.index(min(own)) == choice.right, by_length.index(min(by_length)) == choice.right))
+        found.append((own.index(min(own)), by_length.index(min(by_length)), choice.right))
     return found
 
 

@@ -13,7 +13,8 @@ from ctl_merge.errors import DataError
 from ctl_merge.evaluating.answers import check_answers, measure_answers
 from ctl_merge.evaluating.evaluation import Evaluation
 from ctl_merge.evaluating.likelihood import Predictions, predict
-from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Agreement, CalibrationError, Divergence, Measured, Perplexity, TokenLoss
 from ctl_merge.evaluating.options import EvaluationOptions
 from ctl_merge.evaluating.passages import Passage, passages_of
 from ctl_merge.evaluating.subjects import Evaluated, Group, open_groups
@@ -162,16 +163,10 @@ class _Work:
 def loss_metrics(found: Predictions) -> dict[str, Measured]:
     """The metrics that follow from predictions of passages."""
     tokens = found.tokens
-    metrics = {"loss": Measured.of(found.nll, tokens), "perplexity": Measured.of(found.nll, tokens)}
+    metrics = {metric.key: metric.items(found.nll, tokens) for metric in (TokenLoss, Perplexity)}
     if found.bins:
-        metrics["calibration_error"] = Measured.of(_stacked(found), tokens)
+        metrics[CalibrationError.key] = CalibrationError.of_bins(found.bins)
     for other in found.agree:
-        metrics[f"agreement:{other}"] = Measured.of(found.agree[other], tokens)
-        metrics[f"kl:{other}"] = Measured.of(found.kl[other], tokens)
+        metrics[f"{Agreement.key}:{other}"] = Agreement.items(found.agree[other], tokens)
+        metrics[f"{Divergence.key}:{other}"] = Divergence.items(found.kl[other], tokens)
     return metrics
-
-
-def _stacked(found: Predictions) -> Any:
-    import numpy as np
-
-    return np.stack(found.bins)

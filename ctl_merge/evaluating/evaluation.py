@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ctl_merge
-from ctl_merge.evaluating.measured import kind_of
+from ctl_merge.evaluating.metrics import kind_of
 from ctl_merge.output import disk_errors
 from ctl_merge.together import write_whole
 
@@ -62,19 +62,18 @@ class Evaluation:
         with disk_errors(path, "Free space, or choose another file, and run the same command again."):
             write_whole(path, text + "\n")
 
-    def results(self, model: str) -> list[Any]:
-        """What was measured of a model as the Hub's `EvalResult`s, for the card's `model-index`.
+    def results(self, model: str) -> list[dict[str, Any]]:
+        """What was measured of a model as entries of the Hub's `model-index`, for its card.
 
         Intervals stand in the metric's arguments; what says something of two models only is left out.
         """
-        from huggingface_hub import EvalResult
-
         return [
-            EvalResult(
-                task_type="text-generation", dataset_type=_published(self.sets[row["data"]], row["data"]),
-                dataset_name=row["data"], metric_type=row["metric"], metric_name=kind_of(row["metric"]).title,
-                metric_value=round(row["value"], 6), metric_args=_bounds(row), verified=False,
-            )
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": _published(self.sets[row["data"]], row["data"]), "name": row["data"]},
+                "metrics": [{"type": row["metric"], "name": kind_of(row["metric"]).title,
+                             "value": round(row["value"], 6), "args": _bounds(row)}],
+            }
             for row in self.rows
             if row["model"] == model and row["data"] in self.sets and ":" not in row["metric"]
             and _plain(row["value"]) is not None

@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 
 from ctl_merge.errors import ProbeError
+from ctl_merge.evaluating.metrics import binned
 from ctl_merge.evaluating.passages import Passage, padded
 from ctl_merge.probing.forward import forward
-
-BINS = 15  # of confidence, equally wide
 
 
 @dataclass
 class Predictions:
     """Sums over the counted tokens of each passage, (N,) each; float64.
 
-    nll: nats. bins: (N, 3, BINS), of tokens by the confidence of the top one: how many, confidences, how often right.
+    nll: nats. bins: (N, 3, B), of tokens by the confidence of the top one, as `binned` has them.
     agree, kl: by another model, how often the top tokens are equal, and KL(other ‖ this one) in nats.
     """
 
@@ -95,9 +94,7 @@ def _add(found: Predictions, logits: Tensor, labels: Tensor, others: Mapping[str
     found.tokens.append(len(labels))
     if calibration:
         confidence, top = logits.softmax(-1).max(-1)
-        at = one_hot((confidence * BINS).long().clamp_max(BINS - 1), BINS).double()
-        sums = torch.stack([at.sum(0), confidence @ at, (top == labels).double() @ at])
-        found.bins.append(sums.cpu().numpy())
+        found.bins.append(binned(confidence.cpu().numpy(), (top == labels).cpu().numpy()))
     if others:
         mine = logits.log_softmax(-1)
         for name, other in others.items():

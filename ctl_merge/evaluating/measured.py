@@ -1,87 +1,15 @@
-"""What was measured item by item, and what follows."""
+"""Rows of an evaluation: values, intervals, paired differences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ctl_merge.evaluating.metrics import calibration_error, wilson
+from ctl_merge.evaluating.metrics import Kind, Measured, kind_of, wilson
 from ctl_merge.probing.intervals import Draws
 
 Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A metric: whether more of it is better, and how sums over items become its value (the ratio of both, if None).
-
-    `share`: of items, whose interval is Wilson's where each is right or wrong. `summed`: whether mean and worst over
-    data sets are of use.
-    """
-
-    title: str
-    higher: bool
-    share: bool = False
-    summed: bool = True
-    value: Callable[[Array, Array], Array] | None = None
-
-
-def _perplexity(numerator: Array, denominator: Array) -> Array:
-    return np.exp(numerator / denominator)
-
-
-KINDS = {
-    "loss": Kind("loss, nats per token", higher=False),
-    "perplexity": Kind("perplexity", higher=False, summed=False, value=_perplexity),
-    "exact_match": Kind("exact match", higher=True, share=True),
-    "accuracy": Kind("accuracy of choices, by likelihood", higher=True, share=True),
-    "accuracy_per_character": Kind("accuracy of choices, by likelihood per character", higher=True, share=True),
-    "calibration_error": Kind(
-        "calibration error of the next token, 15 bins", higher=False, value=lambda bins, _: calibration_error(bins)
-    ),
-    "agreement": Kind("how often the top token is the same", higher=True, summed=False),
-    "kl": Kind("KL(other ‖ model), nats per token", higher=False, summed=False),
-}  # fmt: skip
-
-
-def kind_of(metric: str) -> Kind:
-    """The metric's kind; of `agreement:NAME` and `kl:NAME` the part before the colon, of pass@k by its name.
-
-    The harness' metrics are taken for such of which more is better, but for those whose name says otherwise.
-    """
-    if metric.startswith("harness "):
-        lower = any(word in metric for word in ("perplexity", "bits_per_byte", "loss", "brier"))
-        return Kind(metric.removeprefix("harness "), higher=not lower)
-    if metric.startswith("pass@"):
-        return Kind(f"{metric}, by running the programs", higher=True, share=True)
-    return KINDS[metric.partition(":")[0]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Sums of one metric for each of N items: numerator (N, ...), denominator (N,)."""
-
-    numerator: Array
-    denominator: Array
-
-    @classmethod
-    def of(cls, numerator: Sequence[float] | Array, denominator: Sequence[float] | Array | None = None) -> Measured:
-        above = np.asarray(numerator, dtype=float)
-        return cls(above, np.ones(len(above)) if denominator is None else np.asarray(denominator, dtype=float))
-
-    @property
-    def each_right_or_wrong(self) -> bool:
-        """Whether every item is one trial: pass@k of several samples is not."""
-        return bool(np.isin(self.numerator, (0, 1)).all() and (self.denominator == 1).all())
-
-    def drawn(self, kind: Kind, draws: Draws) -> Array:
-        """The metric on every draw: (1 + DRAWS,), the value itself first."""
-        sums = draws.sums(self.numerator), draws.sums(self.denominator)
-        return kind.value(*sums) if kind.value else sums[0] / sums[1]
-
-
 Table = Mapping[str, Mapping[str, Mapping[str, Measured]]]  # model -> data set -> metric
 
 
@@ -100,7 +28,7 @@ def rows_of(table: Table) -> list[dict[str, object]]:
             for metric, measured in metrics.items():
                 kind, count = kind_of(metric), len(measured.denominator)
                 made = draws.setdefault((data, count), Draws(count, seed=sets.index(data)))
-                values = drawn[model, data, metric] = measured.drawn(kind, made)
+                values = drawn[model, data, metric] = _drawn(measured, kind, made)
                 found = made.interval(values)
                 if kind.share and measured.each_right_or_wrong:
                     found["low"], found["high"] = wilson(float(values[0]), count)
@@ -109,6 +37,11 @@ def rows_of(table: Table) -> list[dict[str, object]]:
                 difference = made.interval(values - drawn[first, data, metric]) if paired else None
                 rows.append(_row(model, data, metric, count, found, difference))
     return rows + _over_sets(list(table), sets, drawn, rows)
+
+
+def _drawn(measured: Measured, kind: Kind, draws: Draws) -> Array:
+    """The metric on every draw: (1 + DRAWS,), the value itself first."""
+    return kind.value(draws.sums(measured.numerator), draws.sums(measured.denominator))
 
 
 def _over_sets(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ctl_merge.evaluating.evaluation import OVER, Evaluation
-from ctl_merge.evaluating.measured import kind_of
+from ctl_merge.evaluating.metrics import kind_of
 from ctl_merge.probing.record import printable
 from ctl_merge.probing.svg import shorten
 from ctl_merge.probing.wording import shown

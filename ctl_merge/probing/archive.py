@@ -2,7 +2,7 @@
 
 `statistics.npz` holds arrays and no pickles: `numpy.load(path, allow_pickle=False)` reads it.
 
-    header                            JSON: names, settings, and for each data set its strata and sites
+    header                            JSON: names, settings, what tuning found, each data set's strata and sites
     weights/grams (T, W, W)           inner products of [τ_1 .. τ_k, θ_0, τ_m ..] for each tensor
     sets/NAME/tokens (N, S)           tokens by sequence and stratum
     sets/NAME/SITE/gram (N, S, M, M)  inner products of features, summed over tokens; `robust` without massive ones
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ctl_merge.errors import ProbeError
 from ctl_merge.probing.grams import Grams, SiteGrams
@@ -50,6 +50,8 @@ def save(statistics: Statistics, path: Path) -> None:
         "sets": {name: _described(found) for name, found in statistics.sets.items()},
         "scaled": {f"{s:g}": {n: _described(f) for n, f in sets.items()} for s, sets in statistics.scaled.items()},
     }  # fmt: skip
+    if statistics.tuning is not None:
+        header["tuning"] = statistics.tuning
     arrays = {"header": np.array(json.dumps(header, ensure_ascii=False))}
     arrays["weights/grams"] = np.stack(list(statistics.weights.grams.values()))
     for prefix, sets in kinds:
@@ -128,6 +130,20 @@ class _Notes(_Strict):
     main: bool | None = None
 
 
+class _Evaluation(BaseModel):
+    rows: list[dict[str, Any]]
+    sets: dict[str, str]
+
+
+class _Tuning(BaseModel):
+    """What the page reads of it; the rest is as `tune --json` has it."""
+
+    verdict: str
+    uniform: float | None
+    coefficients: list[dict[str, Any]]
+    evaluation: _Evaluation
+
+
 class _Header(_Strict):
     format: int
     ctl_merge: str
@@ -140,6 +156,14 @@ class _Header(_Strict):
     tensors: list[str] = Field(min_length=1)
     sets: dict[str, _SetHeader]
     scaled: dict[str, dict[str, _SetHeader]]
+    tuning: dict[str, Any] | None = None
+
+    @field_validator("tuning")
+    @classmethod
+    def _checked(cls, tuning: dict[str, Any] | None) -> dict[str, Any] | None:
+        if tuning is not None:
+            _Tuning.model_validate(tuning)
+        return tuning
 
 
 class _Reader:
@@ -167,7 +191,7 @@ class _Reader:
             TaskGrams(len(header.parents), dict(zip(header.tensors, grams, strict=True))),
             {name: self._set(f"sets/{name}", found, list(header.merges)) for name, found in header.sets.items()},
             header.patches, {float(scale): self._scaled(scale, sets) for scale, sets in header.scaled.items()},
-            header.settings, header.warnings, header.ctl_merge,
+            header.settings, header.warnings, header.ctl_merge, header.tuning,
         )  # fmt: skip
 
     def _scaled(self, scale: str, sets: Mapping[str, _SetHeader]) -> dict[str, Observations]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class ProbeReport:
     statistics: Statistics
 
     def with_tuning(self, tuning: Mapping[str, Any]) -> ProbeReport:
-        """The report, whose page tells of tuning too; `load` computes it again without."""
-        return ProbeReport({**self.data, "tuning": dict(tuning)}, self.statistics)
+        """The report, whose page tells of tuning too."""
+        return rebuild(replace(self.statistics, tuning=dict(tuning)))
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -89,6 +89,8 @@ def rebuild(statistics: Statistics) -> ProbeReport:
         "lineage": lineage(statistics.weights, parents),
         "sets": {name: _set(statistics, name, found) for name, found in statistics.sets.items()},
     }  # fmt: skip
+    if statistics.tuning is not None:
+        data["tuning"] = statistics.tuning
     return ProbeReport(data, statistics)
 
 

@@ -18,7 +18,8 @@ class Statistics:
     """What a run leaves, without models: the report follows from it.
 
     merges: for each, what the report is to say of it (`main`, `alpha`). patches: for each merge, the models that are
-    patched at a site. scaled: by scale, observations of the main merge alone.
+    patched at a site. scaled: by scale, observations of the main merge alone. tuning: of a merge before and after it
+    was tuned, what tuning found, evaluation included.
     """
 
     base: str
@@ -31,6 +32,7 @@ class Statistics:
     settings: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     version: str = ctl_merge.__version__
+    tuning: dict[str, Any] | None = None
 
     @classmethod
     def of(

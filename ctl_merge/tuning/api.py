@@ -13,7 +13,8 @@ from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating.api import loss_metrics
 from ctl_merge.evaluating.evaluation import Evaluation
-from ctl_merge.evaluating.measured import Measured, rows_of
+from ctl_merge.evaluating.measured import rows_of
+from ctl_merge.evaluating.metrics import Measured
 from ctl_merge.evaluating.passages import passages_of
 from ctl_merge.merged import ParentView
 from ctl_merge.merging import Merge, Meter, no_meter
@@ -31,7 +32,7 @@ from ctl_merge.tuning.closed_form import least_squares, normal_equations, site_o
 from ctl_merge.tuning.descent import Bounds, Found, descend
 from ctl_merge.tuning.levels import LEVELS, groups
 from ctl_merge.tuning.options import TuneOptions
-from ctl_merge.tuning.rivals import UNIFORM, Rival, Trier, best_of, best_uniform, joined, rivals
+from ctl_merge.tuning.rivals import TIES, UNIFORM, Rival, Trier, best_of, best_uniform, joined, rivals
 from ctl_merge.tuning.search import check_search, search
 from ctl_merge.tuning.splits import Splits, split, windows
 from ctl_merge.tuning.tuned import TUNED, Tuned, decide
@@ -126,9 +127,9 @@ class _Tuning:
         tuned = Rival(TUNED, self._text(best), f"{best.how}, a coefficient for each {best.level}")
         if searched and self.trier.loss(searched.text, splits.validation) < best.validation:
             tuned = Rival(TUNED, searched.text, f"search, {searched.chosen}")
-        with self.meter("comparing", 4) as told:
+        with self.meter("comparing", len(TIES) + sum(map(len, self.also.values()))) as told:
             others = list(rivals(self.writer, uniform, self._own(), self.trier, seen, told))
-            others += [best_of(name, choices, self.trier, seen) for name, choices in self.also.items()]
+            others += [best_of(name, choices, self.trier, seen, told) for name, choices in self.also.items()]
         evaluation = self._compare([tuned, *others, *([searched] if searched else [])])
         return self._concluded(tuned, best, candidates, others, evaluation, uniform, curve)
 

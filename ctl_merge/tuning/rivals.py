@@ -20,6 +20,7 @@ from ctl_merge.tuning.written import Writer
 
 UNIFORM = "task arithmetic"
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+TIES = [(density, scale) for density in (0.3, 0.6, 0.9) for scale in (0.4, 0.6, 0.8, 1.0)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def rivals(
     ties = {
         f"density {density:g}, λ = {scale:g}":
             writer.method("ties", {"weight": 1.0, "density": density}, {"lambda": scale})
-        for density in (0.2, 0.6) for scale in (0.6, 1.0)
+        for density, scale in TIES
     }  # fmt: skip
     yield best_of("ties", ties, trier, texts, told)
     yield Rival(*recipe)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -164,6 +165,7 @@ class Bench:
             for tool, run in tools.items():
                 if tool in ("mergekit", "by hand") and repeat >= (self.options.others_repeats or self.options.repeats):
                     continue
+                os.sync()  # pages that earlier runs left to be written would slow this one's writing
                 (drop if cold else warm)(files)
                 found.setdefault(tool, []).append(run())
                 print(f"{case.size} {case.label} {tool}: {found[tool][-1].wall:.1f} s", file=sys.stderr)

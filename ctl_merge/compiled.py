@@ -64,9 +64,7 @@ class CompiledLoops:
     lie in the file, or None. Thread-safe.
     """
 
-    def __init__(
-        self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped
-    ) -> None:  # fmt: skip
+    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> None:
         self._kernels, self._plan, self._read, self._exact, self._mapped = kernels, plan, read, exact, mapped
         self._held = threading.local()
 
@@ -91,20 +89,13 @@ class CompiledLoops:
             return None
         rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
         raw = self._load(plan, start, out.numel(), decoded=not rounded)
-        rounded = (
-            raw[1].dtype != np.float64
-        )  # there is a loop from bfloat16 to bfloat16, and one from float64 to float64
-        merged = out if rounded else self._memory("merged", out.numel(), torch.float64)
-        words = self._memory("words", self._kernels.BLOCK // 2, torch.int64).numpy().view(np.uint64)
-        scratch = self._memory("scratch", (len(plan.everyone) + 4) * self._kernels.BLOCK, torch.float64)
+        # There is a loop from bfloat16 to bfloat16, and one from float64 to float64.
+        merged = out if raw[1].dtype == np.uint16 else self._memory("merged", out.numel(), torch.float64)
+        block, rows = self._kernels.BLOCK, len(plan.everyone) + 4
+        words = self._memory("words", block // 2, torch.int64).numpy().view(np.uint64)
+        scratch = self._memory("scratch", rows * block, torch.float64).view(rows, block).numpy()
         undecided = self._kernels.merge_chunk(
-            raw,
-            plan.base is not None,
-            start,
-            _array(merged),
-            scratch.view(-1, self._kernels.BLOCK).numpy(),
-            words,
-            *prepared,
+            raw, plan.base is not None, start, _array(merged), scratch, words, *prepared
         )
         return None if undecided else merged
 

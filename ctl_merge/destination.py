@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from ctl_merge.errors import HubError
 from ctl_merge.hub import COMMIT, HubSnapshot, check_names, listing
+from ctl_merge.hub_client import limit_silence
 from ctl_merge.hub_errors import explain, failures, may_pass
 
 TRIES = 4  # of one request, and of a commit
@@ -75,6 +76,7 @@ def look(destination: Destination) -> HubSnapshot | None:
 
 def ask(request: Callable[[], T], repo_id: str) -> T:
     """What a request that may be repeated gives; failures that may pass are waited out. Raises HubError."""
+    limit_silence()
     for attempt in range(TRIES):
         try:
             return request()

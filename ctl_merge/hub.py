@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctl_merge.errors import HubError
+from ctl_merge.hub_client import limit_silence
 from ctl_merge.hub_content import differing
 from ctl_merge.hub_errors import NO_HUB, explain, failures, out_of_reach
 from ctl_merge.sizes import format_size
@@ -109,6 +110,7 @@ def listing(repo_id: str, revision: str) -> HubSnapshot:
     """The repository as the Hub has it now. Raises what the client raises, and HubError where it is no Hub's answer."""
     from huggingface_hub import HfApi, constants
 
+    limit_silence()
     where = f"{repo_id}@{revision}"
     info = HfApi().model_info(
         repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
@@ -168,6 +170,7 @@ def download(snapshot: HubSnapshot, paths: Iterable[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    limit_silence()
     wanted = {path: snapshot.file(path).size for path in paths}
     missing = sorted(wanted.keys() - cached(snapshot, wanted))
     folder = _folder(snapshot)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +15,11 @@ import numpy as np
 _POPULATE_READ = 22
 
 
-def _bring(address: int, size: int) -> bool:
-    """Read pages into memory; whether that went well. `address` is that of a page."""
-    madvise = ctypes.CDLL(None).madvise
-    return madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ) == 0
+@cache
+def _madvise() -> Any:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return function
 
 
 class MappedFile:
@@ -40,4 +43,6 @@ class MappedFile:
         found = self._memory[begin : begin + size]
         address = found.ctypes.data
         skipped = address % mmap.PAGESIZE
-        return found if address % 2 == 0 and _bring(address - skipped, size + skipped) else None
+        if address % 2 or _madvise()(address - skipped, size + skipped, _POPULATE_READ) != 0:
+            return None
+        return found

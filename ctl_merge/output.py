@@ -18,7 +18,10 @@ from ctl_merge.sizes import format_size
 MANIFEST = "merge_manifest.json"
 _FINGERPRINT = "fingerprint"
 UPLOADED = "uploaded"
+WORK = ".ctl-merge.partial"  # how working files within a folder end
+_ATTACHED = ("probe", f".*{WORK}")  # patterns: what an earlier run may have put there beside the merge
 WORKING_FILES = ("journal*", "measured*", _FINGERPRINT, UPLOADED)  # patterns
+_KEPT = "What is written is kept: free space and run the same command with --resume, or delete the folder."
 _OTHER = "is of another recipe, other sources, another shard size, device or version"
 
 
@@ -117,6 +120,9 @@ class OutputFolder:
         if self.resume and marker.exists():
             found = marker.read_text("utf-8", errors="replace")
             if found == fingerprint:
+                with disk_errors(self.path):
+                    for attached in (path for pattern in _ATTACHED for path in self.path.glob(pattern)):
+                        _remove(attached)  # made again, or not asked for any more
                 return
             if not self.overwrite and not fingerprint.startswith(
                 found
@@ -205,14 +211,11 @@ def _is_ours(folder: Path, *markers: str) -> bool:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """What the system says of writing into `folder`, as OutputError."""
+def disk_errors(folder: Path, when_full: str = _KEPT) -> Iterator[None]:
+    """What the system says of writing into `folder`, as OutputError; `when_full` says what to do on a full disk."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(
-                f"no space left for {folder} ({error.strerror}). What is written is kept: free space and run the same "
-                "command with --resume, or delete the folder."
-            ) from None
+            raise OutputError(f"no space left for {folder} ({error.strerror}). {when_full}") from None
         raise OutputError(f"{folder} cannot be written: {error}") from None

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import recipe_text
 from command import Ctl, Ran
+from crashes import kills
 from definitions_evidence import MADE_UP, MadeUp
 from hub_server import TOKEN, HubServer, use_hub
 from huggingface_hub.utils import enable_progress_bars
@@ -25,6 +26,12 @@ from ctl_merge import cli
 from ctl_merge.merging import MergeResult
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if kills:
+        counts = ", ".join(f"{count} in {Path(file).name}" for file, count in sorted(kills.items()) if count)
+        terminalreporter.write_line(f"{kills.total()} processes were killed with SIGKILL: {counts}")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import strategies as st
@@ -65,3 +67,19 @@ def cut_up(draw: Any, valid: bytes) -> bytes:
         at, length = draw(st.integers(0, len(data))), draw(st.integers(0, 16))
         data = data[:at] + draw(st.binary(max_size=16)) + data[at + length :]
     return data
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """TimeoutError where the block computes for longer, whatever else the machine does."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

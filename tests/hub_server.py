@@ -41,6 +41,7 @@ class Fault:
     times: int | None = None
     status: int | None = None  # answer with this error
     delay: float = 0.0  # seconds before the answer
+    stall: int | None = None  # of an answer, or of an upload: after this many bytes nothing moves any more
     cut: int | None = None  # of an answer, or of an upload: after this many bytes close the connection
     short: int | None = None  # promise and send only this many bytes
     body: bytes | None = None  # answer with this page instead
@@ -184,22 +185,37 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
         return self.refuse(404, "")
 
     def _receive(self) -> bool:
-        """Read the body. False if the connection is to break in the middle of it."""
-        self.body, cut = b"", self.broken.cut if self.command == "PUT" else None
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            while size := int(self.rfile.readline(), 16):
-                self.body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            length = int(self.headers.get("Content-Length", 0))
-            self.body = self.rfile.read(length if cut is None else min(cut, length))
-        if cut is None:
+        """Read the body. False if the connection is to break in the middle of it, or the client has broken it."""
+        broken, self.body = self.broken, b""
+        limit = (broken.cut if broken.stall is None else broken.stall) if self.command == "PUT" else None
+        if self._read_body(limit) and limit is None:
             return True
-        self._record(0, b"")
         self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
+        if limit is not None:
+            if broken.action:
+                broken.action()
+            if broken.stall is not None:
+                self.hub.closing.wait()
+            self._record(0, b"")
+            with suppress(OSError):  # the client may have gone
+                self.connection.shutdown(socket.SHUT_RDWR)
         return False
+
+    def _read_body(self, limit: int | None) -> bool:
+        """Whether all of it came, or as much as the limit says."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            length = int(self.headers.get("Content-Length", 0))
+            wanted = length if limit is None else min(limit, length)
+            self.body = self.rfile.read(wanted)
+            return len(self.body) == wanted
+        while limit is None or len(self.body) < limit:
+            if not (line := self.rfile.readline()):
+                return False
+            self.body += self.rfile.read(int(line, 16))
+            self.rfile.readline()
+            if int(line, 16) == 0:
+                break
+        return True
 
     @property
     def token(self) -> str | None:
@@ -232,6 +248,11 @@ class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
         self._record(status, body)
         try:
             self.end_headers()
+            if self.broken.stall is not None and self.command != "HEAD":
+                self.wfile.write(body[: self.broken.stall])
+                self.hub.closing.wait()
+                self.close_connection = True
+                return
             self.wfile.write(body)
         except ConnectionError:  # the client has had enough
             self.close_connection = True

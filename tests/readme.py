@@ -24,15 +24,15 @@ ORDER = """
     recipe recipe_file recipe_check recipe_inputs recipe_words recipe_schema recipe_tokenizer mixture moe_schema
     reference settings document problems json_schema traits compatibility check
     starting family pedigree kinship fitting proposal proposal_text
-    checkpoint header hub hub_content hub_errors digests stored mapped pickled adapter adapter_config adapter_changes
-    low_rank task_vectors step
+    checkpoint header hub hub_content hub_client hub_errors digests stored mapped pickled adapter adapter_config
+    adapter_changes low_rank task_vectors step
     layers architecture parameter_names stacks roles
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
     methods/ merged compiled devices evidence prefix_evidence
-    merging finishing parts processes identity measured sums writer workers output companions tokenizer_files manifest
-    public_recipe local_paths card front_matter markdown sizes shown time_limit
+    merging finishing parts processes identity measured sums writer workers output together companions
+    tokenizer_files manifest public_recipe local_paths card front_matter markdown sizes shown time_limit
     publishing finished shard_stream destination hub_push original reproduce
     factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
-from crashes import killed_after, killed_before, operations
+from crashes import kill_at, kill_at_instants, killed_before
 
 from ctl_merge.errors import CtlMergeError
 from ctl_merge.merging import Merge
@@ -44,6 +42,7 @@ class Scenario:
 
     def prepare(self) -> None:
         """The output as it stands before the run that is killed."""
+        shutil.rmtree(self.output.parent, ignore_errors=True)
         if self.old is None:
             return
         first = self.recipe.with_name("first.yaml")
@@ -118,29 +117,8 @@ def make(
     return Scenario(recipe, output, options, workers, contents(expected), old)
 
 
-def fresh(scenario: Scenario) -> None:
-    shutil.rmtree(scenario.output.parent, ignore_errors=True)
-    scenario.prepare()
-
-
-def kill_at_operations(scenario: Scenario, chosen: Callable[[int], bool], again: random.Random | None = None) -> int:
-    """Kill a run before each chosen operation and go on; with `again`, kill the resumed run too. How many kills."""
-    fresh(scenario)
-    total, kills = operations(scenario.run, scenario.output.parent), 0
-    for operation in filter(chosen, range(total)):
-        fresh(scenario)
-        kills += killed_before(scenario.run, scenario.output.parent, operation)
-        scenario.check_aftermath()
-        if again is not None and not scenario.output.exists():
-            resume = lambda: scenario.merge(resume=True, overwrite=bool(scenario.options))  # noqa: E731
-            kills += killed_before(resume, scenario.output.parent, again.randrange(total))
-            scenario.check_aftermath()
-        scenario.go_on()
-    return kills
-
-
 def test_killed_before_any_file_operation(scenario: Scenario) -> None:
-    assert kill_at_operations(scenario, lambda operation: operation % SLICE == 5) >= 3
+    assert kill_at(scenario, scenario.output.parent, lambda operation: operation % SLICE == 5) >= 3
 
 
 def test_killed_at_random_instants_with_two_workers(tmp_path: Path) -> None:
@@ -148,24 +126,19 @@ def test_killed_at_random_instants_with_two_workers(tmp_path: Path) -> None:
     assert kill_at_instants(scenario, random.Random(0), 6) >= 3
 
 
-def kill_at_instants(scenario: Scenario, draw: random.Random, runs: int) -> int:
-    fresh(scenario)
-    start = time.monotonic()
-    operations(scenario.run, scenario.output.parent)
-    length, kills = time.monotonic() - start, 0
-    for _ in range(runs):
-        fresh(scenario)
-        kills += killed_after(scenario.run, draw.uniform(0, length))
-        scenario.check_aftermath()
-        scenario.go_on()
-    return kills
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_before_every_file_operation_and_again_while_it_is_resumed(kind: str, tmp_path: Path) -> None:
     scenario = make(tmp_path, workers=1, layers=4, width=16, **KINDS[kind])
-    kills = kill_at_operations(scenario, lambda operation: True, random.Random(1))
+    draw = random.Random(1)
+
+    def again(total: int) -> bool:
+        if scenario.output.exists():
+            return False
+        resume = lambda: scenario.merge(resume=True, overwrite=bool(scenario.options))  # noqa: E731
+        return killed_before(resume, scenario.output.parent, draw.randrange(total))
+
+    kills = kill_at(scenario, scenario.output.parent, lambda operation: True, again)
     print(f"\n{kind}: {kills} kills")
 
 

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -21,7 +20,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import write_checkpoint
-from fuzzing import cut_up, damaged
+from fuzzing import cut_up, damaged, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -236,22 +235,6 @@ FEWER = {"rows": 500}  # of what is slow: this opens a library's data set each t
 def pickled(folder: Path, raw: bytes) -> None:
     with replaced(folder / "pickled" / "pytorch_model.bin", raw):
         plan(simple("pickled"))
-
-
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """TimeoutError where the block computes for longer, whatever else the machine does."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def fuzz(target: str, models: Path, cases: int, fixed: bool) -> int:

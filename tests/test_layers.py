@@ -29,11 +29,11 @@ STAGES = {
         "methods.builtin",
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
-        "adapter_config companions digests factors header hub_errors layers local_paths mapped markdown model_config "
-        "output reference tokenizer workers",
+        "adapter_config companions digests factors header hub_client hub_errors layers local_paths mapped markdown "
+        "model_config output reference tokenizer workers",
         "architecture chat_template devices hub_content rates sums tokenizer_files",
         "hub",
-        "checkpoint destination stacks",
+        "checkpoint destination stacks together",
         "hub_push low_rank parameter_names stored writer",
         "adapter_changes adapter_targets finished pickled",
         "adapter adapter_files shard_stream",

@@ -12,6 +12,7 @@ from typing import Any
 import ctl_merge
 from ctl_merge.evaluating.metrics import kind_of
 from ctl_merge.output import disk_errors
+from ctl_merge.together import write_whole
 
 OVER = ("mean", "worst")  # rows over all data sets
 
@@ -58,9 +59,8 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write results and answers as JSON. Raises OutputError."""
         text = json.dumps({**self.data, "answers": self.answers}, indent=2, ensure_ascii=False, allow_nan=False)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n", "utf-8")
+        with disk_errors(path, "Free space, or choose another file, and run the same command again."):
+            write_whole(path, text + "\n")
 
     def results(self, model: str) -> list[dict[str, Any]]:
         """What was measured of a model as entries of the Hub's `model-index`, for its card.

@@ -20,6 +20,11 @@ _DRAWN = (
     nonlinearity_figure, recipe_figure, cosine_figure, origin_figure, parts_figure, strata_figure, coefficient_figure,
     scaling_figure, blame_figure, patch_figure, loss_figure, sweep_figure,
 )  # fmt: skip
+_NAMES = (
+    "held_out", "tuned_coefficients", "nonlinearity", "recipes", "cosine", "origin", "parts", "strata", "coefficients",
+    "scaling", "blame", "patch", "losses", "sweep",
+)  # fmt: skip
+FILES = tuple(f"{name}.{kind}" for name in _NAMES for kind in ("svg", "png"))  # all that a report may have
 
 
 def figures(data: Data) -> list[Figure]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ctl_merge.output import disk_errors
 from ctl_merge.probing import archive
 from ctl_merge.probing.blocks import site_rows
 from ctl_merge.probing.costs import best_parent, loss_report
@@ -17,6 +16,7 @@ from ctl_merge.probing.intervals import Draws
 from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.scaling import scaling_rows
 from ctl_merge.probing.statistics import Statistics
+from ctl_merge.together import appearing
 from ctl_merge.weights import TaskGrams
 
 FORMAT = 2  # of probe.json; `ctl_merge.probing.schema` describes it
@@ -43,19 +43,20 @@ class ProbeReport:
         return json.dumps(_plain(self.data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, folder: str | Path) -> None:
-        """Write probe.json, report.html, the figures and the statistics into a folder. Raises OutputError."""
-        from ctl_merge.probing.figures import write_figures
+        """Write probe.json, report.html, the figures and the statistics into a folder, whole or not at all.
+
+        An earlier report there is replaced; other files stay. Raises OutputError.
+        """
+        from ctl_merge.probing.figures import FILES, write_figures
         from ctl_merge.probing.page import render_page
 
-        folder = Path(folder)
         plain = json.loads(self.to_json())
         page = render_page(plain)
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "probe.json").write_text(self.to_json(), "utf-8")
-            (folder / "report.html").write_text(page, "utf-8")
-            write_figures(plain, folder / "figures")
-            archive.save(self.statistics, folder / archive.FILE)
+        with appearing(Path(folder), "probe.json", [f"figures/{file}" for file in FILES]) as work:
+            (work / "probe.json").write_text(self.to_json(), "utf-8")
+            (work / "report.html").write_text(page, "utf-8")
+            write_figures(plain, work / "figures")
+            archive.save(self.statistics, work / archive.FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeReport:

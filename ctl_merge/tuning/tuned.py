@@ -12,6 +12,7 @@ from ctl_merge.errors import ProbeError
 from ctl_merge.evaluating.evaluation import Evaluation
 from ctl_merge.output import disk_errors
 from ctl_merge.probing.wording import interval, shown
+from ctl_merge.together import write_whole
 
 TUNED = "tuned"
 
@@ -58,9 +59,8 @@ class Tuned:
     def save(self, path: str | Path) -> None:
         """Write the recommended recipe. Raises OutputError."""
         path = Path(path)
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.text, "utf-8")
+        with disk_errors(path, "Free space, or choose another file, and run the same command again."):
+            write_whole(path, self.text)
 
 
 def best_rival(evaluation: Evaluation, metric: str = "loss") -> str:

@@ -100,9 +100,8 @@ STAGES = {
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
         "probing.report probing.windows",
-        "probing.api probing.loaded probing.text_losses",
+        "probing.api probing.loaded",
     ),
-    "adapters of whole models": ("extraction",),
     "evaluation": (
         "evaluating.__init__ evaluating.execution evaluating.items evaluating.metrics evaluating.options",
         "evaluating.measured evaluating.passages evaluating.subjects",
@@ -110,6 +109,7 @@ STAGES = {
         "evaluating.answers evaluating.harness evaluating.results evaluating.table",
         "evaluating.api",
     ),
+    "adapters of whole models": ("extraction",),
     "tuning": (
         "tuning.__init__ tuning.closed_form tuning.levels tuning.options tuning.splits tuning.tuned tuning.written",
         "tuning.adjustable",

@@ -103,7 +103,8 @@ STAGES = {
         "probing.api probing.loaded",
     ),
     "evaluation": (
-        "evaluating.__init__ evaluating.execution evaluating.items evaluating.metrics evaluating.options",
+        "evaluating.__init__ evaluating.batches evaluating.execution evaluating.items evaluating.metrics "
+        "evaluating.options",
         "evaluating.measured evaluating.passages evaluating.subjects",
         "evaluating.evaluation evaluating.generation evaluating.likelihood",
         "evaluating.answers evaluating.harness evaluating.results evaluating.table",

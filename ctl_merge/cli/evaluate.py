@@ -89,8 +89,10 @@ def evaluate(
     from ctl_merge.evaluating.options import EvaluationOptions
     from ctl_merge.processes import launched
 
-    for folder in filter(None, map(_folder, models if card else [])):
-        results.check_card(folder)
+    ranks = launched()
+    ranks.together(
+        lambda: [results.check_card(folder) for folder in filter(None, map(_folder, models if card else []))]
+    )
     options = EvaluationOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, max_memory=max_memory, chat=chat,
         trust_remote_code=trust_remote_code, rows=rows, mask_prompt=mask_prompt, parents=parents,
@@ -101,6 +103,7 @@ def evaluate(
     if harness is not None:
         from ctl_merge.evaluating.harness import run_harness
 
+        ranks.require_alone("an evaluation by --harness")
         if data or match or choice or code:
             raise typer.BadParameter("--harness has data of its own: leave --data, --match, --choice and --code out")
         tasks = [task.strip() for task in harness.split(",") if task.strip()]
@@ -110,7 +113,7 @@ def evaluate(
             models, data or [], match=match or [], choice=choice or [], code=code or [], base=base, options=options,
             meter=meter(),
         )  # fmt: skip
-    if not launched().first:
+    if not ranks.first:
         return
     if output:
         found.save(output)

@@ -49,8 +49,8 @@ PROBING = """
     alphas repair figures
 """.split()
 EVALUATING = """
-    options subjects passages batches likelihood items generation execution answers metrics measured evaluation table results
-    harness api
+    options subjects passages batches likelihood items generation execution answers metrics measured evaluation table
+    results harness api
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
 CLI = """

@@ -467,7 +467,6 @@ def test_the_harness_takes_a_lazy_merge(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 9])
 def test_ranks_find_to_the_bit_what_one_process_finds(written, count):
     model = AutoModelForCausalLM.from_pretrained(written).eval()
-    tokenizer = AutoTokenizer.from_pretrained(written)
     generator = torch.Generator().manual_seed(3)
     passages = [
         Passage(torch.randint(0, 20, (n,), generator=generator), torch.arange(n) > 0) for n in (9, 4, 12, 4, 7, 5, 11)

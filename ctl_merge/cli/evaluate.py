@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
 from ctl_merge.cli.terminal import configure, meter, print_table
+
+if TYPE_CHECKING:
+    from ctl_merge.evaluating.evaluation import Evaluation
 
 _SPEC = "NAME=FILE:column,column or org/dataset:column@split; may be repeated."
 
@@ -85,7 +88,7 @@ def evaluate(
 ) -> None:
     """Measure models and merges side by side: loss, exact match, choices, programs; with 95 % intervals."""
     configure()
-    from ctl_merge.evaluating import api, results
+    from ctl_merge.evaluating import api
     from ctl_merge.evaluating.options import EvaluationOptions
     from ctl_merge.processes import launched
 
@@ -113,20 +116,32 @@ def evaluate(
             models, data or [], match=match or [], choice=choice or [], code=code or [], base=base, options=options,
             meter=meter(),
         )  # fmt: skip
-    if not ranks.first:
-        return
+    if ranks.first:
+        _tell(found, output, as_json, card)
+
+
+def _tell(found: Evaluation, output: Path | None, as_json: bool, card: bool) -> None:
+    """Write and print what was measured."""
+    from ctl_merge.evaluating.results import write_results
+    from ctl_merge.evaluating.table import render
+
     if output:
         found.save(output)
     if as_json:
         print(found.to_json(), end="")
     else:
-        from ctl_merge.evaluating.table import render
-
         print_table(render(found))
     for name, folder in found.folders.items() if card else ():
-        path = results.write_results(found, name, folder)
+        path = write_results(found, name, folder)
         if not as_json:
             print(f"→ {path}")
+
+
+def _check_cards(models: list[str]) -> None:
+    from ctl_merge.evaluating.results import check_card
+
+    for folder in filter(None, map(_folder, models)):
+        check_card(folder)
 
 
 def _folder(text: str) -> Path | None:

@@ -93,9 +93,7 @@ def evaluate(
     from ctl_merge.processes import launched
 
     ranks = launched()
-    ranks.together(
-        lambda: [results.check_card(folder) for folder in filter(None, map(_folder, models if card else []))]
-    )
+    ranks.together(lambda: _check_cards(models if card else []))
     options = EvaluationOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, max_memory=max_memory, chat=chat,
         trust_remote_code=trust_remote_code, rows=rows, mask_prompt=mask_prompt, parents=parents,

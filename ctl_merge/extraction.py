@@ -23,14 +23,17 @@ from ctl_merge.checkpoint import Checkpoint, torch_dtype
 from ctl_merge.devices import checked_device
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, MismatchError, RecipeError
+from ctl_merge.evaluating.likelihood import predict
+from ctl_merge.evaluating.metrics import TokenLoss
+from ctl_merge.evaluating.passages import of_windows
 from ctl_merge.front_matter import stated_licence
 from ctl_merge.header import TensorSpec, dtype_code
 from ctl_merge.manifest import build_manifest, write_manifest
 from ctl_merge.merging import Merge, MergeResult, Meter, no_meter
+from ctl_merge.model import load_weights
 from ctl_merge.output import disk_errors
 from ctl_merge.probing.data import TokenSet
 from ctl_merge.probing.placement import Options, placed
-from ctl_merge.probing.text_losses import text_losses
 from ctl_merge.probing.windows import token_sets
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.recipe import Recipe
@@ -225,11 +228,25 @@ class _Extractor:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def _losses(self, folder: Path, sets: Sequence[TokenSet], options: Options) -> dict[str, dict[str, float]]:
-        """Of the base, the model, and the base with the adapter as it was written."""
+        """Nats per token by data set: of the base, the model, and the base with the adapter as it was written.
+
+        Weights are rounded to each checkpoint's dtype, as a reader of its files sees them.
+        """
         adapter = ModelRef(folder.name, folder=folder)
         both = AdaptedCheckpoint(self.base_ref.bare.with_adapter(adapter), self.base_files, adapter)
         everyone: dict[str, Checkpoint] = {"base": self.base, "model": self.model, "base + adapter": both}
-        return text_losses(everyone, sets, placed(options, self.base))
+        running = placed(options, self.base)
+        found: dict[str, dict[str, float]] = {tokens.name: {} for tokens in sets}
+        for name, checkpoint in everyone.items():
+            model = load_weights(
+                checkpoint, running.placement, as_written=True, blocks=running.blocks,
+                trust_remote_code=running.trust_remote_code,
+            )  # fmt: skip
+            for tokens in sets:
+                measured = predict({checkpoint.name: model}, of_windows(tokens), running.batch,
+                                   device=running.placement.device)[checkpoint.name]  # fmt: skip
+                found[tokens.name][name] = TokenLoss.items(measured.nll, measured.tokens).whole(TokenLoss.kind)
+        return found
 
     @property
     def _public(self) -> PublicRecipe:

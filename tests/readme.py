@@ -46,11 +46,11 @@ PROBING = """
     parents
     metrics intervals blocks losses costs record statistics archive schema report api
     wording verdict advice terminal section page tables svg raster depth curves coefficients comparisons waterfall
-    alphas repair figures text_losses
+    alphas repair figures
 """.split()
 EVALUATING = """
-    options subjects passages likelihood items generation execution answers metrics measured evaluation table results
-    harness api
+    options subjects passages batches likelihood items generation execution answers metrics measured evaluation table
+    results harness api
 """.split()
 TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
 CLI = """

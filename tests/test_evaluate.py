@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import thread_ranks
 import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ import ctl_merge
 from ctl_merge.cli import app
 from ctl_merge.errors import CheckpointError, DataError, OutputError
 from ctl_merge.evaluating import answers, items, metrics
+from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.execution import run
 from ctl_merge.evaluating.likelihood import predict
 from ctl_merge.evaluating.measured import rows_of
@@ -28,6 +30,7 @@ from ctl_merge.evaluating.passages import Passage
 from ctl_merge.evaluating.results import write_results
 from ctl_merge.evaluating.table import render
 from ctl_merge.probing.rows import DataSpec
+from ctl_merge.processes import ALONE
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
@@ -480,3 +483,61 @@ def test_the_harness_takes_a_lazy_merge(data, tmp_path, monkeypatch):
     found = json.loads(result.stdout[result.stdout.index("{\n") :])
     row = next(row for row in found["rows"] if row["metric"] == "harness acc")
     assert row["value"] > 0.9 and row["low"] <= row["value"]
+
+
+# ---- by several ranks
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_ranks_find_to_the_bit_what_one_process_finds(written, count):
+    model = AutoModelForCausalLM.from_pretrained(written).eval()
+    generator = torch.Generator().manual_seed(3)
+    passages = [
+        Passage(torch.randint(0, 20, (n,), generator=generator), torch.arange(n) > 0) for n in (9, 4, 12, 4, 7, 5, 11)
+    ]
+
+    def work(ranks):
+        return predict({"": model}, passages, 2, calibration=True, ranks=ranks)[""]
+
+    expected = work(ALONE)
+    for found in thread_ranks.run(count, work):
+        assert (found.nll, found.tokens) == (expected.nll, expected.tokens)
+        assert all((a == b).all() for a, b in zip(found.bins, expected.bins, strict=True))
+
+
+def test_what_fails_for_one_rank_is_raised_by_all():
+    def work(ranks):
+        def fail(rows):
+            if 3 in rows:
+                raise DataError("the fourth item is bad")
+            return rows
+
+        return in_batches([1] * 5, 1, ranks, fail)
+
+    errors = thread_ranks.run(3, work)
+    assert all(isinstance(error, DataError) and "the fourth item is bad" in str(error) for error in errors)
+
+
+def by_ranks(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ctl_merge", "evaluate"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.launchers
+def test_torchrun_evaluates_and_finds_the_same(data, tmp_path, ctl):
+    spec = f"cycle={data / 'cycle.jsonl'}:prompt,answer"
+    arguments = [str(AVERAGE), "--base", BASE, "--data", spec, "--match", spec.replace("cycle=", "asked="), "--items", "13",
+                 "--sequences", "11", "--length", "24", "--batch", "4", "--calibration", "--parents"]  # fmt: skip
+    alone = ctl("evaluate", *arguments, "-o", tmp_path / "one.json")
+    assert alone.code == 0, alone.err
+    done = by_ranks([*arguments, "-o", str(tmp_path / "two.json")])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.out
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+
+
+@pytest.mark.launchers
+def test_a_mistake_is_said_once_by_all_ranks(tmp_path):
+    done = by_ranks([str(tmp_path / "no-such-model")])
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1 and not (tmp_path / "no-such-model").exists()

@@ -100,16 +100,17 @@ STAGES = {
         "probing.blocks probing.costs probing.figures probing.run probing.statistics probing.tables probing.terminal",
         "probing.archive probing.page probing.placement probing.ranks probing.scaling probing.section",
         "probing.report probing.windows",
-        "probing.api probing.loaded probing.text_losses",
+        "probing.api probing.loaded",
     ),
-    "adapters of whole models": ("extraction",),
     "evaluation": (
-        "evaluating.__init__ evaluating.execution evaluating.items evaluating.metrics evaluating.options",
+        "evaluating.__init__ evaluating.batches evaluating.execution evaluating.items evaluating.metrics "
+        "evaluating.options",
         "evaluating.measured evaluating.passages evaluating.subjects",
         "evaluating.evaluation evaluating.generation evaluating.likelihood",
         "evaluating.answers evaluating.harness evaluating.results evaluating.table",
         "evaluating.api",
     ),
+    "adapters of whole models": ("extraction",),
     "tuning": (
         "tuning.__init__ tuning.closed_form tuning.levels tuning.options tuning.splits tuning.tuned tuning.written",
         "tuning.adjustable",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
+
+if TYPE_CHECKING:
+    from ctl_merge.evaluating.evaluation import Evaluation
 
 _SPEC = "NAME=FILE:column,column or org/dataset:column@split; may be repeated."
 
@@ -85,12 +88,12 @@ def evaluate(
 ) -> None:
     """Measure models and merges side by side: loss, exact match, choices, programs; with 95 % intervals."""
     configure()
-    from ctl_merge.evaluating import api, results
+    from ctl_merge.evaluating import api
     from ctl_merge.evaluating.options import EvaluationOptions
     from ctl_merge.processes import launched
 
-    for folder in filter(None, map(_folder, models if card else [])):
-        results.check_card(folder)
+    ranks = launched()
+    ranks.together(lambda: _check_cards(models if card else []))
     options = EvaluationOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, max_memory=max_memory, chat=chat,
         trust_remote_code=trust_remote_code, rows=rows, mask_prompt=mask_prompt, parents=parents,
@@ -101,6 +104,7 @@ def evaluate(
     if harness is not None:
         from ctl_merge.evaluating.harness import run_harness
 
+        ranks.require_alone("an evaluation by --harness")
         if data or match or choice or code:
             raise typer.BadParameter("--harness has data of its own: leave --data, --match, --choice and --code out")
         tasks = [task.strip() for task in harness.split(",") if task.strip()]
@@ -110,20 +114,32 @@ def evaluate(
             models, data or [], match=match or [], choice=choice or [], code=code or [], base=base, options=options,
             meter=meter(),
         )  # fmt: skip
-    if not launched().first:
-        return
+    if ranks.first:
+        _tell(found, output, as_json, card)
+
+
+def _tell(found: Evaluation, output: Path | None, as_json: bool, card: bool) -> None:
+    """Write and print what was measured."""
+    from ctl_merge.evaluating.results import write_results
+    from ctl_merge.evaluating.table import render
+
     if output:
         found.save(output)
     if as_json:
         print_document(found.to_json())
     else:
-        from ctl_merge.evaluating.table import render
-
         print_table(render(found))
     for name, folder in found.folders.items() if card else ():
-        path = results.write_results(found, name, folder)
+        path = write_results(found, name, folder)
         if not as_json:
             say(f"→ {path}")
+
+
+def _check_cards(models: list[str]) -> None:
+    from ctl_merge.evaluating.results import check_card
+
+    for folder in filter(None, map(_folder, models)):
+        check_card(folder)
 
 
 def _folder(text: str) -> Path | None:

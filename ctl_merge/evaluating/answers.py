@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating import items
+from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.execution import run_all
 from ctl_merge.evaluating.generation import generate
 from ctl_merge.evaluating.likelihood import losses
@@ -18,10 +18,9 @@ from ctl_merge.evaluating.passages import continuation
 from ctl_merge.evaluating.subjects import Evaluated
 from ctl_merge.merging import Meter
 from ctl_merge.probing.rows import DataSpec
+from ctl_merge.processes import Ranks
 
 _FENCED = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
-Part = Callable[[Sequence[Any]], Sequence[Any]]
-Gather = Callable[[Any], list[Any]]
 
 
 def check_answers(code: bool, options: EvaluationOptions) -> None:
@@ -41,15 +40,15 @@ def check_answers(code: bool, options: EvaluationOptions) -> None:
 
 def measure_answers(
     model: Evaluated, running: Any, specs: Mapping[str, Sequence[DataSpec]], options: EvaluationOptions, length: int,
-    device: str, part: Part, gather: Gather, meter: Meter,
+    device: str, ranks: Ranks, meter: Meter,
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, list[dict[str, Any]]]]:  # fmt: skip
-    """Of each data set its metrics, and what the model wrote. `part`, `gather`: how ranks share the items."""
+    """Of each data set its metrics, and what the model wrote; `ranks` share the work."""
     metrics: dict[str, dict[str, Measured]] = {}
     written: dict[str, list[dict[str, Any]]] = {}
-    writer = _Writer(model, running, options, device, meter)
+    asked = ranks.together(lambda: _read(specs, options))
+    writer = _Writer(model, running, options, device, ranks, meter)
     for spec in specs["match"]:
-        own = part(items.questions(spec, options.items, options.join))
-        found = _joined(gather(_matched(own, writer, options)))
+        found = _matched(asked[spec.name], writer, options)
         given, wanted = ([each[key] for each in found] for key in ("answer", "wanted"))
         measured = ExactMatch.items(given, wanted, options.extract)
         written[spec.name] = [
@@ -57,15 +56,13 @@ def measure_answers(
         ]
         metrics[spec.name] = {ExactMatch.key: measured}
     for spec in specs["choice"]:
-        listed = part(items.choices(spec, options.items, options.join))
-        chosen = _joined(gather(_chosen(listed, writer, options, length)))
+        chosen = _chosen(asked[spec.name], writer, options, length)
         metrics[spec.name] = {
             metric.key: metric.items([each[place] for each in chosen], [right for *_, right in chosen])
             for place, metric in enumerate((ChoiceAccuracy, ChoiceAccuracyPerCharacter))
         }
     for spec in specs["code"]:
-        asked = part(items.problems(spec, options.items))
-        found = _joined(gather(_programmed(asked, writer, options)))
+        found = _programmed(asked[spec.name], writer, options)
         written[spec.name] = found
         metrics[spec.name] = {
             PassAtK.key.format(k=k): PassAtK.items(
@@ -76,25 +73,33 @@ def measure_answers(
     return metrics, written
 
 
-def _joined(parts: list[list[Any]]) -> list[Any]:
-    return [item for part in parts for item in part]
+def _read(specs: Mapping[str, Sequence[DataSpec]], options: EvaluationOptions) -> dict[str, list[Any]]:
+    """The items of each data set."""
+    return {
+        **{spec.name: items.questions(spec, options.items, options.join) for spec in specs["match"]},
+        **{spec.name: items.choices(spec, options.items, options.join) for spec in specs["choice"]},
+        **{spec.name: items.problems(spec, options.items) for spec in specs["code"]},
+    }
 
 
 class _Writer:
     """One model, writing as the options say."""
 
-    def __init__(self, model: Evaluated, running: Any, options: EvaluationOptions, device: str, meter: Meter) -> None:
-        self.model, self.running, self.options, self.device, self.meter = model, running, options, device, meter
+    def __init__(
+        self, model: Evaluated, running: Any, options: EvaluationOptions, device: str, ranks: Ranks, meter: Meter
+    ) -> None:
+        self.model, self.running, self.options, self.device = model, running, options, device
+        self.ranks, self.meter = ranks, meter
 
     def write(self, prompts: Sequence[str], stop: Sequence[str], samples: int = 1) -> list[list[str]]:
         options, tokenizer = self.options, self.model.tokenizer
         if options.chat:
-            prompts = [self._asked(prompt) for prompt in prompts]
+            prompts = self.ranks.together(lambda: list(map(self._asked, prompts)))
         with self.meter("answering", len(prompts)) as told:
             return generate(
                 self.running, tokenizer, prompts, ends=self.model.ends, stop=stop, new_tokens=options.max_new_tokens,
                 batch=options.batch, samples=samples, temperature=options.temperature, seed=options.seed,
-                device=self.device, templated=options.chat, told=told,
+                device=self.device, templated=options.chat, told=told, ranks=self.ranks,
             )  # fmt: skip
 
     def _asked(self, prompt: str) -> str:
@@ -127,7 +132,7 @@ def _chosen(
         continuation(choice.prompt, text, tokenizer, length)
         for choice in asked for text in choice.choices
     ]  # fmt: skip
-    nll = iter(losses(writer.running, passages, options.batch, writer.device).nll)
+    nll = iter(losses(writer.running, passages, options.batch, writer.device, writer.ranks).nll)
     found = []
     for choice in asked:
         own = [next(nll) for _ in choice.choices]
@@ -140,7 +145,13 @@ def _programmed(asked: Sequence[items.Problem], writer: _Writer, options: Evalua
     stop = options.stop or (asked[0].stop if asked else ())
     given = writer.write([problem.prompt for problem in asked], stop, options.samples)
     programs = [p.before + extracted(text) + p.after for p, texts in zip(asked, given, strict=True) for text in texts]
-    failures = iter(run_all(programs, options.timeout, options.memory, len(os.sched_getaffinity(0))))
+    ranks = writer.ranks
+
+    def run(rows: list[int]) -> list[str]:
+        return run_all([programs[i] for i in rows], options.timeout, options.memory, ranks.cores)
+
+    share = max(1, -(-len(programs) // ranks.count))
+    failures = iter(in_batches([0] * len(programs), share, ranks, run))
     found = []
     for problem, texts in zip(asked, given, strict=True):
         why = [next(failures) for _ in texts]

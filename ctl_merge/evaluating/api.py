@@ -52,11 +52,16 @@ def evaluate(
     [('ties', 'cycle'), ('ties', 'shift'), ('base', 'cycle')]
     """
     options = options or EvaluationOptions(**how)
-    specs = {kind: parse_specs(texts) for kind, texts in zip(_KINDS, (data, match, choice, code), strict=True)}
-    _check(specs, options)
     given: Sequence[Given] = models if isinstance(models, list | tuple) else [models]  # type: ignore[list-item]
-    groups = open_groups(given, base, options.parents, options.trust_remote_code)
-    work = _Work(options, specs, launched(), meter)
+    ranks = launched()
+
+    def opened() -> tuple[dict[str, list[DataSpec]], list[Group]]:
+        specs = {kind: parse_specs(texts) for kind, texts in zip(_KINDS, (data, match, choice, code), strict=True)}
+        _check(specs, options)
+        return specs, open_groups(given, base, options.parents, options.trust_remote_code)
+
+    specs, groups = ranks.together(opened)
+    work = _Work(options, specs, ranks, meter)
     for group in groups:
         work.run(group)
     shown = {spec.name: spec for kind in _KINDS for spec in specs[kind]}
@@ -103,8 +108,22 @@ class _Work:
     seen: dict[str, list[Passage]] = field(default_factory=dict)
 
     def run(self, group: Group) -> None:
-        options, first = self.options, group.models[0]
+        first = group.models[0]
         new = [model for model in group.models if model.name not in self.table or model is first]
+        passages, running, device = self.ranks.together(lambda: self._opened(group))
+        for name, own in passages.items():
+            self._losses(name, own, running, {first.name: first.parents}, device)
+        for model in new:
+            asked = {kind: self.specs[kind] for kind in _KINDS[1:]}
+            found, written = measure_answers(
+                model, running[model.name], asked, self.options, self.length, device, self.ranks, self.meter
+            )
+            self.table.setdefault(model.name, {}).update(found)
+            self.answers[model.name] = written
+
+    def _opened(self, group: Group) -> tuple[dict[str, list[Passage]], dict[str, Any], str]:
+        """Passages of each text, the models ready to run, and the device that they run on."""
+        options, first = self.options, group.models[0]
         self.length = window_length(first.checkpoint, options)
         passages: dict[str, list[Passage]] = {}
         if self.specs["data"] or not any(self.specs.values()):
@@ -117,21 +136,7 @@ class _Work:
         running = {model.name: load_weights(model.checkpoint, placement, blocks=options.blocks,
                                             trust_remote_code=options.trust_remote_code)
                    for model in group.models}  # fmt: skip
-        for name, own in passages.items():
-            self._losses(name, own, running, {first.name: first.parents}, placement.device)
-        for model in new:
-            asked = {kind: self.specs[kind] for kind in _KINDS[1:]}
-            found, written = measure_answers(
-                model, running[model.name], asked, options, self.length, placement.device, self.part, self.ranks.gather,
-                self.meter,
-            )  # fmt: skip
-            self.table.setdefault(model.name, {}).update(found)
-            self.answers[model.name] = written
-
-    def part(self, items: Sequence[Any]) -> Sequence[Any]:
-        """This rank's consecutive share of the items."""
-        start, end = (len(items) * i // self.ranks.count for i in (self.ranks.index, self.ranks.index + 1))
-        return items[start:end]
+        return passages, running, placement.device
 
     def _compare_tokens(self, model: Evaluated, passages: Mapping[str, list[Passage]]) -> None:
         """Losses per token compare only where the tokens are the same."""
@@ -148,15 +153,11 @@ class _Work:
         device: str,
     ) -> None:  # fmt: skip
         with self.meter("evaluating", len(passages)) as told:
-            own = predict(
-                running, self.part(passages), self.options.batch, agreement=agreement,
-                calibration=self.options.calibration, device=device, told=told,
+            found = predict(
+                running, passages, self.options.batch, agreement=agreement, calibration=self.options.calibration,
+                device=device, told=told, ranks=self.ranks,
             )  # fmt: skip
-        whole: dict[str, Predictions] = {}
-        for part in self.ranks.gather(own):
-            for model, predictions in part.items():
-                whole.setdefault(model, Predictions()).extend(predictions)
-        for model, predictions in whole.items():
+        for model, predictions in found.items():
             self.table.setdefault(model, {})[name] = loss_metrics(predictions)
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ctl_merge.errors import ProbeError
+from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.passages import opening
 from ctl_merge.probing.forward import context
+from ctl_merge.processes import ALONE, Ranks
 
 _STEPS = 16  # tokens between two looks for a stop text
 
@@ -20,12 +22,14 @@ def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, ends: Sequence[int] = (), stop: Sequence[str] = (),
     new_tokens: int = 128, batch: int = 8, samples: int = 1, temperature: float = 0.8, seed: int = 0,
     device: str = "cpu", templated: bool = False, told: Callable[[int], object] = lambda count: None,
+    ranks: Ranks = ALONE,
 ) -> list[list[str]]:  # fmt: skip
     """What the model writes after each prompt, up to a token in `ends`, a text in `stop`, or `new_tokens`.
 
     One sample is greedy; several are drawn at `temperature`, by a generator seeded with `seed` for each batch. A prompt
     that leaves no room in the model's context loses its beginning. Prompts come after the special tokens with which the
-    tokenizer begins a text, unless they are `templated` and have them. Raises ProbeError for a model that cannot write.
+    tokenizer begins a text, unless they are `templated` and have them. `ranks` share the batches. Raises
+    ProbeError for a model that cannot write.
     """
     if model.config.is_encoder_decoder or not hasattr(model, "generate"):
         raise ProbeError(f"{type(model).__name__} does not continue a text: it has no answers to be compared")
@@ -34,14 +38,12 @@ def generate(
     first = [] if templated else opening(tokenizer)
     room = max(room - len(first), 1)
     ids = [[*first, *tokenizer(prompt, add_special_tokens=False)["input_ids"][-room:]] for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found: list[list[str]] = [[] for _ in prompts]
     ending = list(ends) or [e for e in [tokenizer.eos_token_id] if e is not None]
     sampling: dict[str, Any] = {"do_sample": samples > 1}
     if samples > 1:
         sampling |= {"temperature": temperature, "top_k": 0, "num_return_sequences": samples}
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
+
+    def one_batch(rows: list[int]) -> list[list[str]]:
         pad = ending[0] if ending else 0
         tokens, mask = _padded([ids[i] for i in rows], pad)
         ended = [_Stopped(tokenizer, tokens.shape[1], stop)] if stop else []
@@ -51,10 +53,11 @@ def generate(
                 input_ids=tokens.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens,
                 pad_token_id=pad, eos_token_id=ending or None, stopping_criteria=ended, **sampling,
             )  # fmt: skip
-        for n, written in enumerate(output[:, tokens.shape[1] :].tolist()):
-            found[rows[n // samples]].append(_cut(tokenizer, written, ending, stop))
-        told(len(rows))
-    return found
+        texts = [_cut(tokenizer, written, ending, stop) for written in output[:, tokens.shape[1] :].tolist()]
+        told(len(rows) * ranks.count)
+        return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+    return in_batches(list(map(len, ids)), batch, ranks, one_batch)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

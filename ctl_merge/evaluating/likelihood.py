@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ctl_merge.errors import ProbeError
+from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.metrics import binned
 from ctl_merge.evaluating.passages import Passage, padded
 from ctl_merge.probing.forward import forward
+from ctl_merge.processes import ALONE, Ranks
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Predictions:
     kl: dict[str, list[float]] = field(default_factory=dict)
 
     def extend(self, other: Predictions) -> None:
-        """Append another rank's passages."""
+        """Append further passages."""
         for each in fields(self):
             own, more = getattr(self, each.name), getattr(other, each.name)
             if isinstance(own, dict):
@@ -46,36 +48,43 @@ class Predictions:
 def predict(
     models: Mapping[str, Any], passages: Sequence[Passage], batch: int = 8, *,
     agreement: Mapping[str, Sequence[str]] | None = None, calibration: bool = False, device: str = "cpu",
-    told: Callable[[int], object] = lambda count: None,
+    told: Callable[[int], object] = lambda count: None, ranks: Ranks = ALONE,
 ) -> dict[str, Predictions]:  # fmt: skip
     """Run models over passages, all on the same batches. `agreement`: whom each model is compared with.
 
+    `ranks` share the batches, and all of them are given the whole.
     Raises ProbeError for a model that predicts no next token, and for rows of an encoder-decoder.
     """
-    found = {name: Predictions() for name in models}
-    order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))  # little padding
-    for start in range(0, len(order), batch):
-        own = [passages[i] for i in order[start : start + batch]]
+
+    def one_batch(rows: list[int]) -> list[dict[str, Predictions]]:
+        own = [passages[i] for i in rows]
         ids, counted = padded(own)
         uneven = len({len(passage.ids) for passage in own}) > 1
         logits = {name: _logits(name, model, ids.to(device), uneven) for name, model in models.items()}
+        found: list[dict[str, Predictions]] = [{} for _ in own]
         for name, (scores, labels) in logits.items():
             others = {other: logits[other][0] for other in (agreement or {}).get(name, ())}
             mask = counted[:, -labels.shape[1] :].to(labels.device)
-            for row in range(len(own)):
+            for row, mine in enumerate(found):
                 kept = mask[row, 1:]
-                rows = {other: tensor[row, :-1][kept] for other, tensor in others.items()}
-                _add(found[name], scores[row, :-1][kept], labels[row, 1:][kept], rows, calibration)
-        told(len(own))
-    place = np.argsort(order)
-    for predictions in found.values():
-        _reorder(predictions, place)
+                beside = {other: tensor[row, :-1][kept] for other, tensor in others.items()}
+                mine[name] = _of(scores[row, :-1][kept], labels[row, 1:][kept], beside, calibration)
+        told(len(own) * ranks.count)
+        return found
+
+    each = in_batches([len(passage.ids) for passage in passages], batch, ranks, one_batch)
+    found = {name: Predictions() for name in models}
+    for passage in each:
+        for name, predictions in passage.items():
+            found[name].extend(predictions)
     return found
 
 
-def losses(model: Any, passages: Sequence[Passage], batch: int = 8, device: str = "cpu") -> Predictions:
+def losses(
+    model: Any, passages: Sequence[Passage], batch: int = 8, device: str = "cpu", ranks: Ranks = ALONE
+) -> Predictions:
     """The negative log-likelihood of each passage."""
-    return predict({"": model}, passages, batch, device=device)[""]
+    return predict({"": model}, passages, batch, device=device, ranks=ranks)[""]
 
 
 def _logits(name: str, model: Any, ids: Tensor, uneven: bool) -> tuple[Tensor, Tensor]:
@@ -87,11 +96,10 @@ def _logits(name: str, model: Any, ids: Tensor, uneven: bool) -> tuple[Tensor, T
     return run(), labels
 
 
-def _add(found: Predictions, logits: Tensor, labels: Tensor, others: Mapping[str, Tensor], calibration: bool) -> None:
+def _of(logits: Tensor, labels: Tensor, others: Mapping[str, Tensor], calibration: bool) -> Predictions:
     """One passage: logits (T, V) of the tokens that are counted, labels (T,)."""
     logits = logits.double()
-    found.nll.append(float(cross_entropy(logits, labels, reduction="sum")))
-    found.tokens.append(len(labels))
+    found = Predictions([float(cross_entropy(logits, labels, reduction="sum"))], [len(labels)])
     if calibration:
         confidence, top = logits.softmax(-1).max(-1)
         found.bins.append(binned(confidence.cpu().numpy(), (top == labels).cpu().numpy()))
@@ -101,12 +109,4 @@ def _add(found: Predictions, logits: Tensor, labels: Tensor, others: Mapping[str
             theirs = other.to(logits.device).double().log_softmax(-1)
             found.agree.setdefault(name, []).append(float((mine.argmax(-1) == theirs.argmax(-1)).sum()))
             found.kl.setdefault(name, []).append(float((theirs.exp() * (theirs - mine)).sum()))
-
-
-def _reorder(found: Predictions, place: np.ndarray) -> None:
-    def sorted_(values: list) -> list:
-        return [values[i] for i in place] if values else values
-
-    for each in fields(found):
-        own = getattr(found, each.name)
-        setattr(found, each.name, {n: sorted_(v) for n, v in own.items()} if isinstance(own, dict) else sorted_(own))
+    return found

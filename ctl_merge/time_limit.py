@@ -31,8 +31,7 @@ def interrupted_after(seconds: float) -> Iterator[None]:
     finally:
         with lock:
             state["running"] = False
-        if state[
-            "sent"
-        ]:  # and may not have arrived yet; to withdraw what was not sent hangs Python 3.11 under a profiler
+        # One that was sent may not have arrived yet. To withdraw what was not hangs Python 3.11 under a profiler.
+        if state["sent"]:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(own, None)
         timer.cancel()

@@ -88,7 +88,8 @@ def test_verbs_with_hostile_names(name_of: str, tmp_path: Path, ctl: Ctl) -> Non
     commands: list[tuple[Any, ...]] = [
         ("check", recipe), (recipe, "--dry-run"), (recipe, "-o", output), (recipe, "-o", output),
         ("compare", recipe), ("compare", recipe, "--by", "tensor"), ("verify", output),
-        ("init", *experts, "--base", base, "-o", tmp_path / f"made{EVIL}", "--overwrite"), ("init", *models),
+        ("init", *experts, "--base", base, "-o", tmp_path / f"made{EVIL}", "--overwrite"), 
+        ("init", *models, "-o", tmp_path / "made.yaml", "--overwrite"),
         ("extract-lora", experts[0], "--base", base, "-o", adapter, "--overwrite"), ("verify", adapter),
         ("reproduce", output, "--source", f"nothing{EVIL}={tmp_path}"), ("push", output, f"org/{EVIL}", "--dry-run"),
         ("methods",), ("verify", base),

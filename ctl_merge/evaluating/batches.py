@@ -1,4 +1,4 @@
-"""Batches of like items, shared by the ranks of a launcher."""
+"""Batches of like items, shared by ranks."""
 
 from __future__ import annotations
 

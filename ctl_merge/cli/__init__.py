@@ -89,9 +89,8 @@ def root(
 
 def main() -> None:
     """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
-    gc.set_threshold(
-        100_000, 20, 20
-    )  # imports make a million objects that stay: looking for garbage took half a second
+    # What is imported stays: looking through it for garbage took half a second.
+    gc.set_threshold(100_000, 20, 20)
     try:
         app()
     except CtlMergeError as error:

@@ -195,7 +195,7 @@ class CompiledLoops:
         """Memory to find places in, in rows that stay whole."""
         span = width * max(1, self._kernels.BLOCK // width)
         places = self._memory("places", models * span, torch.float64).view(models, span).numpy()
-        counts = self._memory("digits", 4 * 256, torch.int64).view(4, 256).numpy()
+        counts = self._memory("counts", 1 << 14, torch.int64).numpy()
         return places, self._keys(span), self._words("sorted", width), self._words("unsorted", width), counts
 
     def _keys(self, count: int) -> np.ndarray:

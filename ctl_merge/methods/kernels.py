@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 BLOCK = 1024  # entries: a block of every model in float64 stays in the caches of a core
-FEW = 48  # entries of a row up to which it is sorted by insertion: counting digits costs as much for few as for many
+FEW = 32  # entries of a row up to which it is sorted by insertion: counting costs as much for few as for many
 
 # What `ctl_merge.compiled` numbers so.
 SUM, ANCHORED, AGREE = 0, 1, 2
@@ -279,19 +279,45 @@ def _keys(raw, model, with_base, start, stop, keys):
 
 @_compiled
 def _insert(words):
-    """Sort a few."""
+    """Sort what is nearly in order; false, with the same words in some order, where it is not."""
+    left = 16 * words.size
     for i in range(1, words.size):
         word, free = words[i], i
         while free > 0 and words[free - 1] > word:
             words[free] = words[free - 1]
             free -= 1
         words[free] = word
+        left -= i - free
+        if left < 0:
+            return False
+    return True
+
+
+@_compiled
+def _by_buckets(words, other, counts, largest):
+    """Bring words nearly in order, where their upper halves lie within eight octaves of the largest: into `other`."""
+    buckets, fine = 1024, 0
+    while buckets < words.size and buckets < counts.size:
+        buckets, fine = 2 * buckets, fine + 1
+    shift, last = np.uint32(16 - fine), np.int64(buckets - 1)
+    least = np.int64(largest >> shift) - last
+    found = counts[:buckets]
+    found[:] = 0
+    for i in range(words.size):
+        found[max(np.int64(words[i] >> np.uint64(32) >> np.uint64(shift)) - least, 0)] += 1
+    before = 0
+    for bucket in range(buckets):
+        found[bucket], before = before, before + found[bucket]
+    for i in range(words.size):
+        bucket = max(np.int64(words[i] >> np.uint64(32) >> np.uint64(shift)) - least, 0)
+        other[found[bucket]] = words[i]
+        found[bucket] += 1
 
 
 @_compiled
 def _by_digits(words, other, counts):
     """Sort by the upper half of each word, digit by digit; returns which of the two arrays holds them then."""
-    digit = np.uint64(255)
+    digit, counts = np.uint64(255), counts[:1024].reshape(4, 256)
     counts[:] = 0
     for i in range(words.size):
         for place in range(4):
@@ -314,15 +340,17 @@ def _by_digits(words, other, counts):
 @_compiled
 def _places(keys, words, other, counts, places):
     """Each entry's place in its row by its key, as `ctl_merge.methods.della.rank_in_row` has it. Fills `places`."""
-    width, position = keys.size, np.uint64(0xFFFFFFFF)
+    width, position, largest = keys.size, np.uint64(0xFFFFFFFF), np.uint32(0)
     if width == 1:
         places[0] = 0.5
         return
     for i in range(width):
+        largest = max(largest, keys[i])
         words[i] = np.uint64(keys[i]) << np.uint64(32) | np.uint64(i)
-    if width <= FEW:
-        _insert(words)
-    else:
+    if width > FEW:
+        _by_buckets(words, other, counts, largest)
+        words, other = other, words
+    if not _insert(words):
         words = _by_digits(words, other, counts)
     start = 0
     while start < width:
@@ -340,7 +368,7 @@ def _rank(raw, with_base, start, stop, width, ranking):
     """The places in their rows of the entries [start, stop) of every model; whether NaN or infinity is among them.
 
     `ranking`: the places (models, span) float64, then memory to work in: keys (span,) uint32, two times (width,) uint64
-    and counts (4, 256) int64. A span is whole rows, at least one, and about a block if it is several.
+    and counts (1024 × a power of two,) int64. A span is whole rows, at least one, and about a block if it is several.
     """
     places, keys, words, other, counts = ranking
     for model in range(places.shape[0]):

@@ -59,7 +59,7 @@ def loop_step(width: int) -> int:
 
 def working_bytes(models: int, exact: bool, width: int) -> int:
     """What the loops hold for each thread, with so many inputs, and rows of at most so many entries that stay whole."""
-    ranking = 0 if width == 1 else (8 * models + 20) * max(width, 2048)
+    ranking = (8 * models + 20) * max(width, 2048) + (1 << 17)  # places, keys, words to sort, and counts
     return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking
 
 

@@ -69,7 +69,7 @@ STAGES = {
     ),
     "merges: read, written, described": (
         "compiled",
-        "identity merged public_recipe step traits",
+        "identity merged number_policy public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",
         "summary",

@@ -204,7 +204,7 @@ def test_decompositions_for_an_adapter_that_do_not_converge_name_the_parameter(
         monkeypatch.setattr(torch.linalg, name, fails)
         with pytest.raises(NonFiniteError, match=rf"{PROJECTION}: there is no decomposition .*converge.*compare"):
             merge.write(tmp_path / "lora", overwrite=True)
-        with pytest.raises(NonFiniteError, match=r"proj.weight: there is no decomposition .*converge"):
+        with pytest.raises(NonFiniteError, match=r"\.weight: there is no decomposition .*converge"):
             extract_lora(QUICKSTART / "cycle", QUICKSTART / "base", tmp_path / "extracted", rank=2, overwrite=True)
         monkeypatch.undo()
     assert not (tmp_path / "lora").exists() and not (tmp_path / "extracted").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ctl_merge.bounded import MOST_INDEX, parse_bounded, read_bounded
 from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, OutputError
 from ctl_merge.header import Header, local_header
@@ -239,8 +239,8 @@ class _Check:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
-            data = json.loads(self.paths[name].read_bytes())
-        except (ValueError, RecursionError) as error:
+            data = parse_bounded(read_bounded(self.paths[name], MOST_INDEX))
+        except (ValueError, OSError) as error:
             self.found(name, f"is no JSON ({error}): {_ANEW}")
             return None
         if not isinstance(data, dict):

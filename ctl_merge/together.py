@@ -92,7 +92,9 @@ def _put_in_place(work: Path, folder: Path, mark: str, stale: Iterable[str]) -> 
     names = _files(work)
     names.sort(key=lambda name: (name == mark, name))
     if work.parent == folder.parent and {*_files(folder)} <= {mark, *stale, *names}:
-        with _locked(folder, folder):  # as the working folder from now on, which no other run may clear away and make anew
+        with _locked(
+            folder, folder
+        ):  # as the working folder from now on, which no other run may clear away and make anew
             if _exchanged(work, folder):
                 shutil.rmtree(work, ignore_errors=True)
                 return

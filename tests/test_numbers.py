@@ -244,7 +244,10 @@ def test_a_model_with_nan_is_not_probed_whatever_the_policy(tmp_path: Path, ctl:
     model, recipe = spoilt(tmp_path / "holes", "cycle", change), tmp_path / "r.yaml"
     models = [(model, {"weight": 0.5}), (QUICKSTART / "shift", {"weight": 0.5})]
     recipe.write_text(recipe_text("task_arithmetic", models, QUICKSTART / "base", nonfinite="allow"))
-    for command in (("probe", recipe), ("probe", "--models", model, QUICKSTART / "shift", "--base", QUICKSTART / "base")):
+    for command in (
+        ("probe", recipe),
+        ("probe", "--models", model, QUICKSTART / "shift", "--base", QUICKSTART / "base"),
+    ):
         ran = ctl(*command, "--sequences", 2, "--length", 16, "-o", tmp_path / "report")
         assert ran.code == 2 and PROJECTION in ran.err and "holds" in ran.err.replace("hold ", "holds ")
     assert not (tmp_path / "report").exists()

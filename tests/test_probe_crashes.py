@@ -116,9 +116,7 @@ def test_killed_before_any_file_operation(saving: Saving) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_killed_while_the_files_change_places(
-    alone: bool, tmp_path: Path, new: ProbeReport, old: ProbeReport
-) -> None:
+def test_killed_while_the_files_change_places(alone: bool, tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
     saving = Saving(tmp_path, new, old, alone)
     saving.prepare()
     total = operations(saving.run, saving.folder.parent)

@@ -339,4 +339,8 @@ def test_a_report_within_a_merge_is_checked_with_it(finished: Path, ctl: Ctl) ->
 
 def test_of_an_adapter_from_elsewhere_it_is_said_what_was_not_looked_at(ctl: Ctl) -> None:
     ran = ctl("verify", QUICKSTART / "cycle-lora")
-    assert ran.code == 0 and "as far as a header tells" in ran.out and "no merge_manifest.json" in " ".join(ran.out.split())
+    assert (
+        ran.code == 0
+        and "as far as a header tells" in ran.out
+        and "no merge_manifest.json" in " ".join(ran.out.split())
+    )

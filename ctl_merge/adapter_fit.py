@@ -99,6 +99,6 @@ class Fit:
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             name = str(self.dtype).removeprefix("torch.")
             raise NonFiniteError(
-                f"{target.parameter}: {name} ends at {torch.finfo(self.dtype).max:g}, and the adapter's numbers go beyond "
-                "it, or are none: set a wider dtype, or use intact models"
+                f"{target.parameter}: {name} ends at {torch.finfo(self.dtype).max:g}, and the adapter's numbers go "
+                "beyond it, or are none: set a wider dtype, or use intact models"
             )

@@ -162,8 +162,8 @@ class _Check:
             return f"is a part of the merge {above.name}: name that folder"
         if any(name in self.paths for name in _REPORT):
             return (
-                "is the report of a probe, which states no hashes: `ctl-merge probe -o` makes it again; a report within "
-                "a merge (`merge --probe`) is checked with the merge"
+                "is the report of a probe, which states no hashes: `ctl-merge probe -o` makes it again; a report "
+                "within a merge (`merge --probe`) is checked with the merge"
             )
         but = "but a model of elsewhere" if _CONFIG in self.paths else "and no adapter"
         return (

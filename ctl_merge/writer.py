@@ -95,9 +95,9 @@ def check_shards(folder: Path, shards: Iterable[Shard]) -> None:
 class ShardWriter:
     """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
 
-    The journal has a line `[name, crc32]` for each tensor, with how many NaN and infinite entries it has where these are
-    `counted` and there are any. Tensors that it lists and whose bytes still have that sum
-    are not written again, so an interrupted run goes on where it stopped, to the same bytes. Of several processes
+    The journal has a line `[name, crc32]` for each tensor, with how many NaN and infinite entries it has where these
+    are `counted` and there are any. Tensors that it lists and whose bytes still have that sum are not written again,
+    so an interrupted run goes on where it stopped, to the same bytes. Of several processes
     each writes shards of its own, in a journal of its own; all journals are read.
 
     `finished(shard)` is called for each shard once it is whole, beside the work on the next one; no more than these

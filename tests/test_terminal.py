@@ -135,14 +135,21 @@ def test_verbs_that_run_models_with_hostile_names(tmp_path: Path, ctl: Ctl) -> N
             ("tune", recipe, "--data", f"../{EVIL}={texts}", *small, "-o", output.with_suffix(".yaml")),
             ("compare", recipe, "--by", f"../{EVIL}"), ("push", output, f"../{EVIL}"), ("verify", output),
         ]  # fmt: skip
+    tame = shutil.copyfile(texts, tmp_path / "tame[bold].txt")
+    outside.add(tame)
+    commands += [
+        ("probe", recipe, "--data", f"{tame}", *small, "-o", outputs[1]),
+        ("evaluate", recipe, "--data", f"{tame}", *small, "-o", outputs[1].with_suffix(".json")),
+    ]
     commands += [("probe", "--models", *[f"{path}{EVIL}" for path in experts], "--base", base, "-o", outputs[0])]
-    codes = set()
+    codes, said = set(), []
     for command in commands:
         ran = ctl(*command)
         assert not OBEYED.search(ran.out) and not OBEYED.search(ran.err), (command, ran)
         assert ran.code in (0, 2, 3) and "Traceback" not in ran.err, (command, ran)
         codes.add((str(command[0]), ran.code))
-    assert {("probe", 0), ("evaluate", 0)} <= codes, codes
+        said.append(ran.err[-300:])
+    assert {("probe", 0), ("evaluate", 0)} <= codes, said
     written = {path for path in tmp_path.rglob("*")} - outside - {recipe, texts, work}
     assert written and all(path.is_relative_to(work) for path in written), written
     for page in work.rglob("report.html"):

@@ -120,7 +120,7 @@ def test_verbs_that_run_models_with_hostile_names(tmp_path: Path, ctl: Ctl) -> N
     """Of tasks, texts, models and outputs: inert on the terminal and in pages, and nothing is written elsewhere."""
     models = hostile(tmp_path / "models", "[bold]")
     base, *experts = models
-    recipe, outside = tmp_path / "r.yaml", {path for path in tmp_path.rglob("*")}
+    recipe, outside = tmp_path / "r.yaml", set(tmp_path.rglob("*"))
     recipe.write_text(recipe_text("task_arithmetic", [(path, {"weight": 0.5}) for path in experts], base=base))
     texts = tmp_path / f"t{EVIL}.txt"
     texts.write_text("a b c d e f g h\n\n" * 300)
@@ -150,7 +150,7 @@ def test_verbs_that_run_models_with_hostile_names(tmp_path: Path, ctl: Ctl) -> N
         codes.add((str(command[0]), ran.code))
         said.append(ran.err[-300:])
     assert {("probe", 0), ("evaluate", 0)} <= codes, said
-    written = {path for path in tmp_path.rglob("*")} - outside - {recipe, texts, work}
+    written = set(tmp_path.rglob("*")) - outside - {recipe, texts, work}
     assert written and all(path.is_relative_to(work) for path in written), written
     for page in work.rglob("report.html"):
         assert not OBEYED.search(page.read_text("utf-8"))

@@ -33,6 +33,11 @@ def number_lines(numbers: Mapping[str, Any]) -> list[str]:
     return [f"numbers: {', '.join(said)}", *through_lines(numbers)]
 
 
+def device_line(devices: Mapping[str, int]) -> str:
+    """Which devices did the arithmetic, of how many tensors each: they agree to a rounding."""
+    return f"computed on {', '.join(f'{name} ({count:,} tensors)' for name, count in devices.items()) or 'cpu'}"
+
+
 def through_lines(numbers: Mapping[str, Any]) -> list[str]:
     """What was let through; nothing where it was refused."""
     found = numbers.get("let_through")

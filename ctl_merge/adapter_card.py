@@ -9,6 +9,7 @@ import yaml
 
 import ctl_merge
 from ctl_merge.markdown import escaped
+from ctl_merge.number_policy import device_line, number_lines
 from ctl_merge.reference import ModelRef
 
 
@@ -41,6 +42,8 @@ def build_adapter_card(
             *_table(adapter["parameters"]), *_losses(adapter.get("losses")), attached, recipe,
             "\n## How it was made\n",
             *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
+            *(f"- {escaped(line)}" for line in number_lines(manifest["numbers"])),
+            f"- {device_line(manifest['devices'])}",
             "- " + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
             "\n`merge_manifest.json` lists every source with its size and, unless it was made with `--no-hash`, its "
             "sha256.\n",

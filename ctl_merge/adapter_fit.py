@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ class Fit:
 
     change: the differences from the base, under its names. whole: the tensors that these lead to. `rank`: at most;
     `energy`: the share of each matrix's ‖change‖² that is enough, None for all of its numerical rank. `known`: see
-    Known. `dtype`: of what is written.
+    Known. `dtype`: of what is written. NonFiniteError is raised for what it, or a decomposition, cannot hold.
     """
 
     change: Checkpoint
@@ -34,12 +35,15 @@ class Fit:
     energy: float | None = None
     known: Known = lambda target, number: None
     device: str = "cpu"
+    allow_nonfinite: bool = False  # in what is stored whole
 
     def hold(self, target: Target, form: Form, rows: tuple[int, ...] = ()) -> tuple[Held, dict[str, Tensor]]:
         """What is held of the parameter, and its tensors: `a`, `b`, turned `at` and `bt` for what is tied, `whole`."""
         if form == "low_rank":
             return self._low_rank(target)
         tensor = target.read_whole(self.whole, self.dtype)
+        if not self.allow_nonfinite:
+            self._check_written(target, tensor)
         if form == "rows":
             tensor = tensor[list(rows)]
         return Held(target, form, f"stored as {'rows' if rows else 'it is'}", rows=rows), {"whole": tensor}
@@ -67,14 +71,34 @@ class Fit:
         known = self.known(target, number)
         if known is None:
             matrix = target.read(self.change, number).to(self.device)
-            if not torch.isfinite(matrix).all():
-                raise NonFiniteError(f"{target.parameter}: the change holds NaN or infinity, which no adapter can hold")
-            factors = truncated(matrix, self.rank, self.energy, f"{target.parameter}.{number}")
         else:
             matrix = (known.b @ known.a).mul_(known.scale)
             fits = known.rank <= min(self.rank or known.rank, *target.matrix)
-            factors = known if fits else recompressed(known, self.rank, self.energy)
-        written = factors.rounded(self.dtype)
         squares = float(matrix.square().sum())
+        if not math.isfinite(squares):
+            raise NonFiniteError(
+                f"{target.parameter}: the change holds NaN, infinity or numbers too large to be squared, which no "
+                "adapter can hold"
+            )
+        try:
+            if known is None:
+                factors = truncated(matrix, self.rank, self.energy, f"{target.parameter}.{number}")
+            else:
+                factors = known if fits else recompressed(known, self.rank, self.energy)
+        except torch.linalg.LinAlgError as error:
+            raise NonFiniteError(
+                f"{target.parameter}: there is no decomposition of its change ({error}). Look at the tensor with "
+                "`ctl-merge compare`, and leave out the model or the adapter whose change it is"
+            ) from None
+        written = factors.rounded(self.dtype)
+        self._check_written(target, written.a, written.b)
         on_cpu = replace(written, a=written.a.cpu().contiguous(), b=written.b.cpu().contiguous())
         return on_cpu, squares, written.lost(matrix) if squares else 0.0
+
+    def _check_written(self, target: Target, *tensors: Tensor) -> None:
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            name = str(self.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{target.parameter}: {name} ends at {torch.finfo(self.dtype).max:g}, and the adapter's numbers go "
+                "beyond it, or are none: set a wider dtype, or use intact models"
+            )

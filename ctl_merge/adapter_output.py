@@ -77,7 +77,7 @@ class AdapterWriter:
         layout.write_config(self.folder, *base, config)
         parts = _Parts(self.folder, layout, kept)
         shard = Shard(WEIGHTS, parts.tensors)
-        ShardWriter(self.folder, (shard,), parts).write(workers)
+        ShardWriter(self.folder, (shard,), parts, counted=self.fit.allow_nonfinite).write(workers)
         shutil.rmtree(self._parts)
         return list(kept.values()), shard
 

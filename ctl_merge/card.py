@@ -10,6 +10,7 @@ import yaml
 
 import ctl_merge
 from ctl_merge.markdown import code, escaped, fenced
+from ctl_merge.number_policy import device_line, number_lines
 from ctl_merge.plan import Plan, parameter_ranges
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
@@ -53,7 +54,8 @@ def build_card(
             recipe_section(public.text),
             "## How it was made\n",
             *(f"- {escaped(line)}" for line in (*manifest["decisions"], *manifest["warnings"])),
-            "- numbers: " + ", ".join(f"{key.replace('_', ' ')} {v}" for key, v in manifest["numbers"].items()),
+            *(f"- {escaped(line)}" for line in number_lines(manifest["numbers"])),
+            f"- {device_line(manifest['devices'])}",
             f"- seed {plan.recipe.seed}; " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()),
             "\n## Make it again\n",
             f"The recipe above is the file `{RECIPE}`; `merge_manifest.json` lists every source with its commit, and "

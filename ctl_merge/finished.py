@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ctl_merge.bounded import MOST_INDEX, parse_bounded, read_bounded
 from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, OutputError
 from ctl_merge.header import Header, local_header
@@ -31,6 +31,7 @@ _STALE = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json",
     "adapter_model.bin", _ADAPTER_CONFIG, MANIFEST, "ctl_merge_recipe.yaml",
 )  # fmt: skip
+_REPORT = ("probe.json", "statistics.npz")
 _SPOKEN = (_CARD, "ctl_merge_recipe.yaml", MANIFEST, _ADAPTER_CONFIG)  # files in which a path may have been left
 
 Meter = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
@@ -57,7 +58,8 @@ class Inspection:
     """What a folder is, beside what its manifest says of it.
 
     `digests`: sha256 of each file that was hashed. `unhashed`: weight files whose sha256 nothing states; of those the
-    size and the header were looked at. `unlisted`: files that are not the merge's, and do it no harm.
+    size and the header were looked at. `unlisted`: files that are not the merge's, and do it no harm. `listed`:
+    whether there is a manifest; an adapter of elsewhere has none.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class Inspection:
     digests: Mapping[str, str]
     unhashed: tuple[str, ...]
     unlisted: tuple[str, ...]
+    listed: bool = True
 
     @property
     def data(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def inspect(folder: Path, meter: Meter = lambda what, total: nullcontext(lambda 
     if not folder.is_dir():
         raise OutputError(f"{folder}: there is no such folder")
     if folder.name.endswith(".partial") or any(any(folder.glob(name)) for name in WORKING_FILES):
-        raise OutputError(f"{folder} is an unfinished merge: finish it with --resume, then push the folder")
+        raise OutputError(f"{folder} is an unfinished merge: finish it with --resume before")
     check = _Check(folder)
     check.names()
     check.weights()
@@ -94,7 +97,8 @@ def inspect(folder: Path, meter: Meter = lambda what, total: nullcontext(lambda 
     for name, digest in digests.items():
         if digest != expected[name]:
             check.found(name, f"is not as it was written ({MANIFEST} has its sha256): {_ANEW}")
-    return Inspection(folder, tuple(check.findings), digests, check.unhashed(), check.unlisted())
+    listed = MANIFEST in check.paths
+    return Inspection(folder, tuple(check.findings), digests, check.unhashed(), check.unlisted(), listed)
 
 
 _ANEW = "merge again, or copy it anew"
@@ -143,16 +147,29 @@ class _Check:
         elif _ADAPTER_CONFIG in self.paths:
             self.output = {_ADAPTER: _Entry(None, None)}
         else:
-            raise OutputError(
-                f"{self.folder} is no merge of ctl-merge, as it has no {MANIFEST}, and no adapter: push other folders "
-                "with `hf upload`"
-            )
+            raise OutputError(f"{self.folder} {self._other()}")
         adapter = _ADAPTER in self.output
         self._must_have(_ADAPTER_CONFIG if adapter else _CONFIG)
         for name in self.paths:
             weights = name.endswith((".safetensors", ".bin")) or (name == _ADAPTER_CONFIG and not adapter)
             if self.output and weights and is_stale(name) and name not in {*self.output, *self.rest}:
                 self.found(name, f"is not of this merge (see {MANIFEST}): move it away")
+
+    def _other(self) -> str:
+        """What a folder is that is no merge, and what to do."""
+        above = self.folder.absolute().parent
+        if (above / MANIFEST).is_file():
+            return f"is a part of the merge {above.name}: name that folder"
+        if any(name in self.paths for name in _REPORT):
+            return (
+                "is the report of a probe, which states no hashes: `ctl-merge probe -o` makes it again; a report "
+                "within a merge (`merge --probe`) is checked with the merge"
+            )
+        but = "but a model of elsewhere" if _CONFIG in self.paths else "and no adapter"
+        return (
+            f"is no merge of ctl-merge {but}: there is no {MANIFEST} to check it against. Push other folders with "
+            "`hf upload`"
+        )
 
     def _read_manifest(self) -> None:
         manifest = self._json(MANIFEST)
@@ -222,8 +239,8 @@ class _Check:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
-            data = json.loads(self.paths[name].read_bytes())
-        except (ValueError, RecursionError) as error:
+            data = parse_bounded(read_bounded(self.paths[name], MOST_INDEX))
+        except (ValueError, OSError) as error:
             self.found(name, f"is no JSON ({error}): {_ANEW}")
             return None
         if not isinstance(data, dict):

@@ -157,7 +157,10 @@ class LoraOutput:
             before = BaseView(self.merged, self.base, views)
             change = Difference(self.merged, before)
             self._check_untouched(change)
-        return Fit(change, self.merged, dtype, self.setting.rank, self.setting.energy, self._known, device)
+        return Fit(
+            change, self.merged, dtype, self.setting.rank, self.setting.energy, self._known, device,
+            self.plan.recipe.allow_nonfinite,
+        )  # fmt: skip
 
     def _check_untouched(self, change: Checkpoint) -> None:
         """Refuse a method on weights under which models that are all the base do not give the base."""

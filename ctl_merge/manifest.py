@@ -20,8 +20,9 @@ from ctl_merge.digests import sha256_of
 from ctl_merge.finished import written_files
 from ctl_merge.hub_push import Outgoing
 from ctl_merge.merged import MergedCheckpoint
+from ctl_merge.number_policy import number_policy
 from ctl_merge.output import MANIFEST
-from ctl_merge.plan import Plan, parameter_ranges
+from ctl_merge.plan import parameter_ranges
 from ctl_merge.processes import Ranks
 from ctl_merge.public_recipe import PublicRecipe
 from ctl_merge.reference import ModelRef
@@ -61,22 +62,13 @@ def build_manifest(
             "python": platform.python_version(),
         },
         "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,
-        "numbers": number_policy(plan),
+        "numbers": number_policy(plan, folder),
         "recipe_sha256": hashlib.sha256(public.text.encode()).hexdigest(),
         "sources": [_source(ref, checkpoint, public, hashes) for ref, checkpoint in checkpoints.items()],
         "tensors": tensors, "devices": dict(Counter(device.partition(":")[0] for device in devices.values())),
         "decisions": [public.line(line) for line in (*plan.decisions, *method_notes(merged))],
         "warnings": [public.line(line) for line in plan.warnings],
         "output": [_written(path, gone.get(path.name), hashes) for path in output],
-    }  # fmt: skip
-
-
-def number_policy(plan: Plan) -> dict[str, str]:
-    """How numbers were treated that are none, too large, or between two of the output's dtype."""
-    treated = "allow" if plan.recipe.allow_nonfinite else "refuse"
-    return {
-        "arithmetic": "float64", "rounding": "nearest even", "denormals": "kept", "nonfinite": treated,
-        "overflow": "to infinity" if plan.recipe.allow_nonfinite else "refuse", "no_decomposition": "refuse",
     }  # fmt: skip
 
 

@@ -236,7 +236,8 @@ class Merge:
         shards = stream.begin(folder, self.shards) if stream else own
         with meter("merging", sum(shard.nbytes for shard in shards)) as told:
             sent = stream.send if stream else None
-            found = ShardWriter(folder, shards, self.merged, sent, f"{JOURNAL}{process}").write(self.workers, told)
+            journal, counted = f"{JOURNAL}{process}", self.recipe.allow_nonfinite
+            found = ShardWriter(folder, shards, self.merged, sent, journal, counted).write(self.workers, told)
         keep(self.merges, folder, process)
         return found + sum(len(shard.specs) for shard in own) - sum(len(shard.specs) for shard in shards)
 

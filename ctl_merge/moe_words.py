@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 
+from ctl_merge.bounded import MOST_CONFIG, parse_bounded, read_bounded
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import few
 from ctl_merge.mixture import Mixture
@@ -71,7 +71,7 @@ def hints(mixture: Mixture, base: FileCheckpoint) -> Iterator[str]:
 def _doubled(mixture: Mixture, base: FileCheckpoint) -> Iterator[str]:
     """Prompts that begin with what is put before every prompt."""
     try:
-        token = json.loads((base.folder / "tokenizer_config.json").read_text("utf-8")).get("bos_token")
+        token = parse_bounded(read_bounded(base.folder / "tokenizer_config.json", MOST_CONFIG)).get("bos_token")
     except (OSError, ValueError, AttributeError):
         return  # a tokenizer that cannot be read is refused when the prompts are
     token = token.get("content") if isinstance(token, dict) else token

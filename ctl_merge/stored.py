@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge import hub
+from ctl_merge.bounded import MOST_CONFIG, MOST_INDEX, parse_bounded, read_bounded
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
 from ctl_merge.companions import is_companion
 from ctl_merge.errors import CheckpointError, HubError
@@ -140,13 +140,13 @@ def companion_folder(ref: ModelRef) -> Path:
     return hub.download(snapshot, [file.path for file in snapshot.files if is_companion(file.path)])
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint. Raises CheckpointError."""
+def read_json(path: Path, name: str, most: int = MOST_CONFIG) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint, of at most so many bytes. Raises CheckpointError."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = parse_bounded(read_bounded(path, most).decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{name} has no {path.name}: is it a model in the Hugging Face format?") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {path.name} is not valid JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{name}: {path.name} is not a JSON object")
@@ -255,7 +255,7 @@ def _weight_files(name: str, folder: Path, listing: Mapping[str, int]) -> tuple[
         if single in listing:
             return [single], set()
         if index in listing:
-            weight_map: Any = read_json(folder / index, name).get("weight_map")
+            weight_map: Any = read_json(folder / index, name, MOST_INDEX).get("weight_map")
             files = _indexed(name, weight_map, index)
             for file in files:
                 if file not in listing:

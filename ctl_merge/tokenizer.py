@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.bounded import MOST_TOKENIZER, parse_bounded, read_bounded
 from ctl_merge.errors import CheckpointError
 
 
@@ -58,16 +59,16 @@ class TokenizerFiles:
     def content(self, path: str) -> bytes:
         found = self.files[path]
         try:
-            return found if isinstance(found, bytes) else found.read_bytes()
-        except OSError as error:
+            return found if isinstance(found, bytes) else read_bounded(found, MOST_TOKENIZER)
+        except (OSError, ValueError) as error:
             raise self._broken(path, error) from None
 
     def json(self, path: str) -> dict[str, Any]:
         """A JSON object; an empty one where there is no such file."""
         try:
-            found = json.loads(self.content(path)) if path in self.files else {}
+            found = parse_bounded(self.content(path)) if path in self.files else {}
             return {**found}
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise self._broken(path, error) from None
 
     def text(self, path: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, chunks, torch_dtype
+from ctl_merge.errors import NonFiniteError
 from ctl_merge.header import MERGEABLE
 from ctl_merge.methods.order import count_upper, locate
 from ctl_merge.methods.sparsify import kept_ranks
@@ -38,23 +39,36 @@ class TaskGrams:
         return found, float(np.clip(1 - left / whole, 0, 1)) if whole > 0 else float("nan")
 
 
+def _require_finite(gram: Tensor, name: str, rows: Sequence[Checkpoint]) -> None:
+    bad = [c.name for c, square in zip(rows, gram.diagonal(), strict=True) if not torch.isfinite(square)]
+    if bad:
+        raise NonFiniteError(
+            f"{name} holds NaN, infinity or numbers too large to be squared, in {' or '.join(bad)} or its base: there "
+            "is nothing linear to measure. Use intact models; `ctl-merge compare` counts such entries."
+        )
+
+
 def task_grams(
     base: Checkpoint, parents: Sequence[Checkpoint], merges: Sequence[Checkpoint],
     mapped: Callable[[Callable[[str], np.ndarray], Iterable[str]], Iterator[np.ndarray]] = map,  # type: ignore[assignment]
 ) -> TaskGrams:  # fmt: skip
-    """Read every floating-point tensor of all checkpoints once, in chunks; `mapped` may work in parallel."""
+    """Read every floating-point tensor of all checkpoints once, in chunks; `mapped` may work in parallel.
+
+    Raises NonFiniteError for NaN, infinity, and values whose squares have no sum in float64.
+    """
+    everyone = (*parents, base, *merges)
     names = [name for name, spec in base.tensors.items() if spec.dtype in MERGEABLE and spec.numel]
 
     def of(name: str) -> np.ndarray:
         total = torch.zeros(len(parents) + 1 + len(merges), len(parents) + 1 + len(merges), dtype=torch.float64)
         numel, step = base.tensors[name].numel, max(base.block(name), *(m.block(name) for m in merges), CHUNK)
         for start in range(0, numel, step):
-            rows = [_read(c, name, start, min(step, numel - start)) for c in (*parents, base, *merges)]
-            stack = torch.stack(rows)
+            stack = torch.stack([_read(c, name, start, min(step, numel - start)) for c in everyone])
             own = stack[len(parents)].clone()
             stack -= own
             stack[len(parents)] = own
             total += stack @ stack.T
+        _require_finite(total, name, everyone)
         return total.numpy()
 
     return TaskGrams(len(parents), dict(zip(names, mapped(of, names), strict=True)))

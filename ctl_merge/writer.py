@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -95,8 +95,9 @@ def check_shards(folder: Path, shards: Iterable[Shard]) -> None:
 class ShardWriter:
     """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
 
-    The journal has a line `[name, crc32]` for each tensor. Tensors that it lists and whose bytes still have that sum
-    are not written again, so an interrupted run goes on where it stopped, to the same bytes. Of several processes
+    The journal has a line `[name, crc32]` for each tensor, with how many NaN and infinite entries it has where these
+    are `counted` and there are any. Tensors that it lists and whose bytes still have that sum are not written again,
+    so an interrupted run goes on where it stopped, to the same bytes. Of several processes
     each writes shards of its own, in a journal of its own; all journals are read.
 
     `finished(shard)` is called for each shard once it is whole, beside the work on the next one; no more than these
@@ -105,9 +106,9 @@ class ShardWriter:
 
     def __init__(
         self, folder: Path, shards: Sequence[Shard], checkpoint: Checkpoint,
-        finished: Callable[[Shard], object] | None = None, journal: str = JOURNAL,
+        finished: Callable[[Shard], object] | None = None, journal: str = JOURNAL, counted: bool = False,
     ) -> None:  # fmt: skip
-        self.folder, self.shards, self.checkpoint = folder, shards, checkpoint
+        self.folder, self.shards, self.checkpoint, self.counted = folder, shards, checkpoint, counted
         self.finished, self.journal = finished, journal
         self._place: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
@@ -166,7 +167,7 @@ class ShardWriter:
     def _write_tensor(self, name: str, journal, progress: Progress) -> None:
         spec = self.checkpoint.tensors[name]
         file, offset = self._place[name]
-        step, crc = self.checkpoint.block(name), 0
+        step, crc, nan, infinite = self.checkpoint.block(name), 0, 0, 0
         dtype = torch_dtype(spec.dtype)
         out = torch.empty(min(step, spec.numel), dtype=dtype)
         descriptor = os.open(self.folder / file, os.O_WRONLY)
@@ -176,12 +177,15 @@ class ShardWriter:
                 self.checkpoint.read_into(name, piece, start)
                 data = raw_bytes(piece)
                 crc = zlib.crc32(data, crc)
+                if self.counted and dtype.is_floating_point:
+                    nan += int(piece.isnan().sum())
+                    infinite += int(piece.isinf().sum())
                 write_at(descriptor, data, offset + start * dtype.itemsize)
                 progress(len(data))
         finally:
             os.close(descriptor)
         with self._lock:
-            journal.write(json.dumps([name, crc]) + "\n")
+            journal.write(json.dumps([name, crc, *([nan, infinite] if nan or infinite else [])]) + "\n")
 
     def _is_intact(self, name: str, crc: int) -> bool:
         file, offset = self._place[name]
@@ -196,14 +200,25 @@ class ShardWriter:
 
 def journaled(folder: Path) -> Iterator[tuple[str, int]]:
     """Each tensor that a journal of the folder lists as whole, with the sum of its bytes."""
+    for name, crc, *_ in _journal_lines(folder):
+        yield name, crc
+
+
+def let_through(folder: Path) -> dict[str, dict[str, int]]:
+    """How many entries of each tensor are NaN, and infinite, as the journals of an unfinished output say."""
+    found = {name: counts for name, _, *counts in _journal_lines(folder) if len(counts) == 2}
+    return {name: {"nan": nan, "infinite": infinite} for name, (nan, infinite) in sorted(found.items())}
+
+
+def _journal_lines(folder: Path) -> Iterator[list[Any]]:
     for path in sorted(folder.glob(f"{JOURNAL}*")):
         for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
-                name, crc = json.loads(line)
-            except (ValueError, TypeError):
+                entry = json.loads(line)
+            except ValueError:
                 continue  # the last line of a run that was killed while writing it
-            if isinstance(name, str):
-                yield name, crc
+            if isinstance(entry, list) and len(entry) > 1 and isinstance(entry[0], str):
+                yield entry
 
 
 def write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -32,7 +32,8 @@ ORDER = """
     model_config chat_template loadable estimate calibrate rates summary
     methods/ merged compiled devices evidence prefix_evidence
     merging finishing parts processes identity measured sums writer workers output together companions
-    tokenizer_files manifest public_recipe local_paths card front_matter markdown sizes shown time_limit
+    tokenizer_files manifest number_policy public_recipe local_paths card front_matter markdown bounded sizes shown
+    time_limit
     publishing finished shard_stream destination hub_push original reproduce
     factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/

@@ -6,11 +6,13 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +351,103 @@ def test_a_tokenizer_of_the_wrong_shape(broken: dict[str, Any], tmp_path: Path) 
     recipe = recipe_text("linear", [(p, {"weight": 1.0}) for p in (folder, QUICKSTART / "shift")])
     with pytest.raises(CheckpointError, match="tokenizer files cannot be read"):
         Merge(parse_recipe(recipe + "tokenizer_source: union\n")).summary()
+
+
+# ---- small files that are not small
+
+BOUNDED = """
+import resource, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+import ctl_merge
+from ctl_merge.merging import Merge
+from ctl_merge.recipe_file import parse_recipe
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    Merge(parse_recipe(sys.stdin.read())).summary()
+    print('read')
+except ctl_merge.CtlMergeError as error:
+    print('refused', error)
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def bounded(recipe: str) -> tuple[str, float, float]:
+    """What becomes of a recipe in a process of its own, CPU seconds, and bytes of memory beyond those before."""
+    ran = subprocess.run(
+        [sys.executable, "-c", BOUNDED], input=recipe, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(Path(ctl_merge.__file__).parents[1])},
+    )  # fmt: skip
+    assert not ran.stderr, ran.stderr
+    *said, figures = ran.stdout.splitlines()
+    seconds, kilobytes = map(float, figures.split())
+    return "\n".join(said), seconds, 1024 * kilobytes
+
+
+def huge(file: str, size: int, tmp_path: Path) -> str:
+    """A recipe with one model, one of whose files is valid JSON of that size."""
+    folder = tmp_path / "model"
+    shutil.copytree(QUICKSTART / "cycle", folder)
+    data = json.loads((folder / file).read_text())
+    if file == "tokenizer.json":
+        for entry in range(size // 40):
+            data["model"]["vocab"][f"<absurd token {entry:012}>"] = 1000 + entry
+    else:
+        data["absurd"] = ["x" * 37] * (size // 41)
+    (folder / file).write_text(json.dumps(data))
+    return recipe_text("linear", [(p, {"weight": 1.0}) for p in (folder, QUICKSTART / "shift")]) + (
+        "tokenizer_source: union\n" if file == "tokenizer.json" else ""
+    )
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_file_beyond_its_bound_is_refused_unread(file: str, tmp_path: Path) -> None:
+    recipe, path = huge(file, 1000, tmp_path), tmp_path / "model" / file
+    with path.open("ab") as grown:
+        grown.truncate(1 << 38)  # sparse: 256 GiB
+    said, seconds, memory = bounded(recipe)
+    assert said.startswith("refused") and f"{file}" in said and "which no such file needs: refused" in said
+    assert seconds < 10 and memory < 600e6
+
+
+def test_what_is_read_takes_time_and_memory_in_proportion(tmp_path: Path) -> None:
+    """A stand-in of 8 MB for the largest tokenizer that is read, of 128 MiB, which takes sixteen times as much."""
+    said, seconds, memory = bounded(huge("tokenizer.json", 8_000_000, tmp_path))
+    assert said and seconds < 15 and memory < 400e6, (said, seconds, memory)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("file", "size"), [("tokenizer.json", 100_000_000), ("config.json", 50_000_000)])
+def test_absurd_sizes(file: str, size: int, tmp_path: Path) -> None:
+    said, seconds, memory = bounded(huge(file, size, tmp_path))
+    print(f"\n{file} of {size:,} bytes: {said[:70]}; {seconds:.1f} s of CPU, {memory / 1e6:,.0f} MB")
+    assert seconds < 120 and memory < 6e9
+
+
+@pytest.mark.parametrize("levels", [70, 900, 100_000])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_files_of_any_depth(file: str, levels: int, tmp_path: Path) -> None:
+    """Whatever reads them: refused in words, or of no consequence."""
+    from ctl_merge.probing.data import load_tokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(QUICKSTART / "cycle", folder)
+    text = (folder / file).read_text().rstrip().removesuffix("}")
+    (folder / file).write_text(text + ', "absurd_config": ' + '{"absurd_config": ' * levels + "1" + "}" * levels + "}")
+    recipe = recipe_text("linear", [(p, {"weight": 1.0}) for p in (folder, QUICKSTART / "shift")], dtype="float16")
+    start = time.process_time()
+    if file == "config.json":
+        with pytest.raises(CheckpointError, match=r"config.json is not valid JSON \(it is nested .*: refused"):
+            Merge(parse_recipe(recipe)).write(tmp_path / "out")
+    elif file == "generation_config.json":
+        Merge(parse_recipe(recipe)).write(tmp_path / "out")
+    else:
+        with pytest.raises(DataError, match="it is nested .*: refused"):
+            load_tokenizer(folder, "cycle")
+        with (
+            pytest.raises(CheckpointError, match="it is nested .*: refused")
+            if file == "tokenizer.json"
+            else nullcontext()
+        ):
+            Merge(parse_recipe(recipe + "tokenizer_source: union\n")).summary()
+    assert time.process_time() - start < 20

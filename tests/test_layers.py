@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ errors problems shown sizes time_limit", "processes"),
+    "what everything uses": ("__init__ bounded errors problems shown sizes time_limit", "processes"),
     "methods: pure functions of tensors": (
         "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -69,7 +69,7 @@ STAGES = {
     ),
     "merges: read, written, described": (
         "compiled",
-        "identity merged public_recipe step traits",
+        "identity merged number_policy public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",
         "summary",

@@ -60,10 +60,10 @@ def old() -> ProbeReport:
 
 
 class Saving:
-    """A report that is saved into a folder: none as yet, or one with an earlier report and a file of the user's."""
+    """A report that is saved into a folder: none as yet, or one with an earlier report, alone or with a user's file."""
 
-    def __init__(self, place: Path, new: ProbeReport, old: ProbeReport | None) -> None:
-        self.folder, self.new, self.old = place / "out" / "report", new, old
+    def __init__(self, place: Path, new: ProbeReport, old: ProbeReport | None, alone: bool = False) -> None:
+        self.folder, self.new, self.old, self.alone = place / "out" / "report", new, old, alone
         self.new.save(place / "new")
         self.expected = contents(place / "new")
         self.before: Contents | None = None
@@ -77,7 +77,8 @@ class Saving:
         self.folder.parent.mkdir()
         if self.old:
             self.old.save(self.folder)
-            (self.folder / "figures" / "notes.txt").write_bytes(NOTES)
+            if not self.alone:
+                (self.folder / "figures" / "notes.txt").write_bytes(NOTES)
 
     def run(self) -> None:
         self.new.save(self.folder)
@@ -85,6 +86,10 @@ class Saving:
     def check_aftermath(self) -> None:
         if not self.folder.exists():
             assert self.old is None
+            return
+        if self.alone:  # always a whole report, the one or the other, and nothing beside it that is not hidden
+            assert contents(self.folder) in (self.expected, self.before)
+            assert [path.name for path in self.folder.parent.iterdir() if path.name[0] != "."] == ["report"]
             return
         found = {name: data for name, data in contents(self.folder).items() if "partial" not in name}
         if self.old:
@@ -101,17 +106,18 @@ class Saving:
         assert [path.name for path in self.folder.parent.iterdir()] == [self.folder.name]
 
 
-@pytest.fixture(params=["a first report", "one that replaces another"])
+@pytest.fixture(params=["a first report", "one that replaces another", "one in a folder with other files"])
 def saving(request: pytest.FixtureRequest, tmp_path: Path, new: ProbeReport, old: ProbeReport) -> Saving:
-    return Saving(tmp_path, new, old if "replaces" in request.param else None)
+    return Saving(tmp_path, new, None if "first" in request.param else old, "replaces" in request.param)
 
 
 def test_killed_before_any_file_operation(saving: Saving) -> None:
     assert kill_at(saving, saving.folder.parent, lambda operation: operation % SLICE == 4) >= 1
 
 
-def test_killed_while_the_files_change_places(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
-    saving = Saving(tmp_path, new, old)
+@pytest.mark.parametrize("alone", [True, False])
+def test_killed_while_the_files_change_places(alone: bool, tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
+    saving = Saving(tmp_path, new, old, alone)
     saving.prepare()
     total = operations(saving.run, saving.folder.parent)
     assert kill_at(saving, saving.folder.parent, lambda operation: total - 30 < operation and operation % 10 == 0) >= 2
@@ -207,10 +213,46 @@ def test_a_merge_with_a_probe_is_killed_before_every_file_operation(tmp_path: Pa
 # ---- two at once, and what goes wrong without a kill
 
 
+@pytest.mark.parametrize("why", ["it has other files", "somebody stands in it", "no such call", "it is refused"])
+def test_where_folders_cannot_change_places_the_files_do(
+    why: str, tmp_path: Path, new: ProbeReport, old: ProbeReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ctl_merge import together
+
+    folder = tmp_path / "out" / "report"
+    old.save(folder)
+    folder.chmod(0o750)
+    before = folder.stat().st_ino
+    if why == "it has other files":
+        (folder / "notes.txt").write_bytes(NOTES)
+    elif why == "somebody stands in it":
+        monkeypatch.chdir(folder)
+    elif why == "no such call":
+        monkeypatch.setattr(together.ctypes, "CDLL", lambda *_, **__: object())
+    else:
+        monkeypatch.setattr(together, "_EXCHANGE", 1 << 20)  # an unknown flag
+    new.save(folder)
+    found = contents(folder)
+    assert found.pop("notes.txt", NOTES) == NOTES and folder.stat().st_ino == before
+    new.save(tmp_path / "expected")
+    assert found == contents(tmp_path / "expected")
+    assert [path.name for path in folder.parent.iterdir()] == ["report"]
+
+
+def test_a_folder_that_changes_places_keeps_its_rights(tmp_path: Path, new: ProbeReport, old: ProbeReport) -> None:
+    folder = tmp_path / "report"
+    old.save(folder)
+    folder.chmod(0o750)
+    before = folder.stat().st_ino
+    new.save(folder)
+    assert folder.stat().st_ino != before and folder.stat().st_mode & 0o777 == 0o750
+
+
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path: Path, new: ProbeReport) -> None:
     from ctl_merge.together import appearing
 
-    for folder in (tmp_path / "none", tmp_path):
+    (tmp_path / "there").mkdir()
+    for folder in (tmp_path / "none", tmp_path, tmp_path / "there"):
         with appearing(folder, "probe.json") as work:
             with pytest.raises(OutputError, match="another run is writing into .*: wait for it"):
                 new.save(folder)

@@ -92,7 +92,9 @@ def test_verbs_with_hostile_names(name_of: str, tmp_path: Path, ctl: Ctl) -> Non
         ("init", *models, "-o", tmp_path / "made.yaml", "--overwrite"),
         ("extract-lora", experts[0], "--base", base, "-o", adapter, "--overwrite"), ("verify", adapter),
         ("reproduce", output, "--source", f"nothing{EVIL}={tmp_path}"), ("push", output, f"org/{EVIL}", "--dry-run"),
-        ("methods",), ("verify", base),
+        ("methods",), ("verify", base), ("finalize", recipe, "-o", tmp_path / f"parts{EVIL}"),
+        (recipe, "-o", tmp_path / f"parts{EVIL}", "--shard-rank", 0, "--shard-world", 1),
+        ("finalize", recipe, "-o", tmp_path / f"parts{EVIL}"),
     ]  # fmt: skip
     done: set[str] = set()
     for command in commands:
@@ -112,3 +114,45 @@ def test_verbs_with_hostile_names(name_of: str, tmp_path: Path, ctl: Ctl) -> Non
         ran = ctl("verify", output, *more)
         assert ran.code == 0 and "more\\" in ran.out and not OBEYED.search(ran.out + ran.err)
     assert {"check", str(recipe), "compare", "verify", "extract-lora", "init", "methods"} <= done
+
+
+def test_verbs_that_run_models_with_hostile_names(tmp_path: Path, ctl: Ctl) -> None:
+    """Of tasks, texts, models and outputs: inert on the terminal and in pages, and nothing is written elsewhere."""
+    models = hostile(tmp_path / "models", "[bold]")
+    base, *experts = models
+    recipe, outside = tmp_path / "r.yaml", set(tmp_path.rglob("*"))
+    recipe.write_text(recipe_text("task_arithmetic", [(path, {"weight": 0.5}) for path in experts], base=base))
+    texts = tmp_path / f"t{EVIL}.txt"
+    texts.write_text("a b c d e f g h\n\n" * 300)
+    work = tmp_path / "work"
+    work.mkdir()
+    outputs, small = (work / f"o{EVIL}", work / "o"), ("--sequences", 2, "--length", 16)
+    commands: list[tuple[Any, ...]] = []
+    for output in outputs:
+        commands += [
+            ("probe", recipe, "--data", f"../{EVIL}={texts}", *small, "-o", output),
+            ("evaluate", recipe, "--data", f"../../{EVIL}={texts}", *small, "-o", output.with_suffix(".json")),
+            ("tune", recipe, "--data", f"../{EVIL}={texts}", *small, "-o", output.with_suffix(".yaml")),
+            ("compare", recipe, "--by", f"../{EVIL}"), ("push", output, f"../{EVIL}"), ("verify", output),
+        ]  # fmt: skip
+    tame = shutil.copyfile(texts, tmp_path / "tame[bold].txt")
+    outside.add(tame)
+    commands += [
+        ("probe", recipe, "--data", f"{tame}", *small, "-o", outputs[1]),
+        ("evaluate", recipe, "--data", f"{tame}", *small, "-o", outputs[1].with_suffix(".json")),
+    ]
+    commands += [("probe", "--models", *[f"{path}{EVIL}" for path in experts], "--base", base, "-o", outputs[0])]
+    codes, said = set(), []
+    for command in commands:
+        ran = ctl(*command)
+        assert not OBEYED.search(ran.out) and not OBEYED.search(ran.err), (command, ran)
+        assert ran.code in (0, 2, 3) and "Traceback" not in ran.err, (command, ran)
+        codes.add((str(command[0]), ran.code))
+        said.append(ran.err[-300:])
+    assert {("probe", 0), ("evaluate", 0)} <= codes, said
+    written = set(tmp_path.rglob("*")) - outside - {recipe, texts, work}
+    assert written and all(path.is_relative_to(work) for path in written), written
+    for page in work.rglob("report.html"):
+        assert not OBEYED.search(page.read_text("utf-8"))
+    for data in work.rglob("*.json"):  # the folder of the texts is nobody else's business
+        assert str(tmp_path) not in data.read_text("utf-8"), data

@@ -240,3 +240,107 @@ def test_the_manifest_lists_every_file_but_itself_and_the_card(merge: Path) -> N
         "config.json", "tokenizer.json", "tokenizer_config.json", "ctl_merge_recipe.yaml",
         "model.safetensors.index.json",
     }  # fmt: skip
+
+
+# ---- outputs that are no plain merge
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
+LORA = """
+    merge_method: task_arithmetic
+    base_model: {0}/base
+    output: lora
+    models: [{{model: {0}/base+{0}/cycle-lora, parameters: {{weight: 0.5}}}}]
+"""
+EXPERTS = """
+    base_model: {0}/base
+    gate_mode: random
+    architecture: mixtral
+    experts: [{{source_model: {0}/cycle, positive_prompts: [a]}}, {{source_model: {0}/shift, positive_prompts: [b]}}]
+"""
+
+
+def _written(recipe: str, place: Path) -> Path:
+    from ctl_merge.recipe_file import parse_recipe
+
+    return Merge(parse_recipe(recipe.format(QUICKSTART)), num_workers=1, max_shard_size="300KB").write(place).folder
+
+
+def _extracted(place: Path) -> Path:
+    from ctl_merge.extraction import extract_lora
+
+    return extract_lora(QUICKSTART / "cycle", QUICKSTART / "base", place, rank=2, num_workers=1).folder
+
+
+OUTPUTS: dict[str, tuple[Callable[[Path], Path], set[str]]] = {
+    "output: lora": (
+        lambda place: _written(LORA, place),
+        {"adapter_config.json", "adapter_model.safetensors", "ctl_merge_recipe.yaml"},
+    ),
+    "extract-lora": (_extracted, {"adapter_config.json", "adapter_model.safetensors"}),
+    "experts": (
+        lambda place: _written(EXPERTS, place),
+        {
+            "config.json", "ctl_merge_recipe.yaml", "generation_config.json", "model.safetensors.index.json",
+            "tokenizer.json", "tokenizer_config.json",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=OUTPUTS)
+def output(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    write, files = OUTPUTS[request.param]
+    return write(tmp_path_factory.mktemp("output") / "written"), files
+
+
+def test_a_flipped_byte_or_a_missing_file_of_any_output_is_found(output: tuple[Path, set[str]]) -> None:
+    """Of every file that is checked, one at a time: it alone is named."""
+    folder, files = output
+    shards = {path.name for path in folder.glob("model-*.safetensors")}
+    assert set(inspect(folder).digests) == files | shards and not inspect(folder).findings
+    for name in files | shards:
+        whole = (folder / name).read_bytes()
+        for at in (0, len(whole) // 2, -1):
+            flip(folder, name, at)
+            assert {finding.file for finding in inspect(folder).findings} == {name}, at
+            (folder / name).write_bytes(whole)
+        (folder / name).unlink()
+        found = [finding for finding in inspect(folder).findings if finding.file == name]
+        assert found and "missing" in found[0].problem
+        (folder / name).write_bytes(whole)
+    assert not inspect(folder).findings
+
+
+def test_what_would_be_loaded_beside_an_adapter_or_experts_is_found(output: tuple[Path, set[str]]) -> None:
+    folder, files = output
+    other = "pytorch_model.bin" if "config.json" in files else "model.safetensors"
+    (folder / other).write_bytes(b"x")
+    assert [finding.file for finding in inspect(folder).findings] == [other]
+    (folder / other).unlink()
+
+
+def test_the_report_of_a_probe_is_called_by_its_name(tmp_path: Path, ctl: Ctl) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "probe.json").write_text("{}")
+    ran = ctl("verify", tmp_path / "report")
+    assert ran.code == 2 and "is the report of a probe, which states no hashes: `ctl-merge probe -o`" in ran.err
+
+
+def test_a_report_within_a_merge_is_checked_with_it(finished: Path, ctl: Ctl) -> None:
+    (finished / "probe").mkdir()
+    (finished / "probe" / "probe.json").write_text("{}")
+    (finished / "probe" / "more.json").write_text("{}")
+    in_manifest(lambda m: m["files"].append({"file": "probe/probe.json", "bytes": 2, "sha256": "0" * 64}))(finished)
+    assert [finding.file for finding in inspect(finished).findings] == ["probe/probe.json"]
+    assert inspect(finished).unlisted == ("probe/more.json",)
+    ran = ctl("verify", finished / "probe")
+    assert ran.code == 2 and "is a part of the merge merged: name that folder" in ran.err
+
+
+def test_of_an_adapter_from_elsewhere_it_is_said_what_was_not_looked_at(ctl: Ctl) -> None:
+    ran = ctl("verify", QUICKSTART / "cycle-lora")
+    assert (
+        ran.code == 0
+        and "as far as a header tells" in ran.out
+        and "no merge_manifest.json" in " ".join(ran.out.split())
+    )

@@ -206,11 +206,13 @@ def show_result(
         return
     if quiet:
         return
+    from ctl_merge.number_policy import through_lines
+
     manifest = result.manifest
     tensors = manifest["tensors"]
     again = f" ({result.resumed_tensors:,} of them were there already)" if result.resumed_tensors else ""
     say(f"{manifest['method']}: {tensors['merged']:,} tensors merged, {tensors['copied']:,} copied{again}")
-    for line in manifest["decisions"]:
+    for line in (*manifest["decisions"], *through_lines(manifest["numbers"])):
         say(f"· {line}")
     for line in verdict:
         print_text(f"· {line}")

@@ -14,7 +14,7 @@ NOT_WHOLE = 3  # exit code
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A merge, or an adapter.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="A merge, of experts too, or an adapter.", metavar="FOLDER")],
     as_json: JsonFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
 ) -> None:
@@ -32,9 +32,11 @@ def verify(
 
 
 def _show(found: Any) -> None:
-    notes = [f"{name}: size and header only, its sha256 is not known (--no-hash)" for name in found.unhashed]
+    why = "its sha256 is not known (--no-hash)" if found.listed else "there is no merge_manifest.json with its sha256"
+    notes = [f"{name}: size and header only, {why}" for name in found.unhashed]
     notes += [f"{name} is not of the merge" for name in found.unlisted]
     if found.findings:
         print_sections([(f"not whole: {found.folder}", [*map(str, found.findings), *notes])])
         return
-    print_sections([(f"whole: {len(found.digests)} files have the sha256 of the manifest", notes)])
+    told = f"{len(found.digests)} files have the sha256 of the manifest" if found.listed else "as far as a header tells"
+    print_sections([(f"whole: {told}", notes)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import ctl_merge
 from ctl_merge.evaluating.metrics import kind_of
+from ctl_merge.local_paths import without_paths
 from ctl_merge.output import disk_errors
 from ctl_merge.together import write_whole
 
@@ -49,8 +50,9 @@ class Evaluation:
         """All of it but the answers, as JSON has it: a number that does not exist is null."""
         rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows]
         return {
-            "ctl_merge": ctl_merge.__version__, "settings": dict(self.settings), "sets": dict(self.sets),
-            "warnings": self.warnings, "rows": rows,
+            "ctl_merge": ctl_merge.__version__, "settings": dict(self.settings),
+            "sets": {name: without_paths(spec) for name, spec in self.sets.items()},
+            "warnings": [without_paths(line) for line in self.warnings], "rows": rows,
         }  # fmt: skip
 
     def to_json(self) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ctl_merge.bounded import MOST_CONFIG, parse_bounded, read_bounded
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import CheckpointError, DataError
 from ctl_merge.merging import Merge
@@ -105,9 +105,8 @@ def _stored(text: str, trust_remote_code: bool) -> Evaluated:
 def _ends(folder: Path | None, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end a text: those of generation_config.json, else the tokenizer's."""
     try:
-        stated = (
-            json.loads((folder / "generation_config.json").read_text("utf-8")).get("eos_token_id") if folder else None
-        )
+        content = read_bounded(folder / "generation_config.json", MOST_CONFIG) if folder else b"{}"
+        stated = parse_bounded(content).get("eos_token_id")
     except (OSError, ValueError, AttributeError):
         stated = None
     listed = stated if isinstance(stated, list) else [stated, tokenizer.eos_token_id]

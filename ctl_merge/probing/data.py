@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctl_merge.bounded import MOST_TOKENIZER, parse_bounded, read_bounded
+from ctl_merge.companions import is_tokenizer_file
 from ctl_merge.errors import DataError
 from ctl_merge.probing.rows import DataSpec, read_pieces, read_rows
 from ctl_merge.probing.turns import PROMPT, RESPONSE, Text, is_conversation, joined, templated, turns
@@ -44,10 +46,12 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     """The tokenizer in a model's folder; `name` is what messages call the model. Raises DataError."""
     import transformers
 
-    failures = (Exception,) if trust_remote_code else (OSError, ValueError, ImportError, KeyError)
     try:
+        for path in folder.glob("*.json"):
+            if is_tokenizer_file(path.name):  # transformers reads them whole, whatever they are
+                parse_bounded(read_bounded(path, MOST_TOKENIZER))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except failures as error:
+    except Exception as error:  # of files of any shape, or of code that comes with them
         reason = str(error).partition("\n")[0].replace(str(folder), name)
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = "it is code that comes with the model: if you trust it let it run, with --trust-remote-code"

@@ -75,8 +75,8 @@ class Heartbeat:
         else:
             who = " and ".join(f"rank {rank} on {self.machines[rank]}" for rank in gone)
         return (
-            f"no sign of life for {PATIENCE / 60:.3g} minutes from {who}: end what is left of this run; the same "
-            "command with --resume goes on with what is written"
+            f"no sign of life for {PATIENCE / 60:.3g} minutes from {who}: see to it, and start the run again (a merge "
+            "goes on with --resume)"
         )
 
     def stop(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from string import ascii_lowercase
 
-
 MOST_LINES = 20_000
 
 

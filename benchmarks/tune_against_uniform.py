@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "tune_against_uniform.json"
 BOUNDS = {"least": -math.inf, "most": math.inf}
 DARE = [(density, weight) for density in (0.7, 0.9) for weight in (0.35, 0.5, 0.65)]
-SPARSITIES, LOT = (0.3, 0.6, 0.9), (0.8, 1.0, 1.2)
+SPARSITIES, ALPHAS, LOT = (0.3, 0.6, 0.9), (0.7, 0.9, 0.98), (0.8, 1.0, 1.2, 1.4, 1.6)
 
 
 def recipe(
@@ -71,7 +71,7 @@ def others(base: Path, experts: Mapping[str, Path], train: Mapping[str, str]) ->
         "localize_and_stitch": {
             f"sparsity {s:g}": recipe("localize_and_stitch", base, experts, {}, {"sparsity": s}) for s in SPARSITIES
         },
-        "regmean": {"α = 0.9": recipe("regmean", None, experts, {}, {"alpha": 0.9}, train)},
+        "regmean": {f"α = {a:g}": recipe("regmean", None, experts, {}, {"alpha": a}, train) for a in ALPHAS},
         "lot": {f"λ = {w:g}": recipe("lot", base, experts, {}, {"lambda": w}, train) for w in LOT},
     }
 

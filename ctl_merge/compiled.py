@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.fused import Fused
-from ctl_merge.methods.noise import PER_BLOCK, key_of
+from ctl_merge.methods.noise import key_of
 from ctl_merge.methods.registry import Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.token_rows import Input
@@ -35,6 +35,7 @@ logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
 Mapped = Callable[[Input], MappedFile | None]
+Columns = Callable[[TensorPlan], Mapping[str, Any]]
 Raw = tuple[np.ndarray, np.ndarray]  # as `ctl_merge.methods.kernels` has it
 
 
@@ -44,66 +45,81 @@ def worthwhile(plan: Plan) -> bool:
     if not merged or plan.recipe.allow_nonfinite:
         return False
     method, parameters = plan.method, merged[0].parameters
-    if method.grain_for(parameters) != "element":
+    if method.grain_for(parameters) == "tensor":
         return False
     simple = not (method.scopes(parameters) or method.random or "density" in parameters)
     entries = sum(tensor.spec.numel for tensor in merged)
     return entries >= (LEAST_SUMMED if simple else LEAST) and find_spec("numba") is not None
 
 
-def working_bytes(models: int, exact: bool) -> int:
-    """What the loops hold for each thread, with so many inputs."""
-    return LOOP_CHUNK * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048
+def loop_step(width: int) -> int:
+    """Entries of a tensor that are merged at once, in rows of so many that stay whole."""
+    return width * max(1, LOOP_CHUNK // width)
+
+
+def working_bytes(models: int, exact: bool, width: int) -> int:
+    """What the loops hold for each thread, with so many inputs, and rows of at most so many entries that stay whole."""
+    ranking = (8 * models + 20) * max(width, 2048) + (1 << 17)  # places, keys, words to sort, and counts
+    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking
 
 
 class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
-    `read(row, input, start)` fills a row with an input's values; `exact(input)` says whether these are stored in
-    bfloat16 and read as they are, so that the loop may decode them; `mapped(input)` gives such an input's bytes as they
-    lie in the file, or None. Thread-safe.
+    `columns(tensor)` are a tensor's parameters as the method gets them; `read(row, input, start)` fills a row with an
+    input's values; `exact(input)` says whether these are stored in bfloat16 and read as they are, so that the loop may
+    decode them; `mapped(input)` gives such an input's bytes as they lie in the file, or None. Thread-safe.
     """
 
-    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> None:
-        self._kernels, self._plan, self._read, self._exact, self._mapped = kernels, plan, read, exact, mapped
+    def __init__(
+        self, kernels: Any, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped
+    ) -> None:
+        self._kernels, self._plan, self._columns = kernels, plan, columns
+        self._read, self._exact, self._mapped = read, exact, mapped
         self._held = threading.local()
 
     @classmethod
-    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> CompiledLoops | None:
+    def load(
+        cls, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped
+    ) -> CompiledLoops | None:
         """None where numba does not work: a merge without it is slower, and the same."""
         try:
             from ctl_merge.methods import kernels
         except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
             logger.info("without compiled loops: %s", error)
             return None
-        return cls(kernels, plan, read, exact, mapped)
+        return cls(kernels, plan, columns, read, exact, mapped)
 
-    def merge(self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int) -> Tensor | None:
-        """The entries of a tensor from `start` on, as many as `out` has.
+    def merge(
+        self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int, width: int
+    ) -> Tensor | None:
+        """The entries of a tensor from `start` on, as many as `out` has, in rows of `width` that stay whole.
 
         They are `out`, filled, where that is bfloat16 like the tensor itself, else float64, unrounded. None where the
-        plain definition must decide: for what no loop does, NaN, infinity, or numbers near the end of the range.
+        plain definition must decide: for what no loop does, parts of rows that stay whole, NaN, infinity, or numbers
+        near the end of the range.
         """
         prepared = self._prepared(plan, results)
-        if prepared is None or start % PER_BLOCK:
+        if prepared is None or start % width or out.numel() % width:
             return None
         rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
         raw = self._load(plan, start, out.numel(), decoded=not rounded)
         # There is a loop from bfloat16 to bfloat16, and one from float64 to float64.
         merged = out if raw[1].dtype == np.uint16 else self._memory("merged", out.numel(), torch.float64)
         block, rows = self._kernels.BLOCK, len(plan.everyone) + 4
-        words = self._memory("words", block // 2, torch.int64).numpy().view(np.uint64)
+        words = self._words("words", block // 2 + 4)
         scratch = self._memory("scratch", rows * block, torch.float64).view(rows, block).numpy()
         undecided = self._kernels.merge_chunk(
-            raw, plan.base is not None, start, _array(merged), scratch, words, *prepared
-        )
+            raw, plan.base is not None, start, width, _array(merged), scratch, words,
+            self._ranking(len(plan.inputs), width), *prepared,
+        )  # fmt: skip
         return None if undecided else merged
 
     def count(
         self, measure: Measure, plan: TensorPlan, results: Tensor | None, start: int, count: int, state: Tensor
     ) -> bool:
         """Add a chunk's counts to the state of a measure; false where NaN or infinity is among the inputs."""
-        raw, keys = self._load(plan, start, count, decoded=False), self._keys()
+        raw, keys = self._load(plan, start, count, decoded=False), self._keys(self._kernels.BLOCK)
         with_base = plan.base is not None
         if measure.compiled == "count_upper":
             return not self._kernels.count_upper(raw, with_base, count, keys, state.numpy())
@@ -138,11 +154,7 @@ class CompiledLoops:
 
     def _prepare(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
         fuse = self._plan.method.fused
-        parameters = {
-            name: torch.tensor(value, dtype=torch.float64) if isinstance(value, tuple) else value
-            for name, value in plan.parameters.items()
-        }
-        fused: Fused | None = fuse(**parameters, **results, models=len(plan.inputs)) if fuse else None
+        fused: Fused | None = fuse(**self._columns(plan), **results, models=len(plan.inputs)) if fuse else None
         if fused is None:
             return None
         combine = _AGREE if fused.elect else _SUM if fused.anchor is None else _ANCHORED
@@ -154,6 +166,7 @@ class CompiledLoops:
             fused.above is not None, np.array(fused.above or ()), np.array(fused.upto or ()),
             fused.chance is not None, np.array(keys, np.uint64).reshape(-1, 2), _limits(fused.chance or ()),
             fused.divisors is not None, np.array(fused.divisors or ()),
+            fused.spread is not None, np.array(fused.chance or ()), np.array(fused.spread or ()), fused.by_chance,
         )  # fmt: skip
 
     def _load(self, plan: TensorPlan, start: int, count: int, decoded: bool) -> Raw:
@@ -178,8 +191,18 @@ class CompiledLoops:
             held = self._held.files = (plan, [self._mapped(part) for part in plan.everyone])
         return held[1]
 
-    def _keys(self) -> np.ndarray:
-        return self._memory("keys", self._kernels.BLOCK, torch.int32).numpy().view(np.uint32)
+    def _ranking(self, models: int, width: int) -> tuple[np.ndarray, ...]:
+        """Memory to find places in, in rows that stay whole."""
+        span = width * max(1, self._kernels.BLOCK // width)
+        places = self._memory("places", models * span, torch.float64).view(models, span).numpy()
+        counts = self._memory("counts", 1 << 14, torch.int64).numpy()
+        return places, self._keys(span), self._words("sorted", width), self._words("unsorted", width), counts
+
+    def _keys(self, count: int) -> np.ndarray:
+        return self._memory("keys", count, torch.int32).numpy().view(np.uint32)
+
+    def _words(self, use: str, count: int) -> np.ndarray:
+        return self._memory(use, count, torch.int64).numpy().view(np.uint64)
 
     def _memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
         """This thread's memory for a use."""

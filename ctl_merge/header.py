@@ -58,6 +58,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return self.numel * _DTYPES[self.dtype][0] // 8
 
+    @property
+    def width(self) -> int:
+        """How many entries a row has: the last axis; a vector is one row."""
+        return max(1, self.shape[-1]) if self.shape else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
-from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, working_bytes, worthwhile
+from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, working_bytes, worthwhile
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.mapped import MappedFile
@@ -78,7 +78,9 @@ class MergedCheckpoint(Checkpoint):
     @cached_property
     def _loops(self) -> CompiledLoops | None:
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
-        return CompiledLoops.load(self.plan, self.fill, self._is_plain, self._mapped) if self.has_loops else None
+        if not self.has_loops:
+            return None
+        return CompiledLoops.load(self.plan, self._columns_of, self.fill, self._is_plain, self._mapped)
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -95,10 +97,18 @@ class MergedCheckpoint(Checkpoint):
         return self._checkpoints[self.plan.recipe.refs[0]].code  # that of the config
 
     def block(self, tensor: str) -> int:
-        return max(self.step(tensor), LOOP_CHUNK) if self._by_loops(self.plan.tensors[tensor]) else self.step(tensor)
+        step, plan = self.step(tensor), self.plan.tensors[tensor]
+        if not self._by_loops(plan):
+            return step
+        # A multiple of the other for rows, so that falling back on the plain definition computes nothing twice.
+        return max(step, LOOP_CHUNK) if self._grain(plan) == "element" else step * max(1, LOOP_CHUNK // step)
 
     def _by_loops(self, plan: TensorPlan) -> bool:
-        return self.has_loops and self._grain(plan) == "element" and self._device(plan.name).type == "cpu"
+        return self.has_loops and self._grain(plan) != "tensor" and self._device(plan.name).type == "cpu"
+
+    def _whole(self, plan: TensorPlan) -> int:
+        """Entries that stay together: those of a row, for methods that want it whole."""
+        return plan.spec.width if self._grain(plan) == "row" else 1
 
     def step(self, tensor: str) -> int:
         """How much is computed at once where the plain definition is asked."""
@@ -108,12 +118,13 @@ class MergedCheckpoint(Checkpoint):
         most = max(most, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
         if self._grain(self.plan.tensors[tensor]) == "element":
             return most
-        width = _row_width(self.tensors[tensor])
+        width = self.tensors[tensor].width
         return width * max(1, most // width)
 
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
-        own = working_bytes(len(self._checkpoints), exact=self._all_plain) if self.has_loops else 0
+        width = max(map(self._whole, self.plan.tensors.values()), default=1)
+        own = working_bytes(len(self._checkpoints), self._all_plain, width) if self.has_loops else 0
         return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
@@ -136,9 +147,11 @@ class MergedCheckpoint(Checkpoint):
         """Whether a compiled loop did it; else the plain definition is asked."""
         if not self._by_loops(plan) or self._loops is None:
             return False
-        for begin in range(0, out.numel(), LOOP_CHUNK):
-            wanted = out[begin : begin + LOOP_CHUNK]
-            merged = self._loops.merge(plan, results, wanted, start + begin)
+        width = self._whole(plan)
+        step = loop_step(width)
+        for begin in range(0, out.numel(), step):
+            wanted = out[begin : begin + step]
+            merged = self._loops.merge(plan, results, wanted, start + begin, width)
             if merged is None:
                 return False
             if merged is not wanted:
@@ -211,7 +224,8 @@ class MergedCheckpoint(Checkpoint):
         device = self._device(plan.name)
         buffer = self._buffer(len(parts), count, pinned=device.type == "cuda")
         if self._by_loops(plan) and self._loops is not None and self._loops.decode(plan, start, buffer):
-            return (buffer, None) if plan.base is None else (buffer[:-1], buffer[-1])
+            stack, base = (buffer, None) if plan.base is None else (buffer[:-1], buffer[-1])
+            return self._shaped(stack, plan), base
         for row, part in zip(buffer, parts, strict=True):
             self.fill(row, part, start)
         if not self.plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
@@ -227,7 +241,7 @@ class MergedCheckpoint(Checkpoint):
         grain = self._grain(plan)
         if grain == "element":
             return stack
-        return stack.view(len(stack), *((-1, _row_width(plan.spec)) if grain == "row" else plan.spec.shape))
+        return stack.view(len(stack), *((-1, plan.spec.width) if grain == "row" else plan.spec.shape))
 
     def fill(self, row: Tensor, part: Input, start: int) -> None:
         """Read one model's entries of an output tensor."""
@@ -238,11 +252,8 @@ class MergedCheckpoint(Checkpoint):
 
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
-        key = id(plan.parameters)
-        if key not in self._columns:
-            self._columns[key] = self._columns_of(plan)
         ones = [1] * (stack.ndim - 1)
-        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns[key].items()}
+        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns_of(plan).items()}
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
@@ -330,7 +341,13 @@ class MergedCheckpoint(Checkpoint):
 
     def _columns_of(self, plan: TensorPlan) -> dict[str, Any]:
         """The parameters, per-model ones as float64 columns (models,)."""
-        return {n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()}
+        key = id(plan.parameters)
+        if key not in self._columns:
+            columns = {
+                n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()
+            }
+            self._columns[key] = columns
+        return self._columns[key]
 
     def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         measure = self.method.measures[name]
@@ -452,11 +469,6 @@ class ParentView(Checkpoint):
 
 def _listed(plan: TensorPlan) -> str:
     return ", ".join(str(part.model) for part in plan.everyone)
-
-
-def _row_width(spec: TensorSpec) -> int:
-    """How many entries a row has: the last axis; a vector is one row."""
-    return max(1, spec.shape[-1]) if spec.shape else 1
 
 
 def _numeric(value: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ctl_merge import compiled, open_merge, parse_recipe
 from ctl_merge.errors import NonFiniteError
 from ctl_merge.methods import registry
+from ctl_merge.methods.della import rank_in_row
 from ctl_merge.methods.order import count_lower, count_upper, locate
 
 kernels = pytest.importorskip("ctl_merge.methods.kernels", reason="numba is not installed", exc_type=ImportError)
@@ -91,7 +92,9 @@ def test_every_method_has_the_bytes_of_its_definition(method, dtypes, tmp_path, 
 @given(st.data())
 def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data):
     method = data.draw(
-        st.sampled_from(["ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "linear"])
+        st.sampled_from(
+            ["ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "linear"]
+        )
     )
     kind = data.draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64]))
     share = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.01, 0.99))
@@ -103,7 +106,9 @@ def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data)
         given_["elect"] = data.draw(st.sampled_from(["weighted", "unweighted", "count"]))
         given_["divide"] = data.draw(st.sampled_from(["weights", "count", "none"]))
         given_["trim"] = data.draw(st.sampled_from(["tensor", "model"]))
-    if method.startswith("dare"):
+    if method.startswith("della"):
+        given_["epsilon"] = data.draw(st.floats(0, 0.5)) * 2 * min(given_["density"][0], 1 - given_["density"][0])
+    if method.startswith(("dare", "della")):
         given_["rescale"] = data.draw(st.sampled_from([True, False, "l1"]))
     weights = data.draw(st.lists(st.floats(0.05, 2), min_size=4, max_size=4))
     weights[0] *= data.draw(st.sampled_from([1, -1]))
@@ -128,8 +133,54 @@ def test_a_piece_is_a_slice_of_the_whole(tmp_path, monkeypatch):
         assert torch.equal(piece.view(torch.int16), whole[start : start + count].view(torch.int16))
 
 
+@pytest.mark.parametrize("width", [1, 5, 31, 33, 777, 2051, 40_001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_places_in_rows_of_any_width_are_those_of_the_definition(width, dtype, tmp_path, monkeypatch):
+    """Wherever a piece begins; and where the plain definition is asked for a part of a row."""
+    monkeypatch.setattr(compiled, "LOOP_CHUNK", 1 << 14)
+    shape = (max(2, 20_011 // width), width)
+    paths = family(tmp_path, [dtype] * 3, width, shapes=(shape, shape[1:]))
+    for method, given_ in (("della", {"rescale": False}), ("della_linear", {}), ("della", {"rescale": "l1"})):
+        text = recipe_of(method, paths, {"density": 0.4, "epsilon": 0.3} | given_, [0.6, 0.3], dtype="bfloat16")
+        assert_same_bytes(text, monkeypatch)
+    monkeypatch.setattr(compiled, "LEAST", 0)
+    merged = open_merge(parse_recipe(text))
+    whole = merged.read("t0").flatten()
+    assert merged.block("t0") % width == 0
+    for start, count in ((0, 1), (width - 1, 2), (whole.numel() - width - 1, 2), (width, width)):
+        piece = torch.empty(count, dtype=torch.bfloat16)
+        merged.read_into("t0", piece, start)
+        assert torch.equal(piece, whole[start : start + count])
+
+
+def hard_rows(width: int) -> dict[str, Tensor]:
+    """Rows that a sort by buckets makes nothing of."""
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.rand(width, generator=generator, dtype=torch.float64)
+    outlier = drawn * 1e-6
+    outlier[width // 2] = 3e38
+    return {
+        "one size": torch.full((width,), -0.25).double(), "zeros": torch.zeros(width).double(),
+        "few apart": 1 + drawn * 2.0**-16, "falling": torch.arange(width, 0, -1).double() * 2.0**-149,
+        "an outlier": outlier, "beyond float32": drawn * 1e300, "many octaves": 2.0 ** (drawn * 250 - 125),
+        "two sizes": torch.where(drawn < 0.5, 1.0, 1e-30).double(), "ordinary": drawn - 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [1, 2, 32, 33, 1000, 1025, 30_000])
+def test_places_are_those_of_the_definition_for_rows_of_every_kind(width):
+    rows = hard_rows(width)
+    deltas = torch.stack([row[torch.randperm(width)] if width % 2 else row for row in rows.values()])
+    words = [np.empty(width, np.uint64) for _ in range(2)]
+    ranking = np.empty((1, width)), np.empty(width, np.uint32), *words, np.empty(1 << 14, np.int64)
+    wanted = rank_in_row(deltas)
+    for name, delta, places in zip(rows, deltas, wanted, strict=True):
+        assert not kernels._rank(rows_of(delta[None]), False, 0, width, width, ranking)
+        np.testing.assert_array_equal(ranking[0][0], places.numpy(), err_msg=name)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", "ties", "della"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_not_finite_is_refused_by_name(bad, method, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "LEAST", 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import weighted_sum
+from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight
 from ctl_merge.methods.registry import merge_method
 from ctl_merge.methods.rescale import Rescale, l1_ratio, restore_l1
+from ctl_merge.methods.task_arithmetic import scaled_sum
 
 Epsilon = Annotated[
     FiniteFloat,
@@ -46,7 +49,7 @@ def _places(values: Tensor) -> Tensor:
     begins[:, 1:] = values[:, 1:] != values[:, :-1]
     starts = begins.flatten().nonzero().flatten()
     lengths = torch.diff(starts, append=starts.new_tensor([rows * width]))
-    means = (starts % width).double() + (lengths - 1) / 2
+    means = (starts % width).double() + (lengths - 1).double() / 2
     return means.repeat_interleave(lengths, output_size=rows * width).view(rows, width)
 
 
@@ -105,7 +108,30 @@ def prune_and_rescale(
     return restore_l1(deltas, kept, l1_ratio) if rescale == "l1" else kept
 
 
-@merge_method(space="task_vectors", grain="row", measures=L1_RATIO, check=beyond_certainty, paper="2406.11617")
+def _fused_prune(merge: Fused | None, density: Tensor, epsilon: Tensor, rescale: bool | str) -> Fused | None:
+    if merge is None or rescale == "l1":
+        return None
+    pairs = list(zip(density.flatten().tolist(), epsilon.flatten().tolist(), strict=True))
+    least = [share if share in (0.0, 1.0) else share - spread for share, spread in pairs]
+    spreads = [0.0 if share in (0.0, 1.0) else 2 * spread for share, spread in pairs]
+    return replace(merge, chance=least, spread=spreads, by_chance=bool(rescale))
+
+
+def _fused(*, density: Tensor, epsilon: Tensor, rescale: bool | str, **others: Any) -> Fused | None:
+    return _fused_prune(scaled_sum(**others), density, epsilon, rescale)
+
+
+def _fused_agreeing(
+    *, weight: Tensor, density: Tensor, epsilon: Tensor, normalize: bool, rescale: bool | str, lambda_: float, **_: Any
+) -> Fused | None:
+    merge = agreeing(weight, divide="weights" if normalize else "none", scale=lambda_)
+    return _fused_prune(merge, density, epsilon, rescale)
+
+
+@merge_method(
+    space="task_vectors", grain="row", measures=L1_RATIO, check=beyond_certainty, fused=_fused_agreeing,
+    paper="2406.11617",
+)  # fmt: skip
 def della(
     deltas: Tensor,
     *,
@@ -132,7 +158,9 @@ def della(
     return lambda_ * merge_agreeing(kept, weight, divide="weights" if normalize else "none")
 
 
-@merge_method(space="task_vectors", grain="row", measures=L1_RATIO, check=_linear_objections, paper="2406.11617")
+@merge_method(
+    space="task_vectors", grain="row", measures=L1_RATIO, check=_linear_objections, fused=_fused, paper="2406.11617"
+)
 def della_linear(
     deltas: Tensor,
     *,

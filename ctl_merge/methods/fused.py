@@ -10,12 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fused:
-    """What a method does with each entry, for methods that go entry by entry.
+    """What a method does with each entry, for methods that go entry by entry or row by row.
 
     Of each model's entry d (its task vector's, or the weight itself) it keeps those with `above` < |d| <= `upto`, and
     of these each with a `chance`; divides by `divisors`; adds up over the models, times `factors`; or, with `elect`,
     merges what agrees as `ctl_merge.methods.agreement` has it; multiplies by `scale`. None: that step is left out.
-    With an `anchor` the sum is that of `anchored_sum`, `total` being Σ of the factors.
+    With a `spread` the chance is `chance` + `spread` times the entry's place by magnitude in its row, 0 to 1, and
+    `by_chance` divides by that. With an `anchor` the sum is that of `anchored_sum`, `total` being Σ of the factors.
     """
 
     factors: Sequence[float]
@@ -24,6 +25,8 @@ class Fused:
     above: Sequence[float] | None = None
     upto: Sequence[float] | None = None
     chance: Sequence[float] | None = None
+    spread: Sequence[float] | None = None
+    by_chance: bool = False
     divisors: Sequence[float] | None = None
     elect: str | None = None
     divide: str = "weights"

@@ -18,6 +18,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
 BLOCK = 1024  # entries: a block of every model in float64 stays in the caches of a core
+FEW = 32  # entries of a row up to which it is sorted by insertion: counting costs as much for few as for many
 
 # What `ctl_merge.compiled` numbers so.
 SUM, ANCHORED, AGREE = 0, 1, 2
@@ -221,6 +222,164 @@ def _drop(row, count, limit, words):
         row[i] *= np.float64(np.int32(words[i] >> np.uint32(8)) < limit)
 
 
+@_compiled
+def _drop_by_place(row, count, places, least, spread, divides, words):
+    """Entries whose number falls below `least` + `spread` times their place in their row, maybe divided by that."""
+    for i in range(count):
+        chance = places[i] * spread + least
+        row[i] *= np.float64(np.float64(words[i] >> np.uint32(8)) * 2.0**-24 < chance)
+        if divides:
+            row[i] /= max(chance, 2.0**-24)
+
+
+# ---- magnitudes as keys
+
+
+def _key(value: Any, base: Any) -> Any:
+    """The bits of |value - base| in float32, which order as it does."""
+    raise NotImplementedError
+
+
+@overload(_key)
+def _key_overload(value, base):
+    if value == types.uint16:
+        # Rounded once: the difference of two bfloat16 rounds to the same float32 by way of float64.
+        def key(value, base):
+            one = _bits_to_float32(np.uint32(value) << np.uint32(16))
+            other = _bits_to_float32(np.uint32(base) << np.uint32(16))
+            return _float32_to_bits(one - other) & np.uint32(0x7FFFFFFF)
+    else:
+
+        def key(value, base):
+            return _float32_to_bits(np.float32(abs(value - base)))
+
+    return key
+
+
+@_compiled
+def _keys(raw, model, with_base, start, stop, keys):
+    """Those of a block of one model, or of its difference from the base; whether NaN or infinity is among them."""
+    row = _row(raw, model, start, stop)
+    bad = _end(row[0])
+    if with_base:
+        base = _row(raw, raw[0].size - 1, start, stop)
+        for i in range(row.size):
+            bad |= _end(row[i]) | _end(base[i])
+            keys[i] = _key(row[i], base[i])
+    else:
+        nothing = np.zeros(1, row.dtype)[0]
+        for i in range(row.size):
+            bad |= _end(row[i])
+            keys[i] = _key(row[i], nothing)
+    return bad != 0
+
+
+# ---- places in a row
+
+
+@_compiled
+def _insert(words):
+    """Sort what is nearly in order; false, with the same words in some order, where it is not."""
+    left = 16 * words.size
+    for i in range(1, words.size):
+        word, free = words[i], i
+        while free > 0 and words[free - 1] > word:
+            words[free] = words[free - 1]
+            free -= 1
+        words[free] = word
+        left -= i - free
+        if left < 0:
+            return False
+    return True
+
+
+@_compiled
+def _by_buckets(words, other, counts, largest):
+    """Bring words nearly in order, where their upper halves lie within eight octaves of the largest: into `other`."""
+    buckets, fine = 1024, 0
+    while buckets < words.size and buckets < counts.size:
+        buckets, fine = 2 * buckets, fine + 1
+    shift, last = np.uint32(16 - fine), np.int64(buckets - 1)
+    least = np.int64(largest >> shift) - last
+    found = counts[:buckets]
+    found[:] = 0
+    for i in range(words.size):
+        found[max(np.int64(words[i] >> np.uint64(32) >> np.uint64(shift)) - least, 0)] += 1
+    before = 0
+    for bucket in range(buckets):
+        found[bucket], before = before, before + found[bucket]
+    for i in range(words.size):
+        bucket = max(np.int64(words[i] >> np.uint64(32) >> np.uint64(shift)) - least, 0)
+        other[found[bucket]] = words[i]
+        found[bucket] += 1
+
+
+@_compiled
+def _by_digits(words, other, counts):
+    """Sort by the upper half of each word, digit by digit; returns which of the two arrays holds them then."""
+    digit, counts = np.uint64(255), counts[:1024].reshape(4, 256)
+    counts[:] = 0
+    for i in range(words.size):
+        for place in range(4):
+            counts[place, (words[i] >> np.uint64(32 + 8 * place)) & digit] += 1
+    for place in range(4):
+        shift, found = np.uint64(32 + 8 * place), counts[place]
+        if found[(words[0] >> shift) & digit] == words.size:
+            continue  # all have the same: as the last bits of most differences of two bfloat16
+        before = 0
+        for value in range(256):
+            found[value], before = before, before + found[value]
+        for i in range(words.size):
+            value = (words[i] >> shift) & digit
+            other[found[value]] = words[i]
+            found[value] += 1
+        words, other = other, words
+    return words
+
+
+@_compiled
+def _places(keys, words, other, counts, places):
+    """Each entry's place in its row by its key, as `ctl_merge.methods.della.rank_in_row` has it. Fills `places`."""
+    width, position, largest = keys.size, np.uint64(0xFFFFFFFF), np.uint32(0)
+    if width == 1:
+        places[0] = 0.5
+        return
+    for i in range(width):
+        largest = max(largest, keys[i])
+        words[i] = np.uint64(keys[i]) << np.uint64(32) | np.uint64(i)
+    if width > FEW:
+        _by_buckets(words, other, counts, largest)
+        words, other = other, words
+    if not _insert(words):
+        words = _by_digits(words, other, counts)
+    start = 0
+    while start < width:
+        key, stop = words[start] >> np.uint64(32), start + 1
+        while stop < width and words[stop] >> np.uint64(32) == key:
+            stop += 1
+        place = (start + (stop - start - 1) / 2) / (width - 1)
+        for i in range(start, stop):
+            places[words[i] & position] = place
+        start = stop
+
+
+@_compiled
+def _rank(raw, with_base, start, stop, width, ranking):
+    """The places in their rows of the entries [start, stop) of every model; whether NaN or infinity is among them.
+
+    `ranking`: the places (models, span) float64, then memory to work in: keys (span,) uint32, two times (width,) uint64
+    and counts (1024 × a power of two,) int64. A span is whole rows, at least one, and about a block if it is several.
+    """
+    places, keys, words, other, counts = ranking
+    for model in range(places.shape[0]):
+        if _keys(raw, model, with_base, start, stop, keys):
+            return True
+        for begin in range(0, stop - start, width):
+            end = begin + width
+            _places(keys[begin:end], words, other, counts, places[model, begin:end])
+    return False
+
+
 # ---- how the models are combined
 
 
@@ -293,89 +452,61 @@ def _agree(stack, count, factors, elect, divide, merged, sign, share):
 
 @_compiled
 def merge_chunk(
-    raw, with_base, first, out, scratch, words, combine, elect, divide, factors, anchor, total, scale,
-    trims, above, upto, drops, keys, limits, divides, divisors,
+    raw, with_base, first, width, out, scratch, words, ranking, combine, elect, divide, factors, anchor, total, scale,
+    trims, above, upto, drops, keys, limits, divides, divisors, ranks, least, spreads, by_chance,
 ):  # fmt: skip
     """Merge a chunk of the stored values `raw`, a base as the last of them, into `out` (n,).
 
-    `first` is the chunk's first entry in its tensor, a multiple of eight where entries are dropped at random.
-    `scratch` (models + 4, BLOCK) float64 and `words` (BLOCK / 2,) uint64 are memory to work in; for the rest see
-    `ctl_merge.methods.fused`. True if the plain definition must decide.
+    `first` is the chunk's first entry in its tensor; where places in a row matter, it is whole rows of `width` entries.
+    `scratch` (models + 4, BLOCK) float64, `words` (BLOCK / 2 + 4,) uint64 and `ranking` (see `_rank`) are memory to
+    work in; for the rest see `ctl_merge.methods.fused`. True if the plain definition must decide.
     """
-    models = factors.size
+    models, places = factors.size, ranking[0]
     base, merged, sign, share = scratch[models], scratch[models + 1], scratch[models + 2], scratch[models + 3]
-    for start in range(0, out.size, BLOCK):
-        stop = min(start + BLOCK, out.size)
-        count = stop - start
-        if _load(raw, with_base, start, stop, scratch, base):
+    span = places.shape[1] if ranks else BLOCK
+    for begin in range(0, out.size, span):
+        end = min(begin + span, out.size)
+        if ranks and _rank(raw, with_base, begin, end, width, ranking):
             return True
-        for model in range(models):
-            row = scratch[model]
-            if trims:
-                _trim(row, count, above[model], upto[model])
-            if drops:
-                philox(keys[model, 0], keys[model, 1], (first + start) // 8, words[: (count + 7) // 8 * 4])
-                _drop(row, count, limits[model], words.view(np.uint32))
-            if divides:
+        for start in range(begin, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            count, skipped = stop - start, (first + start) % 8
+            if _load(raw, with_base, start, stop, scratch, base):
+                return True
+            for model in range(models):
+                row = scratch[model]
+                if trims:
+                    _trim(row, count, above[model], upto[model])
+                if drops:
+                    drawn = words[: (skipped + count + 7) // 8 * 4]
+                    philox(keys[model, 0], keys[model, 1], (first + start) // 8, drawn)
+                    numbers = drawn.view(np.uint32)[skipped:]
+                    if ranks:
+                        own = places[model, start - begin :]
+                        _drop_by_place(row, count, own, least[model], spreads[model], by_chance, numbers)
+                    else:
+                        _drop(row, count, limits[model], numbers)
+                if divides:
+                    for i in range(count):
+                        row[i] /= divisors[model]
+            if combine == SUM:
+                _sum(scratch, count, factors, merged)
+            elif combine == ANCHORED:
+                _anchored_sum(scratch, count, factors, anchor, total, merged)
+            else:
+                _agree(scratch, count, factors, elect, divide, merged, sign, share)
+            if scale != 1.0:
                 for i in range(count):
-                    row[i] /= divisors[model]
-        if combine == SUM:
-            _sum(scratch, count, factors, merged)
-        elif combine == ANCHORED:
-            _anchored_sum(scratch, count, factors, anchor, total, merged)
-        else:
-            _agree(scratch, count, factors, elect, divide, merged, sign, share)
-        if scale != 1.0:
-            for i in range(count):
-                merged[i] *= scale
-        if with_base:
-            for i in range(count):
-                merged[i] += base[i]
-        if _encode(merged[:count], out[start:stop]):
-            return True
+                    merged[i] *= scale
+            if with_base:
+                for i in range(count):
+                    merged[i] += base[i]
+            if _encode(merged[:count], out[start:stop]):
+                return True
     return False
 
 
 # ---- counting
-
-
-def _key(value: Any, base: Any) -> Any:
-    """The bits of |value - base| in float32, which order as it does."""
-    raise NotImplementedError
-
-
-@overload(_key)
-def _key_overload(value, base):
-    if value == types.uint16:
-        # Rounded once: the difference of two bfloat16 rounds to the same float32 by way of float64.
-        def key(value, base):
-            one = _bits_to_float32(np.uint32(value) << np.uint32(16))
-            other = _bits_to_float32(np.uint32(base) << np.uint32(16))
-            return _float32_to_bits(one - other) & np.uint32(0x7FFFFFFF)
-    else:
-
-        def key(value, base):
-            return _float32_to_bits(np.float32(abs(value - base)))
-
-    return key
-
-
-@_compiled
-def _keys(raw, model, with_base, start, stop, keys):
-    """Those of a block of one model, or of its difference from the base; whether NaN or infinity is among them."""
-    row = _row(raw, model, start, stop)
-    bad = _end(row[0])
-    if with_base:
-        base = _row(raw, raw[0].size - 1, start, stop)
-        for i in range(row.size):
-            bad |= _end(row[i]) | _end(base[i])
-            keys[i] = _key(row[i], base[i])
-    else:
-        nothing = np.zeros(1, row.dtype)[0]
-        for i in range(row.size):
-            bad |= _end(row[i])
-            keys[i] = _key(row[i], nothing)
-    return bad != 0
 
 
 @_compiled

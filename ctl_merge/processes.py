@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 from ctl_merge.errors import CtlMergeError, DeviceError
+from ctl_merge.heartbeat import Heartbeat
 from ctl_merge.shown import shown
 
 T = TypeVar("T")
 
 _SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads them
-_PATIENCE = timedelta(days=30)  # a rank waits for the others to merge their shards, however long that takes
+_PATIENCE = timedelta(days=30)  # a rank waits for the others to merge their shards, as long as they are alive
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Ranks:
     count: int = 1
     local_index: int = 0
     local_count: int = 1
+    heartbeat: Heartbeat | None = None
 
     @property
     def first(self) -> bool:
@@ -38,18 +41,18 @@ class Ranks:
         return max(1, len(os.sched_getaffinity(0)) // self.local_count)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in order; waits for all. Raises DeviceError where one has ended."""
+        """Every process's value, in order; waits for all. Raises DeviceError where one has ended, or vanished."""
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
 
         try:
-            return gather_object([value])
+            return self.heartbeat.during(lambda: gather_object([value])) if self.heartbeat else gather_object([value])
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(
-                "another process of this run has ended: its message says why, and the same command with --resume "
-                f"goes on with what is written ({reason})"
+                "another process of this run has ended: its message says why. Start the run again (a merge goes on "
+                f"with --resume); {reason}"
             ) from None
 
     def together(self, step: Callable[[], T]) -> T:
@@ -116,7 +119,8 @@ def _joined(asked: int) -> Ranks:
     import socket
 
     machines = found.gather(socket.gethostname() + os.environ.get("GROUP_RANK", ""))
-    return Ranks(found.index, asked, found.local_index, machines.count(machines[found.index]))
+    local_count = machines.count(machines[found.index])
+    return Ranks(found.index, asked, found.local_index, local_count, Heartbeat(found.index, machines))
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -149,16 +153,19 @@ def report(error: CtlMergeError) -> None:
         print(f"error: {said}" if ranks.first or agreed else f"error: rank {ranks.index}: {said}", file=sys.stderr)
         sys.stderr.flush()
     if agreed:
-        ranks.gather(None)  # a launcher ends all processes as soon as one has ended: not before this is said
+        with suppress(DeviceError):
+            ranks.gather(None)  # a launcher ends all processes as soon as one has ended: not before this is said
 
 
 def leave() -> None:
     """Take leave of the other processes, if there are any. Once a process has failed, there is nothing to wait for."""
     global _started
-    if _started is not None and _started.count > 1:
+    if _started is not None and _started.heartbeat is not None:
         from accelerate import PartialState
 
-        PartialState().destroy_process_group()
+        _started.heartbeat.stop()
+        if not _started.heartbeat.lost:
+            PartialState().destroy_process_group()
     _started = None
 
 

@@ -6,14 +6,18 @@ import io
 import itertools
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import thread_ranks
 import torch
 from huggingface_hub import ModelCard
+from struck_ranks import struck
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -518,3 +522,16 @@ def test_a_mistake_is_said_once_by_all_ranks(tmp_path):
     done = by_ranks([str(tmp_path / "no-such-model")])
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1 and not (tmp_path / "no-such-model").exists()
+
+
+@pytest.mark.launchers
+def test_a_killed_rank_ends_an_evaluation_which_leaves_nothing(data, tmp_path):
+    card = tmp_path / "cycle" / "README.md"
+    shutil.copytree(QUICKSTART / "cycle", card.parent)
+    card.write_text("# as it was\n")
+    arguments = ["evaluate", str(card.parent), "--data", f"cycle={data / 'cycle.jsonl'}:prompt,answer", "--card"]
+    arguments += ["--sequences", "20", "--length", "24", "--batch", "2", "-o", str(tmp_path / "found.json")]
+    before = time.monotonic()
+    code, said = struck(tmp_path, signal.SIGKILL, "ctl_merge.evaluating.likelihood:padded", arguments)
+    assert code != 0 and "SIGKILL" in said and time.monotonic() - before < 90
+    assert not list(tmp_path.glob("found*")) and card.read_text() == "# as it was\n"

@@ -14,7 +14,7 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ bounded errors problems shown sizes time_limit", "processes"),
+    "what everything uses": ("__init__ bounded errors problems shown sizes time_limit", "heartbeat", "processes"),
     "methods: pure functions of tensors": (
         "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",

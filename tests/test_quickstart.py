@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import logging
 import sys
 from pathlib import Path
 
@@ -11,18 +11,22 @@ import pytest
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
+import demo  # noqa: E402
 import exact_match  # noqa: E402
 import tasks  # noqa: E402
 
-COUNT = 200
+COUNT = 100
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> dict[str, dict[str, float]]:
     """Exact match by model and task, of the parents, the adapter, and a merge by every recipe."""
     output = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, QUICKSTART / "demo.py", "--output", output, "--count", "20"]
-    subprocess.run(command, check=True, capture_output=True)
+    logger = logging.getLogger("ctl_merge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo.py", "--output", str(output), "--count", "5"])
+        patch.setattr(logger, "level", logger.level)
+        demo.main()
     parents = [QUICKSTART / name for name in ("base", "cycle", "shift", "cycle-lora")]
     merged = sorted(path for path in output.iterdir())
     assert [path.name for path in merged] == sorted(path.stem for path in QUICKSTART.glob("*.yaml"))

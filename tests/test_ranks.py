@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -446,15 +447,20 @@ def test_an_error_that_all_ranks_find_is_said_once(recipe: Path, tmp_path: Path)
     assert done.stderr.count("merged exists: choose another output") == 1
 
 
+def two_agents(command: list[str]) -> list[subprocess.Popen[str]]:
+    """A `torchrun` command on two nodes, both of which are this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", meeting, "--local_addr", "127.0.0.1"]
+    return [
+        subprocess.Popen([*command[:3], *place, "--node_rank", str(node), *command[3:]], text=True) for node in (0, 1)
+    ]
+
+
 @pytest.mark.launchers
 def test_two_agents_on_two_nodes(recipe: Path, tmp_path: Path) -> None:
     expected = alone(recipe.read_text(), tmp_path / "one" / "merged")
-    command = torchrun(2, recipe, tmp_path / "many" / "merged")
-    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29871", "--rdzv_id", "merge"]
-    local = ["--local_addr", "127.0.0.1"]
-    agents = [
-        subprocess.Popen([*command[:3], *place, "--node_rank", str(node), *local, *command[3:]]) for node in (0, 1)
-    ]
+    agents = two_agents(torchrun(2, recipe, tmp_path / "many" / "merged"))
     assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
     assert contents(tmp_path / "many" / "merged") == expected
 
@@ -570,11 +576,7 @@ def test_a_rank_killed_on_one_node_ends_both_nodes(tmp_path: Path) -> None:
     output = tmp_path / "many" / "merged"
     expected = alone(path.read_text(), tmp_path / "one" / "merged", "200KB")
     command = [argument.replace(SHARDS, "200KB") for argument in torchrun(1, path, output, "--num-workers", "1")]
-    place = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29873", "--rdzv_id", "killed"]
-    agents = [
-        subprocess.Popen([*command[:3], *place, "--node_rank", str(node), "--local_addr", "127.0.0.1", *command[3:]])
-        for node in (0, 1)
-    ]
+    agents = two_agents(command)
     journal = output.with_name("merged.partial") / f"{JOURNAL}.1-of-2"
     while not (journal.exists() and journal.read_text().count("\n") > 2):
         assert all(agent.poll() is None for agent in agents)

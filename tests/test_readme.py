@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import readme
-from hub_server import TOKEN, HubServer, hub_environment
 from torch.distributed.run import get_args_parser
 from transformers import AutoModelForCausalLM
 from typer.main import get_command
@@ -82,16 +80,14 @@ def test_commands_run(command, tmp_path, ctl, monkeypatch):
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
-def test_commands_on_the_hub_run(tmp_path):
-    with HubServer() as hub:
-        environment = hub_environment(hub, tmp_path) | {"HF_TOKEN": TOKEN}
-        said = []
-        for command in (command for command in COMMANDS if ON_HUB in command):
-            arguments = [sys.executable, "-m", "ctl_merge", *arguments_of(command, tmp_path)]
-            done = subprocess.run(arguments, cwd=readme.ROOT, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            said.append(done.stdout)
-        assert len(hub.repos[ON_HUB].log) == 2  # its beginning and one commit
+def test_commands_on_the_hub_run(tmp_path, hub, ctl, monkeypatch):
+    monkeypatch.chdir(readme.ROOT)
+    said = []
+    for command in (command for command in COMMANDS if ON_HUB in command):
+        done = ctl(*arguments_of(command, tmp_path))
+        assert done.code == 0, done.err
+        said.append(done.out)
+    assert len(hub.repos[ON_HUB].log) == 2  # its beginning and one commit
     assert said[-1].startswith("byte-identical")
 
 

@@ -47,7 +47,7 @@ def run(count: int, work: Callable[[Ranks], T]) -> list[T | Exception]:
 
     def one(index: int) -> T | Exception:
         try:
-            return work(ThreadRanks(index, count, index, count, meeting))
+            return work(ThreadRanks(index, count, index, count, meeting=meeting))
         except Exception as error:
             if not getattr(error, "agreed", False):
                 meeting.barrier.abort()

@@ -17,7 +17,7 @@ from ctl_merge.probing.data import SAMPLE, TokenSet, cut, load_tokenizer, load_t
 from ctl_merge.probing.forward import check_text, context
 from ctl_merge.probing.placement import LENGTH, Options
 from ctl_merge.probing.rows import DataSpec
-from ctl_merge.probing.texts import default_texts
+from ctl_merge.probing.texts import MOST_LINES, default_texts
 from ctl_merge.stacks import find_blocks
 from ctl_merge.tokenizer import TokenizerFiles
 
@@ -61,13 +61,24 @@ def cut_sets(specs: Sequence[DataSpec], tokenizer: Any, options: Options, length
     """The windows of every data set; of the shipped tasks where none is named."""
     size = options.sequences, length
     if not specs:
-        return [_shipped(name, text, tokenizer, size, options) for name, text in default_texts().items()]
+        return _shipped(tokenizer, size, options)
     return [load_tokens(spec, tokenizer, *size, options.chat, options.special_tokens) for spec in specs]
 
 
-def _shipped(name: str, text: str, tokenizer: Any, size: tuple[int, int], options: Options) -> TokenSet:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return replace(cut(name, ids, tokenizer, *size, special=options.special_tokens), text=text[:SAMPLE])
+def _shipped(tokenizer: Any, size: tuple[int, int], options: Options) -> list[TokenSet]:
+    """The windows of the shipped tasks, of which no more is split into tokens than these take."""
+    lines, wanted = 1_000, size[0] * size[1] + 100  # a line beyond the last window, as a token may reach into it
+    while True:
+        texts = default_texts(lines)
+        ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+        if lines == MOST_LINES or min(map(len, ids.values())) >= wanted:
+            break
+        lines = min(4 * lines, MOST_LINES)
+    special = options.special_tokens
+    return [
+        replace(cut(name, ids[name], tokenizer, *size, special=special), text=text[:SAMPLE])
+        for name, text in texts.items()
+    ]
 
 
 def check_same_tokens(opened: Merge, tokenizer: Any, sets: Sequence[TokenSet], trust_remote_code: bool) -> None:

@@ -48,8 +48,8 @@ class Ranks:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise DeviceError(
-                "another process of this run has ended: its message says why, and the same command with --resume "
-                f"goes on with what is written ({reason})"
+                "another process of this run has ended: its message says why, and the same command, of a merge with "
+                f"--resume, goes on with what is written ({reason})"
             ) from None
 
     def together(self, step: Callable[[], T]) -> T:

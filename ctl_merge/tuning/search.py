@@ -44,7 +44,7 @@ def search(
         if len(kept.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < trials:
             kept.optimize(objective, callbacks=[MaxTrialsCallback(trials, (TrialState.COMPLETE,))])
         ranks.gather(None)  # all have ended their trials
-        done = ranks.gather(kept.get_trials(states=(TrialState.COMPLETE,)) if ranks.first else None)[0]
+        done: Any = ranks.gather(kept.get_trials(states=(TrialState.COMPLETE,)) if ranks.first else None)[0]
     best = min(done, key=lambda trial: (trial.value, trial.number))
     if not math.isfinite(best.value):
         raise NonFiniteError(f"the loss of all {len(done)} trials is not a number: the models do not fit the data")

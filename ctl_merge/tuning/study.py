@@ -17,6 +17,7 @@ from ctl_merge.output import disk_errors
 from ctl_merge.processes import Ranks
 from ctl_merge.tuning.adjustable import Texts
 
+_RECORD = b'{"op_code":'  # how each line of a study begins
 _FULL = "Free space, or choose another file, and run the same command again."
 
 
@@ -100,19 +101,38 @@ def _open(path: Path, title: str, made: bool) -> Any:
     how = {"study_name": title, "sampler": _sampler(None)}
     with disk_errors(path, _FULL):
         try:
-            how["storage"] = JournalStorage(JournalFileBackend(str(path)))
+            if not made:
+                _mend(path)
+            # Its lock is a link to the file: one by a relative path may lead nowhere, and is then never taken over.
+            how["storage"] = JournalStorage(JournalFileBackend(str(path.absolute())))
             return optuna.load_study(**how) if made else optuna.create_study(**how, load_if_exists=True)
         except KeyError:
-            if made:
-                raise DataError(f"--study {path} is not the first process' file: put it in a folder that all share")
-            raise DataError(_damaged(path, "a record lacks a key")) from None
+            elsewhere = f"--study {path} is not the first process' file: put it in a folder that all share"
+            raise DataError(elsewhere if made else _damaged(path, "a record lacks a key")) from None
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise DataError(_damaged(path, reason)) from None
 
 
+def _mend(path: Path) -> None:
+    """Take away the piece of a record that a process left which was ended while it wrote; others would follow it."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    if not path.exists():
+        return
+    lock = JournalFileSymlinkLock(str(path.absolute()))
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        if content and not content.startswith(_RECORD):
+            raise DataError(f"--study {path} is no study of trials: name another file")
+        whole = content.rpartition(b"\n")[0] + b"\n"
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+    finally:
+        lock.release()
+
+
 def _damaged(path: Path, reason: str) -> str:
-    return (
-        f"--study {path} is no study, or a line of it is damaged ({reason}): remove that line if a process was ended "
-        "while it wrote, or name another file"
-    )
+    return f"--study {path} is damaged ({reason}): name another file, or remove the last lines up to one that is whole"

@@ -473,7 +473,8 @@ HOSTILE = {  # rows of a file -> what is said
 
 
 @pytest.mark.parametrize("rows", HOSTILE)
-def test_choices_that_cannot_be_judged_are_refused(rows, tmp_path):
+def test_choices_that_cannot_be_judged_are_refused(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "opening", lambda tokenizer: [])  # a tokenizer that puts nothing before a text
     (tmp_path / "d.jsonl").write_text(rows)
     with pytest.raises(DataError, match=HOSTILE[rows]):
         ctl_merge.evaluate(BASE, choice=[f"{tmp_path / 'd.jsonl'}:q,c,r"], join="")

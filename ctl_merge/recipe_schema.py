@@ -88,6 +88,8 @@ class ProbeSchema(BaseModel):
     sequences: int = Field(default=64, ge=1, description="windows of each data set")
     length: int | None = Field(default=None, ge=2, description="tokens of a window; unset: 256, or a shorter context")
     chat: bool = Field(False, description="columns are user and assistant turns: use the tokenizer's template")
+    join: str = Field("\n", description="between a row's columns")
+    end: str = Field("\n\n", description="after each row")
     special_tokens: bool = Field(False, description="put each window between the tokenizer's special tokens")
     patch: bool = Field(False, description="also replace each block's features by the linear ones")
     null_vector: bool = Field(False, description="also probe a random task vector of the same size")

@@ -53,7 +53,9 @@ EVALUATING = """
     options subjects passages batches likelihood items generation execution answers metrics measured evaluation table
     results harness api
 """.split()
-TUNING = "options splits levels adjustable closed_form descent search rivals written tuned table api".split()
+TUNING = """
+    options splits levels adjustable closed_form descent candidates study search rivals written tuned table api
+""".split()
 CLI = """
     arguments terminal init merge finalize push verify reproduce probe evaluate tune compare check extract_lora methods
     schema

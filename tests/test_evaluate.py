@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import ctl_merge
 from ctl_merge.cli import app
-from ctl_merge.errors import CheckpointError, DataError, OutputError
+from ctl_merge.errors import CheckpointError, DataError, NonFiniteError, OutputError
 from ctl_merge.evaluating import answers, items, metrics
 from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.execution import run
@@ -463,6 +463,42 @@ def test_the_harness_takes_a_lazy_merge(data, tmp_path, monkeypatch):
     found = json.loads(result.stdout[result.stdout.index("{\n") :])
     row = next(row for row in found["rows"] if row["metric"] == "harness acc")
     assert row["value"] > 0.9 and row["low"] <= row["value"]
+
+
+HOSTILE = {  # rows of a file -> what is said
+    '{"q": "a", "c": ["", "b"], "r": 1}': "no token to be predicted",
+    '{"q": "a", "c": ["b"], "r": 0}': "two at least",
+    '{"q": "", "c": ["a", "b"], "r": 0}': "nothing to be predicted from",
+    '{"q": "a", "c": ["' + "ab" * 60 + '", "b"], "r": 0}': "give a longer --length",
+    '{"q": "a", "c": ["a", "b"]}': "has no column 'r'",
+    '{"q": null, "c": ["a", "b"], "r": 0}': "no row without a null",
+    "": "is empty",
+}
+
+
+@pytest.mark.parametrize("rows", HOSTILE)
+def test_choices_that_cannot_be_judged_are_refused(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "opening", lambda tokenizer: [])  # a tokenizer that puts nothing before a text
+    (tmp_path / "d.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=HOSTILE[rows]):
+        ctl_merge.evaluate(BASE, choice=[f"{tmp_path / 'd.jsonl'}:q,c,r"], join="")
+
+
+def test_a_model_that_predicts_no_numbers_is_named():
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="x predicts no numbers"):
+        predict({"x": model}, [Passage(torch.arange(3, 9), torch.arange(6) > 0)])
+
+
+def test_rows_are_joined_and_ended_as_asked(tmp_path, written):
+    """By hand: prompt, response and end as one text, of which the response and the end count."""
+    (tmp_path / "d.jsonl").write_text('{"q": "shift: abc ->", "a": " bcd"}')
+    found = ctl_merge.evaluate(str(written), f"x={tmp_path / 'd.jsonl'}:q,a", mask_prompt=True, join="", end="\n")
+    ids = torch.tensor(AutoTokenizer.from_pretrained(written)("shift: abc -> bcd\n", add_special_tokens=True).input_ids)
+    counted = torch.arange(len(ids)) >= len(ids) - len(" bcd\n")
+    assert value(found, "average", "x", "loss") == pytest.approx(reference_nll(written, ids, counted) / 5, rel=1e-5)
 
 
 # ---- by several ranks

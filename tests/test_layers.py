@@ -114,8 +114,8 @@ STAGES = {
     "tuning": (
         "tuning.__init__ tuning.closed_form tuning.levels tuning.options tuning.splits tuning.tuned tuning.written",
         "tuning.adjustable",
-        "tuning.descent tuning.rivals tuning.table",
-        "tuning.search",
+        "tuning.descent tuning.rivals tuning.study tuning.table",
+        "tuning.candidates tuning.search",
         "tuning.api",
     ),
     "the command line": (

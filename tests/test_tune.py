@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import thread_ranks
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -15,13 +24,14 @@ from typer.testing import CliRunner
 import ctl_merge
 from ctl_merge.cli import app
 from ctl_merge.dispatch import Placement
-from ctl_merge.errors import DataError, ProbeError, RecipeError
+from ctl_merge.errors import DataError, NonFiniteError, OutputError, ProbeError, RecipeError
 from ctl_merge.evaluating.evaluation import Evaluation
 from ctl_merge.evaluating.measured import rows_of
 from ctl_merge.evaluating.metrics import Measured
 from ctl_merge.evaluating.passages import Passage
 from ctl_merge.merging import Merge
 from ctl_merge.probing import archive
+from ctl_merge.processes import ALONE
 from ctl_merge.roles import roles
 from ctl_merge.tuning.adjustable import Adjustable
 from ctl_merge.tuning.closed_form import least_squares
@@ -33,6 +43,7 @@ from ctl_merge.tuning.written import Writer
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"
 RECIPE = QUICKSTART / "task_arithmetic.yaml"
+needs_optuna = pytest.mark.skipif(not importlib.util.find_spec("optuna"), reason="Optuna is not installed")
 
 
 def random_texts(count: int = 4, length: int = 12, seed: int = 0) -> dict[str, list[Passage]]:
@@ -276,18 +287,217 @@ def test_a_damaged_account_of_tuning_is_refused(tuned, tmp_path, key):
         ctl_merge.ProbeReport.load(tmp_path)
 
 
-def test_a_search_goes_on_with_its_study(opened, writer, tmp_path):
-    pytest.importorskip("optuna", reason="Optuna is not installed")
+def searched(writer, study, trials, ranks=ALONE, tried=None):
     from ctl_merge.probing.run import Running
     from ctl_merge.tuning.rivals import Trier
     from ctl_merge.tuning.search import search
 
+    told = (lambda count: None) if tried is None else tried.append
+    return search(writer, Trier(Running(), Path("/")), random_texts(1, 4), trials, study, 0, told, ranks)
+
+
+def trials_of(study: Path) -> list[Any]:
+    """What any program reads from a study's file: not through ours."""
+    optuna = pytest.importorskip("optuna", reason="Optuna is not installed")
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    storage = JournalStorage(JournalFileBackend(str(study)))
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+@needs_optuna
+def test_a_search_goes_on_with_its_study(writer, tmp_path):
     tried: list[int] = []
-    trier, study = Trier(Running(), Path("/")), tmp_path / "study.log"
-    first = search(writer, trier, random_texts(2), 2, study, "x", 0, tried.append)
-    assert len(tried) == 2
-    again = search(writer, trier, random_texts(2), 3, study, "x", 0, tried.append)
-    assert len(tried) == 3 and trier.loss(again.text, random_texts(2)) <= trier.loss(first.text, random_texts(2))
+    study = tmp_path / "study.log"
+    first = searched(writer, study, 2, tried=tried)
+    assert len(tried) == 2 and "of 2: " in first.chosen
+    again = searched(writer, study, 3, tried=tried)
+    assert len(tried) == 3 and "of 3: " in again.chosen
+    best = min(trials_of(study), key=lambda trial: (trial.value, trial.number))
+    assert f"trial {best.number} of" in again.chosen
+    fewer = searched(writer, study, 2, tried=tried)
+    assert len(tried) == 3 and "of 3 (2 were asked for): " in fewer.chosen
+
+
+@needs_optuna
+@pytest.mark.parametrize("named", [True, False], ids=["a file", "no file"])
+def test_ranks_share_the_trials_and_agree_on_the_best(named, writer, tmp_path, monkeypatch):
+    from ctl_merge.tuning.rivals import Trier
+
+    # transformers loads no two models at once in threads
+    monkeypatch.setattr(Trier, "loss", lambda self, text, texts: zlib.crc32(text.encode()) / 2**32)
+    study = tmp_path / "study.log" if named else None
+    found = thread_ranks.run(2, lambda ranks: searched(writer, study, 3, ranks))
+    assert found[0] == found[1] and "by 2 processes" in found[0].chosen
+    count = int(re.search(r"of (\d+)", found[0].chosen)[1])
+    assert 3 <= count <= 4
+    if study:
+        done = trials_of(study)
+        assert len(done) == count and len({str(trial.params) for trial in done}) == count
+
+
+@needs_optuna
+def test_processes_of_their_own_share_a_study_and_draw_differently(writer, tmp_path):
+    searched(writer, tmp_path / "study.log", 1)  # not both begin with the same
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import sys; from pathlib import Path; import test_tune; from ctl_merge.merging import Merge\n"
+        "from ctl_merge.tuning.written import Writer\n"
+        "recipe = Merge(test_tune.RECIPE).recipe\n"
+        "own = Writer(recipe, recipe.base, [m.ref for m in recipe.models], Path('/'))\n"
+        "test_tune.searched(own, Path(sys.argv[1]), 4)\n"
+    )
+    command = [sys.executable, str(script), str(tmp_path / "study.log")]
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    both = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        assert process.wait(300) == 0, process.stderr.read()
+    done = trials_of(tmp_path / "study.log")
+    assert 4 <= len(done) <= 5 and len({str(trial.params) for trial in done}) == len(done)
+
+
+@needs_optuna
+def test_a_killed_trial_does_not_count_and_does_not_block(writer, tmp_path):
+    """A trial that runs for ever, a lock that is held for ever, and half a record: what a killed process leaves."""
+    import optuna
+
+    study = tmp_path / "study.log"
+    searched(writer, study, 1)
+    storage = optuna.storages.journal.JournalStorage(optuna.storages.journal.JournalFileBackend(str(study)))
+    (name,) = optuna.get_all_study_names(storage)
+    optuna.load_study(study_name=name, storage=storage).ask()
+    with study.open("ab") as file:
+        file.write(b'{"op_code":5,"worker_id":"x","stu')
+    found = searched(writer, study, 3)
+    states = [trial.state.name for trial in trials_of(study)]
+    assert states == ["COMPLETE", "RUNNING", "COMPLETE", "COMPLETE"] and "of 3: " in found.chosen
+
+
+@needs_optuna
+def test_a_lock_of_a_killed_process_is_taken_over(writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("sub").mkdir()
+    searched(writer, Path("sub/study.log"), 1)
+    (tmp_path / "sub" / "study.log.lock").symlink_to(tmp_path / "sub" / "study.log")
+    clock = itertools.count(step=5.0)
+    monkeypatch.setattr("optuna.storages.journal._file.time.monotonic", lambda: next(clock))
+    assert "of 2: " in searched(writer, Path("sub/study.log"), 2).chosen
+
+
+@needs_optuna
+def test_equal_losses_are_the_earlier_trials(writer, tmp_path, monkeypatch):
+    from ctl_merge.tuning.rivals import Trier
+
+    monkeypatch.setattr(Trier, "loss", lambda self, text, texts: 1.0)
+    assert searched(writer, tmp_path / "study.log", 4).chosen.startswith("trial 0 of 4: ")
+
+
+@needs_optuna
+def test_other_texts_of_the_same_size_are_another_study(writer):
+    from ctl_merge.tuning.study import title_of
+
+    assert title_of("x", random_texts(2)) == title_of("x", random_texts(2)) != title_of("x", random_texts(2, seed=1))
+    with_prompts = {n: [Passage(p.ids, p.counted & (torch.arange(12) > 5)) for p in own]
+                    for n, own in random_texts(2).items()}  # fmt: skip
+    assert title_of("x", random_texts(2)) != title_of("x", with_prompts) != title_of("y", with_prompts)
+
+
+@needs_optuna
+def test_losses_that_are_no_numbers_are_the_worst(writer, tmp_path, monkeypatch):
+    from ctl_merge.tuning.rivals import Trier
+
+    values = iter([None, 2.0, None])
+
+    def loss(self, text, texts):
+        if (value := next(values, None)) is None:
+            raise NonFiniteError("NaN")
+        return value
+
+    monkeypatch.setattr(Trier, "loss", loss)
+    assert searched(writer, tmp_path / "study.log", 3).chosen.startswith("trial 1 of 3: ")
+    with pytest.raises(NonFiniteError, match="all 2 trials"):
+        searched(writer, None, 2)
+
+
+@needs_optuna
+@pytest.mark.parametrize("content,said", [
+    (b"my notes", "no study of trials"), (b'{"op_code":0,"worker_id":"x"}\n', "lacks a key"),
+    (b'{"op_code":0,"worker\n{}\n', "is damaged"), (None, "is a folder"),
+])  # fmt: skip
+def test_a_file_that_is_no_study_is_left_alone(content, said, writer, tmp_path):
+    from ctl_merge.tuning.study import check_search
+
+    path = tmp_path / "notes"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises((DataError, OutputError), match=said):
+        check_search(path, ALONE)
+        searched(writer, path, 1)
+    assert content is None or path.read_bytes() == content
+
+
+@needs_optuna
+def test_ranks_with_different_texts_are_refused(writer, tmp_path):
+    from ctl_merge.tuning.study import opened
+
+    def work(ranks):
+        with opened(tmp_path / "study.log", f"title {ranks.index}", 0, ranks):
+            pass
+
+    assert all("read different models or texts" in str(error) for error in thread_ranks.run(2, work))
+
+
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ctl_merge", "tune"]
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+QUICK = ("--mask-prompt", "--sequences", 16, "--length", 32, "--level", "model", "--steps", 0, "--trials")
+
+
+@pytest.mark.launchers
+@needs_optuna
+def test_torchrun_shares_the_trials(tmp_path):
+    process = torchrun(RECIPE, *QUICK, 5, "--study", tmp_path / "study.log", "-o", tmp_path / "t.yaml")
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    done = trials_of(tmp_path / "study.log")
+    assert 5 <= len(done) <= 6 and len({str(trial.params) for trial in done}) == len(done)
+    assert f"of {len(done)}" in (tmp_path / "t.yaml").read_text() and "by 2 processes" in out
+    assert out.count("what was tried") == 1
+    assert ctl_merge.open_merge(tmp_path / "t.yaml").tensors
+
+
+@pytest.mark.launchers
+@needs_optuna
+def test_a_rank_that_is_killed_ends_the_run_and_the_same_command_goes_on(tmp_path):
+    import psutil
+
+    study, arguments = tmp_path / "study.log", (RECIPE, *QUICK, 8, "--study", tmp_path / "study.log")
+    process = torchrun(*arguments)
+    until = time.monotonic() + 300
+    while (study.read_text().count('"op_code":6') if study.exists() else 0) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True)
+             if child.environ().get("RANK") == "1"]  # fmt: skip
+    ranks[0].kill()
+    assert process.wait(120) != 0
+    before = [trial.state.name for trial in trials_of(study)]
+    assert 1 <= before.count("COMPLETE") < 8
+    again = torchrun(*arguments)
+    out, errors = again.communicate(timeout=600)
+    assert again.returncode == 0, errors
+    after = [trial.state.name for trial in trials_of(study)]
+    assert 8 <= after.count("COMPLETE") <= 9 and after[: len(before)].count("RUNNING") == before.count("RUNNING")
+    assert "by 2 processes" in out
+
+
+@pytest.mark.launchers
+def test_tuning_without_trials_is_one_process_work():
+    process = torchrun(RECIPE, "--steps", 1)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and errors.count("error: ") >= 1
+    assert "tuning without --trials is the work of one process" in errors
 
 
 STEPS = """name: a

@@ -33,7 +33,7 @@ from ctl_merge.errors import CtlMergeError
 from ctl_merge.processes import launched, leave, report
 
 # Verbs that share their work among the processes of a launcher, and those that do none.
-_FOR_MANY = ("merge", "probe", "evaluate", "methods", "schema")
+_FOR_MANY = ("merge", "probe", "evaluate", "tune", "methods", "schema")
 
 
 class RecipeFirst(TyperGroup):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctl_merge.cli.arguments import JsonFlag
+from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, unescaped
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def evaluate(
     ] = False,
     base: Annotated[str | None, typer.Option(help="The base, where a recipe names none.", metavar="MODEL")] = None,
     calibration: Annotated[bool, typer.Option("--calibration", help="Calibration error of the next token.")] = False,
-    join: Annotated[str, typer.Option(help="Between a prompt's columns, and before the answer.")] = "\n",
+    join: JoinOption = "\\n",
+    end: EndOption = "\\n\\n",
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Default: a blank line.")] = None,
     extract: Annotated[
         str | None, typer.Option(help="Regular expression: its last match is compared, such as '#### (.*)'.")
@@ -97,9 +98,9 @@ def evaluate(
     options = EvaluationOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, max_memory=max_memory, chat=chat,
         trust_remote_code=trust_remote_code, rows=rows, mask_prompt=mask_prompt, parents=parents,
-        calibration=calibration, items=items, join=_escaped(join), stop=tuple(map(_escaped, stop or ())),
-        extract=extract, max_new_tokens=max_new_tokens, samples=samples, k=tuple(k or (1,)), temperature=temperature,
-        allow_code_execution=allow_code_execution, timeout=timeout,
+        calibration=calibration, items=items, join=unescaped(join), end=unescaped(end),
+        stop=tuple(map(unescaped, stop or ())), extract=extract, max_new_tokens=max_new_tokens, samples=samples,
+        k=tuple(k or (1,)), temperature=temperature, allow_code_execution=allow_code_execution, timeout=timeout,
     )  # fmt: skip
     if harness is not None:
         from ctl_merge.evaluating.harness import run_harness
@@ -145,8 +146,3 @@ def _check_cards(models: list[str]) -> None:
 def _folder(text: str) -> Path | None:
     path = Path(text).expanduser()
     return path if path.is_dir() else None
-
-
-def _escaped(text: str) -> str:
-    r"""A line end that a shell left as `\n`."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")

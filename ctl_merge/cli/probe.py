@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
+from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, check_folder, require_recipe, unescaped
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 from ctl_merge.processes import launched
 
@@ -54,6 +54,8 @@ def probe(
         int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    join: JoinOption = "\\n",
+    end: EndOption = "\\n\\n",
     chat: Annotated[
         bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
     ] = False,
@@ -98,7 +100,7 @@ def probe(
     options = api.Options(
         sequences=sequences or 64, length=length, batch=batch, device_map=device_map, max_memory=max_memory,
         blocks=blocks, chat=chat, patch=patch, null=null, scaling=scaling, special_tokens=special_tokens,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, join=unescaped(join), end=unescaped(end),
     )  # fmt: skip
     if recipes and not (models or merged):
         report = api.probe_recipes(recipes, data or [], options, sequences, length, base, meter=told)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
+from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, check_folder, require_recipe, unescaped
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
+from ctl_merge.processes import launched
+
+if TYPE_CHECKING:
+    from ctl_merge.tuning.tuned import Tuned
 
 
 def tune(
@@ -38,7 +42,12 @@ def tune(
     steps: Annotated[int, typer.Option(min=0, help="Of descent on the loss; 0: least squares only.")] = 10,
     least: Annotated[float, typer.Option(help="No coefficient is below this.")] = 0.0,
     most: Annotated[float, typer.Option(help="Nor above this.")] = 2.0,
-    trials: Annotated[int, typer.Option(min=0, help="Of a search over method, λ and density, with Optuna.")] = 0,
+    trials: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Of a search over method, λ and density, with Optuna; torchrun's processes share them."
+        ),
+    ] = 0,
     study: Annotated[
         Path | None, typer.Option(help="File that keeps the trials: the same command goes on.", metavar="FILE")
     ] = None,
@@ -47,6 +56,8 @@ def tune(
     mask_prompt: Annotated[
         bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
     ] = False,
+    join: JoinOption = "\\n",
+    end: EndOption = "\\n\\n",
     chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
     device_map: Annotated[str | None, typer.Option(help="cpu (default) or cuda:N.", metavar="MAP")] = None,
     trust_remote_code: Annotated[
@@ -55,22 +66,33 @@ def tune(
     as_json: JsonFlag = False,
 ) -> None:
     """Find coefficients for RECIPE's models on data, and compare the merge with others on data never seen."""
-    configure()
     require_recipe(recipe)
-    for folder in filter(None, (output and output.absolute().parent, report)):
-        check_folder(folder)
     from ctl_merge.tuning import api
     from ctl_merge.tuning.options import TuneOptions
 
+    ranks = launched()
+    configure(quiet=not ranks.first)
+    ranks.at_first(lambda: _check_folders(output, report))
     options = TuneOptions(
         sequences=sequences, length=length, batch=batch, device_map=device_map, chat=chat, level=level, steps=steps,
-        least=least, most=most, rows=rows, mask_prompt=mask_prompt, trials=trials, study=study, seed=seed,
-        trust_remote_code=trust_remote_code, probe=report is not None,
+        least=least, most=most, rows=rows, mask_prompt=mask_prompt, join=unescaped(join), end=unescaped(end),
+        trials=trials, study=study, seed=seed, trust_remote_code=trust_remote_code, probe=report is not None,
     )  # fmt: skip
     folder = output.absolute().parent if output else Path()
     found = api.tune(
-        recipe, data or [], held_out=held_out or [], base=base, folder=folder, options=options, meter=meter()
-    )
+        recipe, data or [], held_out=held_out or [], base=base, folder=folder, options=options,
+        meter=meter(not ranks.first),
+    )  # fmt: skip
+    ranks.at_first(lambda: _tell(found, output, report, as_json))
+
+
+def _check_folders(output: Path | None, report: Path | None) -> None:
+    for folder in filter(None, (output and output.absolute().parent, report)):
+        check_folder(folder)
+
+
+def _tell(found: Tuned, output: Path | None, report: Path | None, as_json: bool) -> None:
+    """Write and print what was found."""
     if output:
         found.save(output)
     if report:

@@ -14,7 +14,7 @@ from ctl_merge.evaluating.generation import generate
 from ctl_merge.evaluating.likelihood import losses
 from ctl_merge.evaluating.metrics import ChoiceAccuracy, ChoiceAccuracyPerCharacter, ExactMatch, Measured, PassAtK
 from ctl_merge.evaluating.options import EvaluationOptions
-from ctl_merge.evaluating.passages import continuation
+from ctl_merge.evaluating.passages import Passage, continuation, opening
 from ctl_merge.evaluating.subjects import Evaluated
 from ctl_merge.merging import Meter
 from ctl_merge.probing.rows import DataSpec
@@ -128,10 +128,9 @@ def _chosen(
 ) -> list[tuple[int, int, int]]:
     """The likeliest choice, the likeliest for its length in characters, and the right one."""
     tokenizer = writer.model.tokenizer
-    passages = [
-        continuation(choice.prompt, text, tokenizer, length)
-        for choice in asked for text in choice.choices
-    ]  # fmt: skip
+    passages = writer.ranks.together(
+        lambda: [_asked(choice, text, tokenizer, length) for choice in asked for text in choice.choices]
+    )
     nll = iter(losses(writer.running, passages, options.batch, writer.device, writer.ranks).nll)
     found = []
     for choice in asked:
@@ -139,6 +138,19 @@ def _chosen(
         by_length = [loss / max(len(text), 1) for loss, text in zip(own, choice.choices, strict=True)]
         found.append((own.index(min(own)), by_length.index(min(by_length)), choice.right))
     return found
+
+
+def _asked(choice: items.Choice, text: str, tokenizer: Any, length: int) -> Passage:
+    """A choice after its prompt. Raises DataError where part of it would not be judged, which would seem likelier."""
+    whole, passage = (continuation(choice.prompt, text, tokenizer, most) for most in (1 << 30, length))
+    said = f"the choice {text[:60]!r} after {choice.prompt[-60:]!r}"
+    if not whole.counted.any():
+        raise DataError(f"{said} has no token to be predicted: leave the row out")
+    if passage.counted.sum() < whole.counted.sum():
+        raise DataError(f"{said} has {int(whole.counted.sum())} tokens, too many for {length}: give a longer --length")
+    if not choice.prompt and not opening(tokenizer):
+        raise DataError(f"{said} has nothing to be predicted from: the tokenizer puts no token before a text")
+    return passage
 
 
 def _programmed(asked: Sequence[items.Problem], writer: _Writer, options: EvaluationOptions) -> list[dict[str, Any]]:

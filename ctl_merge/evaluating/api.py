@@ -28,7 +28,7 @@ from ctl_merge.recipe import Recipe
 
 _KINDS = ("data", "match", "choice", "code")
 _SETTINGS = (
-    "sequences", "batch", "rows", "mask_prompt", "chat", "special_tokens", "items", "join", "stop", "extract",
+    "sequences", "batch", "rows", "mask_prompt", "chat", "special_tokens", "items", "join", "end", "stop", "extract",
     "max_new_tokens", "samples", "temperature", "seed", "timeout", "memory",
 )  # fmt: skip
 Given = str | Path | Recipe | Merge
@@ -56,7 +56,9 @@ def evaluate(
     ranks = launched()
 
     def opened() -> tuple[dict[str, list[DataSpec]], list[Group]]:
-        specs = {kind: parse_specs(texts) for kind, texts in zip(_KINDS, (data, match, choice, code), strict=True)}
+        specs = {
+            kind: parse_specs(texts, options) for kind, texts in zip(_KINDS, (data, match, choice, code), strict=True)
+        }
         _check(specs, options)
         return specs, open_groups(given, base, options.parents, options.trust_remote_code)
 

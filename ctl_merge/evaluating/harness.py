@@ -50,12 +50,17 @@ def run_harness(
             model.checkpoint, options.device_map or "auto", options.max_memory, options.blocks,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-        running = load_weights(model.checkpoint, placement, blocks=options.blocks)
+        running = load_weights(model.checkpoint, placement, blocks=options.blocks,
+                               trust_remote_code=options.trust_remote_code)  # fmt: skip
         known = HFLM(pretrained=running, tokenizer=model.tokenizer, batch_size=options.batch)
-        found = simple_evaluate(
-            model=known, tasks=list(tasks), limit=limit, num_fewshot=shots, task_manager=manager, log_samples=False,
-            confirm_run_unsafe_code=options.allow_code_execution,
-        )  # fmt: skip
+        try:
+            found = simple_evaluate(
+                model=known, tasks=list(tasks), limit=limit, num_fewshot=shots, task_manager=manager, log_samples=False,
+                confirm_run_unsafe_code=options.allow_code_execution,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, ImportError) as error:  # its data, its task files, what they need
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"lm-evaluation-harness cannot run {', '.join(tasks)}: {reason}") from error
         rows += [row for task, metrics in found["results"].items() for row in _rows(model.name, task, metrics, found)]
     return Evaluation(rows, {row["data"]: row["data"] for row in rows}, {"harness": _version(), "limit": limit})
 

@@ -63,7 +63,9 @@ def choices(spec: DataSpec, count: int, join: str = "\n") -> list[Choice]:
         labels = listed.get("label") if isinstance(listed, Mapping) else None
         texts = listed.get("text") if isinstance(listed, Mapping) else listed
         if not isinstance(texts, list | tuple) or len(texts) < 2 or not all(isinstance(t, str) for t in texts):
-            raise DataError(f"{spec.name}: the column {spec.columns[-2]!r} is no list of choices: {texts!r}")
+            raise DataError(
+                f"{spec.name}: the column {spec.columns[-2]!r} is no list of choices, two at least: {texts!r}"
+            )
         at = _right(right, texts, labels)
         if at is None:
             raise DataError(f"{spec.name}: {right!r} is none of the choices {texts!r}, nor the number or letter of one")

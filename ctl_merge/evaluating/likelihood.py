@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ctl_merge.errors import ProbeError
+from ctl_merge.errors import NonFiniteError, ProbeError
 from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.metrics import binned
 from ctl_merge.evaluating.passages import Passage, padded
@@ -53,7 +54,8 @@ def predict(
     """Run models over passages, all on the same batches. `agreement`: whom each model is compared with.
 
     `ranks` share the batches, and all of them are given the whole.
-    Raises ProbeError for a model that predicts no next token, and for rows of an encoder-decoder.
+    Raises ProbeError for a model that predicts no next token, and for rows of an encoder-decoder; NonFiniteError for
+    logits that are no numbers.
     """
 
     def one_batch(rows: list[int]) -> list[dict[str, Predictions]]:
@@ -69,6 +71,10 @@ def predict(
                 kept = mask[row, 1:]
                 beside = {other: tensor[row, :-1][kept] for other, tensor in others.items()}
                 mine[name] = _of(scores[row, :-1][kept], labels[row, 1:][kept], beside, calibration)
+                if math.isnan(mine[name].nll[0]):
+                    raise NonFiniteError(
+                        f"{name or 'the model'} predicts no numbers (NaN): its weights hold such, or overflow"
+                    )
         told(len(own) * ranks.count)
         return found
 

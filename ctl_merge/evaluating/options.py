@@ -25,8 +25,8 @@ class EvaluationOptions(TextOptions):
 
     `parents`: evaluate each recipe's base and parents too,
     and how far the merge agrees with them. `calibration`: the expected calibration error of the next token.
-    `items`: rows at most for answers, choices and programs. `join`: what stands between the columns of a prompt, and
-    before the answer. `stop`: texts that end an answer. `extract`: a regular expression; the last match of its first
+    `items`: rows at most for answers, choices and programs; their prompts are joined by `join`, and so is the answer.
+    `stop`: texts that end an answer. `extract`: a regular expression; the last match of its first
     group, or of all of it, is what is compared. `samples` programs are drawn at `temperature` for pass@`k`; one alone
     is greedy. They run only with `allow_code_execution`, `timeout` seconds and `memory` MB each.
     """
@@ -34,7 +34,6 @@ class EvaluationOptions(TextOptions):
     parents: bool = False
     calibration: bool = False
     items: int = 200
-    join: str = "\n"
     stop: tuple[str, ...] = ()
     extract: str | None = None
     max_new_tokens: int = 128

@@ -21,6 +21,7 @@ from ctl_merge.probing.observer import Observations, Rider, Subject
 from ctl_merge.probing.parents import parents_of
 from ctl_merge.probing.placement import Options, memory, place, placed
 from ctl_merge.probing.report import ProbeReport, rebuild
+from ctl_merge.probing.rows import END, JOIN
 from ctl_merge.probing.scaling import SCALES, scaled
 from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.windows import token_sets
@@ -122,7 +123,9 @@ def _section_of(opened: Merge, trust_remote_code: bool) -> tuple[ProbeSchema, Op
 
 def _with_flags(options: Options, section: ProbeSchema) -> Options:
     """The options, and what the recipe's `probe:` section asks for besides."""
-    return replace(options, **{flag: getattr(options, flag) or getattr(section, key) for flag, key in _FLAGS.items()})
+    flags: dict[str, Any] = {flag: getattr(options, flag) or getattr(section, key) for flag, key in _FLAGS.items()}
+    given = {"join": options.join != JOIN, "end": options.end != END}
+    return replace(options, **flags, **{key: getattr(options if own else section, key) for key, own in given.items()})
 
 
 def _section_base(recipe: Recipe) -> str | None:
@@ -267,11 +270,17 @@ def _probe(
             nearer[scale] = ranks.observed(family, own, sets, running, told, together)
     settings = {
         "sequences": options.sequences, "length": sets[0].ids.shape[1], "special_tokens": options.special_tokens,
-        "chat": options.chat, "compute": "float32", "statistics": "float64",
+        "chat": options.chat, **_joining(options), "compute": "float32", "statistics": "float64",
         "torch": torch.__version__, **memory(running, subject, riders, observed),
     }  # fmt: skip
     more = {"scaled": nearer, "settings": settings, "warnings": [without_paths(line) for line in opened.plan.warnings]}
     return rebuild(Statistics.of(subject, riders, observed, notes, **more))
+
+
+def _joining(options: Options) -> dict[str, str]:
+    """How columns are joined, where that is not as usual."""
+    return {key: repr(own) for key, own, usual in (("join", options.join, JOIN), ("end", options.end, END))
+            if own != usual}  # fmt: skip
 
 
 def _null_riders(subject: Subject, main: str, place: int) -> list[Rider]:

@@ -65,12 +65,11 @@ def load_tokens(
 ) -> TokenSet:
     """Cut a data set into at most `sequences` consecutive windows of exactly `length` tokens.
 
-    A row's columns are joined by line ends, rows by a blank line (plain text files are taken as they are), and each
-    row is tokenised without special tokens, so that anyone can cut the same windows. Rows with a null in a column that
-    is read are skipped. Of several columns that the spec names, the last is the response, the others the prompt. With
-    `chat`, the columns are the user's and the assistant's turns under the tokenizer's chat template; so are the
-    messages of a column that holds lists of them. `special` as in `cut`. Raises DataError where there is too little
-    text for one window.
+    A row is as the spec joins and ends it (plain text files are taken as they are), and each is tokenised without
+    special tokens, so that anyone can cut the same windows. Rows with a null in a column that is read are skipped. Of
+    several columns that the spec names, the last is the response, the others the prompt. With `chat`, the columns are
+    the user's and the assistant's turns under the tokenizer's chat template; so are the messages of a column that holds
+    lists of them. `special` as in `cut`. Raises DataError where there is too little text for one window.
     """
     ids: list[int] = []
     roles: list[int] = []
@@ -178,7 +177,7 @@ def texts_of(spec: DataSpec, chat: Any) -> Iterator[Text | None]:
         else:
             values = [as_text(spec, column, row[column]) for column in columns]
             answered = len(spec.columns) > 1
-            yield templated(turns(values), chat, spec.name) if chat else joined(values, answered)
+            yield templated(turns(values), chat, spec.name) if chat else joined(values, answered, spec.join, spec.end)
 
 
 def _text_columns(row: dict[str, Any], chat: bool) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from ctl_merge.devices import accelerators, by_prefix, checked_device, parse_max
 from ctl_merge.dispatch import ITEMSIZE, Placement, held_bytes
 from ctl_merge.errors import DeviceError
 from ctl_merge.model import open_model
+from ctl_merge.probing.rows import END, JOIN
 from ctl_merge.probing.run import Observations, Rider, Running, Subject, shares_weights
 from ctl_merge.sizes import format_size
 from ctl_merge.stacks import every_block, find_blocks
@@ -33,7 +34,8 @@ class Options:
     loss gains. `null`: probe a random task vector of the same size as well. `special_tokens`: put each window between
     the special tokens that the tokenizer adds to a text. `scaling`: probe the task vectors at a quarter and a half of
     their size too, to see where the deviation grows with the square. `trust_remote_code`: run code that the first model
-    brings along, of its architecture or its tokenizer.
+    brings along, of its architecture or its tokenizer. `join`: what stands between a row's columns; `end`: what ends a
+    row, which counts with the last column.
     """
 
     sequences: int = 64
@@ -48,6 +50,8 @@ class Options:
     special_tokens: bool = False
     scaling: bool = False
     trust_remote_code: bool = False
+    join: str = JOIN
+    end: str = END
 
 
 def placed(options: Options, base: Checkpoint, parents: int = 0, riders: Sequence[Rider] = ()) -> Running:

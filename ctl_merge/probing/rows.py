@@ -10,17 +10,23 @@ from typing import Any
 
 from ctl_merge.errors import DataError
 
+JOIN, END = "\n", "\n\n"
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """`[NAME=]SOURCE[:column,column][@split]`: a file, or `org/dataset` or `org/dataset/config` on the Hub."""
+    """`[NAME=]SOURCE[:column,column][@split]`: a file, or `org/dataset` or `org/dataset/config` on the Hub.
+
+    `join`: what stands between a row's columns; `end`: what ends a row.
+    """
 
     name: str
     source: str
     columns: tuple[str, ...] = ()
     split: str = "train"
+    join: str = JOIN
+    end: str = END
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:

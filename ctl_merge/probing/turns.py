@@ -25,15 +25,15 @@ class Text:
     spans: tuple[tuple[int, int, str], ...] = ()
 
 
-def joined(values: Sequence[str], answered: bool) -> Text:
-    """The columns of a row, one a line, and a blank line after them.
+def joined(values: Sequence[str], answered: bool, join: str, end: str) -> Text:
+    """The columns of a row with `join` between them, and `end` after them.
 
-    `answered`: the last column, and the blank line, are the response; all before is the prompt.
+    `answered`: the last column, and the end, are the response; all before is the prompt.
     """
-    text = "\n".join(values) + "\n\n"
+    text = join.join(values) + end
     if not answered:
         return Text(text)
-    middle = len(text) - len(values[-1]) - 2
+    middle = len(text) - len(values[-1]) - len(end)
     return Text(text, ((0, middle, PROMPT), (middle, len(text), RESPONSE)))
 
 

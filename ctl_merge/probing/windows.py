@@ -26,7 +26,7 @@ def token_sets(opened: Merge, base: Checkpoint, data: str | Sequence[str], optio
     """Windows that the base's model reads. Raises DataError, MismatchError and ProbeError; no weight is read."""
     length = window_length(base, options)
     tokenizer = merge_tokenizer(opened, options.trust_remote_code)
-    sets = cut_sets(parse_specs(data), tokenizer, options, length)
+    sets = cut_sets(parse_specs(data, options), tokenizer, options, length)
     if opened.recipe.tokenizer.source is None:
         check_same_tokens(opened, tokenizer, sets, options.trust_remote_code)
     return sets
@@ -48,9 +48,12 @@ def merge_tokenizer(opened: Merge, trust_remote_code: bool = False) -> Any:
         return load_tokenizer(Path(folder), str(opened.recipe.refs[0]), trust_remote_code)
 
 
-def parse_specs(data: str | Sequence[str]) -> list[DataSpec]:
-    """Data sets by their specs, each with a name of its own. Raises DataError."""
-    specs = [DataSpec.parse(text) for text in ([data] if isinstance(data, str) else data)]
+def parse_specs(data: str | Sequence[str], options: Options) -> list[DataSpec]:
+    """Data sets by their specs, each with a name of its own, joined as the options say. Raises DataError."""
+    specs = [
+        replace(DataSpec.parse(text), join=options.join, end=options.end)
+        for text in ([data] if isinstance(data, str) else data)
+    ]
     twice = sorted({spec.name for spec in specs if [other.name for other in specs].count(spec.name) > 1})
     if twice:
         raise DataError(f"several data sets are called {twice[0]}: name them, as in {twice[0]}2=FILE")

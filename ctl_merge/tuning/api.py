@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.errors import DataError
@@ -24,23 +22,24 @@ from ctl_merge.probing.report import ProbeReport, rebuild
 from ctl_merge.probing.run import Running, observe
 from ctl_merge.probing.statistics import Statistics
 from ctl_merge.probing.windows import merge_tokenizer, parse_specs, window_length
+from ctl_merge.processes import Ranks, launched
 from ctl_merge.recipe import Recipe
 from ctl_merge.reference import ModelRef
 from ctl_merge.roles import roles
-from ctl_merge.tuning.adjustable import Adjustable
-from ctl_merge.tuning.closed_form import least_squares, normal_equations, site_of
-from ctl_merge.tuning.descent import Bounds, Found, descend
+from ctl_merge.tuning.adjustable import Adjustable, Texts
+from ctl_merge.tuning.candidates import Candidates
+from ctl_merge.tuning.descent import Found
 from ctl_merge.tuning.levels import LEVELS, groups
 from ctl_merge.tuning.options import TuneOptions
 from ctl_merge.tuning.rivals import TIES, UNIFORM, Rival, Trier, best_of, best_uniform, joined, rivals
-from ctl_merge.tuning.search import check_search, search
+from ctl_merge.tuning.search import search
 from ctl_merge.tuning.splits import Splits, split, windows
+from ctl_merge.tuning.study import check_search
 from ctl_merge.tuning.tuned import TUNED, Tuned, decide
 from ctl_merge.tuning.written import Writer
 from ctl_merge.weights import task_grams
 
 _PROBED = 16  # held-out sequences of each data set that the probe looks at
-_RIDGES, _SHARES = (0.01, 0.1, 1.0), (0.25, 0.5, 0.75, 1.0)
 
 
 def tune(
@@ -55,47 +54,48 @@ def tune(
     `folder`: where the recipe will lie, for relative paths of models. `also`: more to compare with, by name recipes to
     choose from, as text. `how`: fields of TuneOptions. Tried are, in turn:
     one coefficient for all, by its loss; coefficients of blocks by least squares on features; descent on the loss; a
-    search, if `trials` are given. The validation data choose among them, the held-out data judge.
+    search, if `trials` are given, which the processes of a launcher share: all return the same. The validation data
+    choose among them, the held-out data judge.
     """
     options = options or TuneOptions(**how)
-    _check(options)
+    ranks = launched()
+    if not options.trials:
+        ranks.require_alone("tuning without --trials")
+    work = ranks.together(lambda: _opened(recipe, data, held_out, base, Path(folder), options, ranks))
+    return replace(work, meter=meter, also=also or {}).run()
+
+
+def _opened(
+    recipe: Recipe | str | Path, data: str | Sequence[str], held_out: str | Sequence[str], base: str | None,
+    folder: Path, options: TuneOptions, ranks: Ranks,
+) -> _Tuning:  # fmt: skip
+    """Everything that is refused before any work; weights are fetched, and texts split."""
+    _check(options, ranks)
     opened = Merge(recipe)
     opened.fetch()
     root, parents = roles(opened, ModelRef.parse(base) if base else None)
     assert isinstance(root, ParentView)
     refs = [checkpoint.ref for checkpoint in parents.values() if isinstance(checkpoint, ParentView)]
-    writer = Writer(opened.recipe, root.ref, refs, Path(folder))
     length = window_length(root, options)
     tokenizer = merge_tokenizer(opened, options.trust_remote_code)
-    texts, others = (
-        passages_of(parse_specs(own), tokenizer, options, length) if own is data or own else {}
-        for own in (data, held_out)
-    )
+    texts = passages_of(parse_specs(data, options), tokenizer, options, length)
+    others = passages_of(parse_specs(held_out, options), tokenizer, options, length) if held_out else {}
     placement = place(root, options.device_map or "cpu", options.max_memory, options.blocks,
                       trust_remote_code=options.trust_remote_code)  # fmt: skip
-    running = Running(placement, options.batch, options.blocks, options.trust_remote_code)
-    work = _Tuning(
-        opened,
-        root,
-        parents,
-        writer,
-        tokenizer,
-        split(texts, others, options.seed),
-        options,
-        running,
-        meter,
-        also or {},
-    )
-    return work.run()
+    return _Tuning(
+        opened, root, parents, Writer(opened.recipe, root.ref, refs, folder), tokenizer,
+        split(texts, others, options.seed), options,
+        Running(placement, options.batch, options.blocks, options.trust_remote_code), ranks,
+    )  # fmt: skip
 
 
-def _check(options: TuneOptions) -> None:
+def _check(options: TuneOptions, ranks: Ranks) -> None:
     if options.level not in LEVELS:
         raise DataError(f"--level {options.level}: it is one of {', '.join(LEVELS)}")
     if options.least >= options.most:
         raise DataError(f"the cap {options.most:g} is not above the least coefficient {options.least:g}")
     if options.trials:
-        check_search(options.study)
+        check_search(options.study, ranks)
 
 
 @dataclass
@@ -110,19 +110,24 @@ class _Tuning:
     splits: Splits
     options: TuneOptions
     running: Running
-    meter: Meter
-    also: Mapping[str, Mapping[str, str]]
+    ranks: Ranks
+    meter: Meter = no_meter
+    also: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def run(self) -> Tuned:
+        """All processes search together; the first does the rest, and all have what it found."""
+        seen = joined(self.splits.tuning, self.splits.validation)
+        self.trier = Trier(self.running, self.writer.start)
+        searched = self._searched(seen) if self.options.trials else None
+        return self.ranks.gather(self.ranks.at_first(lambda: self._decided(seen, searched)))[0]  # type: ignore[return-value]
+
+    def _decided(self, seen: Texts, searched: Rival | None) -> Tuned:
         options, splits = self.options, self.splits
-        self.bounds = Bounds(options.least, options.most)
         self.model = Adjustable(self.root, self.parents, self.running.placement, options.batch, options.blocks,
                                 options.trust_remote_code)  # fmt: skip
-        self.trier = Trier(self.running, self.writer.start)
-        seen = joined(splits.tuning, splits.validation)
         uniform, curve = best_uniform(self.model, seen)
-        candidates = self._candidates(uniform)
-        searched = self._searched(seen) if options.trials else None
+        candidates = Candidates(self.root, self.parents, self.model, self.writer, self.trier, self.tokenizer, splits,
+                                options, self.meter).all(uniform)  # fmt: skip
         best = min(candidates, key=lambda found: found.validation)
         tuned = Rival(TUNED, self._text(best), f"{best.how}, a coefficient for each {best.level}")
         if searched and self.trier.loss(searched.text, splits.validation) < best.validation:
@@ -130,63 +135,15 @@ class _Tuning:
         with self.meter("comparing", len(TIES) + sum(map(len, self.also.values()))) as told:
             others = list(rivals(self.writer, uniform, self._own(), self.trier, seen, told))
             others += [best_of(name, choices, self.trier, seen, told) for name, choices in self.also.items()]
-        evaluation = self._compare([tuned, *others, *([searched] if searched else [])])
-        return self._concluded(tuned, best, candidates, others, evaluation, uniform, curve)
+        if searched and searched.text != tuned.text:  # nothing is better than itself
+            others.append(searched)
+        evaluation = self._compare([tuned, *others])
+        return self._concluded(tuned, best, candidates, others, searched, evaluation, uniform, curve)
 
-    def _candidates(self, uniform: float) -> list[Found]:
-        """One coefficient for all; least squares for each block; descent at the level asked for, from the better."""
-        options, splits = self.options, self.splits
-        listed, place = self.model.places("model")
-        start = self.bounds.clip(np.full((1, len(self.parents)), uniform))
-        self.model.set(start, place)
-        found = [Found("one λ", "model", listed, start, self.model.loss(splits.validation))]
-        if options.closed_form and options.level != "model" and len(self.parents) > 1:
-            found += self._closed_form(uniform)
-        if not options.steps:
-            return found
-        best = min(found, key=lambda each: each.validation)
-        _, at = self.model.places(best.level)
-        tensors = self.model.tensors(best.coefficients, at)
-        with self.meter("tuning", options.steps) as told:
-            found.append(descend(self.model, options.level, tensors, splits.tuning, splits.validation, self.bounds,
-                                 steps=options.steps, told=told))  # fmt: skip
-        return found
-
-    def _closed_form(self, uniform: float) -> list[Found]:
-        """Least squares on the features of each block; validation chooses the ridge, and how far to go from λ."""
-        merged = self.trier.open(self.writer.method("task_arithmetic", {"weight": uniform})).merged
-        weights = task_grams(self.root, list(self.parents.values()), [merged])
-        subject = Subject(self.root, self.parents, {"merged": merged}, weights)
-        rider = Rider("merged", merged, ghost=False)
-        observed = observe(subject, [rider], windows(self.splits.tuning, self.tokenizer), self.running)
-        owners = {}
-        for name, own in observed.items():
-            if own.losses is None:
-                return []
-            nll = [sum(own.losses.nll[parent]) for parent in self.parents]
-            owners[name] = int(np.argmin(nll))
-        if set(owners.values()) != set(range(len(self.parents))):
-            return []  # a parent without a task of its own has no features to be near to
-        listed, place = self.model.places("block")
-        sites = list(next(iter(observed.values())).grams.sites)
-        equations = {s: normal_equations(observed, s, owners, len(self.parents)) for s in sites}
-        tried = []
-        for ridge in _RIDGES:
-            c = np.full((len(listed), len(self.parents)), uniform)
-            for i, group in enumerate(listed):
-                if site := site_of(group, sites):
-                    c[i] = least_squares(*equations[site], ridge, uniform, self.bounds.least, self.bounds.most)
-            for share in _SHARES:
-                mixed = self.bounds.clip(share * c + (1 - share) * uniform)
-                self.model.set(mixed, place)
-                how = f"least squares on features (ridge {ridge:g}, {share:g} of the way from λ)"
-                tried.append(Found(how, "block", listed, mixed, self.model.loss(self.splits.validation)))
-        return [min(tried, key=lambda found: found.validation)]
-
-    def _searched(self, seen: Any) -> Rival:
-        with self.meter("searching", self.options.trials) as told:
-            return search(self.writer, self.trier, seen, self.options.trials, self.options.study, self.splits.said,
-                          self.options.seed, told)  # fmt: skip
+    def _searched(self, seen: Texts) -> Rival:
+        options = self.options
+        with self.meter("searching", options.trials) as told:
+            return search(self.writer, self.trier, seen, options.trials, options.study, options.seed, told, self.ranks)
 
     def _own(self) -> tuple[str, str]:
         """The recipe as it is."""
@@ -207,14 +164,15 @@ class _Tuning:
         return Evaluation(rows_of(table), {name: name for name in self.splits.held_out}, {"splits": self.splits.said})
 
     def _concluded(
-        self, tuned: Rival, best: Found, candidates: Sequence[Found], others: Sequence[Rival], evaluation: Evaluation,
-        uniform: float, curve: Mapping[float, float],
+        self, tuned: Rival, best: Found, candidates: Sequence[Found], others: Sequence[Rival], searched: Rival | None,
+        evaluation: Evaluation, uniform: float, curve: Mapping[float, float],
     ) -> Tuned:  # fmt: skip
         recommended, verdict = decide(evaluation)
         account = [
             f"Found by ctl-merge tune: {verdict}.",
             f"Data: {self.splits.said}.",
             *(f"Tried: {found.how}, by {found.level}: validation loss {found.validation:.4f}." for found in candidates),
+            *(f"Searched: {searched.chosen}." for searched in [searched] if searched),
         ]
         texts = {rival.name: rival.text for rival in (tuned, *others)}
         for name, ref in zip(self.parents, self.writer.parents, strict=True):

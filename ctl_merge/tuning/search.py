@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ctl_merge.errors import DataError, OutputError
+from ctl_merge.errors import NonFiniteError
+from ctl_merge.processes import ALONE, Ranks
 from ctl_merge.tuning.adjustable import Texts
 from ctl_merge.tuning.rivals import Rival, Trier
+from ctl_merge.tuning.study import opened, title_of
 from ctl_merge.tuning.written import Writer
 
 METHODS = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs")
 
 
-def check_search(study: Path | None) -> None:
-    """Raises DataError, which says how to install it, where Optuna is missing; OutputError for a study's folder."""
-    if importlib.util.find_spec("optuna") is None:
-        raise DataError("--trials needs Optuna: pip install 'ctl-merge[tune]', or pip install optuna")
-    if study is not None and not study.absolute().parent.is_dir():
-        raise OutputError(f"--study {study}: there is no folder {study.absolute().parent}")
-
-
 def search(
-    writer: Writer, trier: Trier, texts: Texts, trials: int, study: Path | None, said: str, seed: int,
-    told: Callable[[int], object] = lambda count: None,
+    writer: Writer, trier: Trier, texts: Texts, trials: int, study: Path | None, seed: int,
+    told: Callable[[int], object] = lambda count: None, ranks: Ranks = ALONE,
 ) -> Rival:  # fmt: skip
     """The best recipe of `trials` by its loss on the texts: method, λ, density, each parent's weight at either end.
 
-    With a `study` file earlier trials count and later ones are added, also by several processes at once; `said`, what
-    the texts are, keeps trials on other texts or models apart.
+    With a `study` file earlier trials count and later ones are added, by all `ranks` and by whoever else uses the file;
+    each begins a trial while fewer than `trials` are done, so that there are at most one more for each other process.
+    A trial that did not end, since its process was killed, does not count. Of equal losses the earlier trial is better:
+    all ranks return the same. One that fails ends alone, as a launcher then ends the others. Raises NonFiniteError
+    where no trial has a loss.
     """
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    title = hashlib.sha256(json.dumps([writer.method("x", {}), said]).encode()).hexdigest()[:16]
-    storage = JournalStorage(JournalFileBackend(str(study))) if study else None
-    kept = optuna.create_study(
-        storage=storage, study_name=title, load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=None if study else seed, multivariate=True),
-    )  # fmt: skip
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
 
     def objective(trial: Any) -> float:
-        told(1)
-        return trier.loss(_recipe(writer, trial), texts)
+        told(ranks.count)
+        try:
+            return trier.loss(_recipe(writer, trial), texts)
+        except NonFiniteError:
+            return math.inf  # done, and the worst: so many weights overflow
 
-    done = optuna.trial.TrialState.COMPLETE
-    if sum(trial.state == done for trial in kept.trials) < trials:
-        if not kept.trials:  # plain task arithmetic, so that the search starts where everyone does
-            plain = {f"{end}_{i}": 1.0 for i in range(len(writer.parents)) for end in ("first", "last")}
-            kept.enqueue_trial({"method": "task_arithmetic", "lambda": 0.5, **plain})
-        kept.optimize(objective, callbacks=[optuna.study.MaxTrialsCallback(trials, (done,))])
-    best = kept.best_trial
+    with opened(study, title_of(writer.method("x", {}), texts), seed, ranks) as kept:
+        ranks.at_first(lambda: _begin(kept, len(writer.parents)))
+        if len(kept.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))) < trials:
+            kept.optimize(objective, callbacks=[MaxTrialsCallback(trials, (TrialState.COMPLETE,))])
+        ranks.gather(None)  # all have ended their trials
+        done: Any = ranks.gather(kept.get_trials(states=(TrialState.COMPLETE,)) if ranks.first else None)[0]
+    best = min(done, key=lambda trial: (trial.value, trial.number))
+    if not math.isfinite(best.value):
+        raise NonFiniteError(f"the loss of all {len(done)} trials is not a number: the models do not fit the data")
     chosen = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.params.items())
-    return Rival("search", _recipe(writer, best), f"trial {best.number} of {len(kept.trials)}: {chosen}")
+    asked = f" ({trials} were asked for)" if len(done) > trials else ""
+    by = f" by {ranks.count} processes" if ranks.count > 1 else ""
+    return Rival("search", _recipe(writer, best), f"trial {best.number} of {len(done)}{asked}{by}: {chosen}")
+
+
+def _begin(study: Any, parents: int) -> None:
+    """Plain task arithmetic first, so that the search starts where everyone does; again if it was killed meanwhile."""
+    from optuna.trial import TrialState
+
+    if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING)):
+        return
+    plain = {f"{end}_{i}": 1.0 for i in range(parents) for end in ("first", "last")}
+    study.enqueue_trial({"method": "task_arithmetic", "lambda": 0.5, **plain})
 
 
 def _recipe(writer: Writer, trial: Any) -> str:

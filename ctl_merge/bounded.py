@@ -1,4 +1,4 @@
-"""Small files of strangers: no larger, no deeper than real ones."""
+"""Small files of strangers: bounds on size and depth."""
 
 from __future__ import annotations
 

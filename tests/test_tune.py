@@ -337,6 +337,7 @@ def test_ranks_share_the_trials_and_agree_on_the_best(named, writer, tmp_path, m
         assert len(done) == count and len({str(trial.params) for trial in done}) == count
 
 
+@pytest.mark.launchers
 @needs_optuna
 def test_processes_of_their_own_share_a_study_and_draw_differently(writer, tmp_path):
     searched(writer, tmp_path / "study.log", 1)  # not both begin with the same

@@ -1,4 +1,4 @@
-"""A study of Optuna that several processes share by its file."""
+"""A study of Optuna, shared by processes through its file."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ TUNING = """
     options splits levels adjustable closed_form descent candidates study search rivals written tuned table api
 """.split()
 CLI = """
-    arguments terminal init merge finalize push verify reproduce probe evaluate tune compare check extract_lora methods
-    schema
+    arguments running terminal init merge finalize push verify reproduce probe evaluate tune compare check extract_lora
+    methods schema
 """.split()
 WITHIN = {"": ORDER, "methods": METHODS, "probing": PROBING, "evaluating": EVALUATING, "tuning": TUNING, "cli": CLI}
 

@@ -119,7 +119,7 @@ STAGES = {
         "tuning.api",
     ),
     "the command line": (
-        "cli.arguments cli.terminal",
+        "cli.arguments cli.running cli.terminal",
         "cli.check cli.compare cli.evaluate cli.extract_lora cli.init cli.methods cli.probe cli.push "
         "cli.reproduce cli.schema cli.tune cli.verify",
         "cli.merge",

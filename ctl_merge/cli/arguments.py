@@ -54,15 +54,6 @@ VerboseFlag = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 
 
-JoinOption = Annotated[str, typer.Option(help="Between a row's columns, such as a prompt and its response.")]
-EndOption = Annotated[str, typer.Option(help="After each row; it counts with the last column.")]
-
-
-def unescaped(text: str) -> str:
-    r"""A line end that a shell left as `\n`."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
 def one_device(device: str | None, device_map: str | None) -> str | None:
     """The device map that two options ask for. Raises typer.BadParameter where both do."""
     if device and device_map:

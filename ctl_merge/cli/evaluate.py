@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, unescaped
+from ctl_merge.cli.arguments import JsonFlag
+from ctl_merge.cli.running import (
+    BaseOption,
+    BlocksMapOption,
+    ChatFlag,
+    EndOption,
+    JoinOption,
+    LengthOption,
+    MaskPromptFlag,
+    ModelCodeFlag,
+    RowsFlag,
+    WeightsMemoryOption,
+    unescaped,
+)
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 
 if TYPE_CHECKING:
@@ -41,20 +54,16 @@ def evaluate(
         Path | None, typer.Option(help="Folder with task files of your own for it.", metavar="FOLDER")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Windows, or rows, of each text.")] = 64,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
-    ] = None,
+    length: LengthOption = None,
     items: Annotated[int, typer.Option(min=1, help="Rows of each set of answers, choices, problems, tasks.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Sequences run at once.")] = 8,
-    rows: Annotated[bool, typer.Option("--rows", help="Each row is a sequence of its own.")] = False,
-    mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
-    ] = False,
-    chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
+    rows: RowsFlag = False,
+    mask_prompt: MaskPromptFlag = False,
+    chat: ChatFlag = False,
     parents: Annotated[
         bool, typer.Option("--parents", help="Each recipe's base and parents too, and how far the merge agrees.")
     ] = False,
-    base: Annotated[str | None, typer.Option(help="The base, where a recipe names none.", metavar="MODEL")] = None,
+    base: BaseOption = None,
     calibration: Annotated[bool, typer.Option("--calibration", help="Calibration error of the next token.")] = False,
     join: JoinOption = "\\n",
     end: EndOption = "\\n\\n",
@@ -70,15 +79,9 @@ def evaluate(
         bool, typer.Option("--allow-code-execution", help="Run programs that a model wrote, under limits.")
     ] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each program.")] = 5.0,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda:N, disk, or JSON, as for a probe.", metavar="MAP")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="Memory for weights, such as 0=20GiB,cpu=8GiB.", metavar="LIMITS")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
-    ] = False,
+    device_map: BlocksMapOption = None,
+    max_memory: WeightsMemoryOption = None,
+    trust_remote_code: ModelCodeFlag = False,
     card: Annotated[
         bool, typer.Option("--card", help="Enter the results into the card of each model that is a folder.")
     ] = False,

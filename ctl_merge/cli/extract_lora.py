@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ctl_merge.cli.arguments import JsonFlag
+from ctl_merge.cli.running import LengthOption
 from ctl_merge.cli.terminal import configure, meter, print_json, say, warn
 
 
@@ -37,9 +38,7 @@ def extract_lora(
         typer.Option(help="Text on which to tell the losses: FILE, FILE:column; may be repeated."),
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Windows of each text.")] = 64,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
-    ] = None,
+    length: LengthOption = None,
     device: Annotated[str, typer.Option(help="Do the arithmetic there: cpu, cuda, cuda:1.", metavar="DEVICE")] = "cpu",
     num_workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Matrices that are worked on at once. Default: the CPU cores.")

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, check_folder, require_recipe, unescaped
+from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
+from ctl_merge.cli.running import (
+    BatchOption,
+    BlocksMapOption,
+    ChatFlag,
+    EndOption,
+    JoinOption,
+    LengthOption,
+    ModelCodeFlag,
+    WeightsMemoryOption,
+    unescaped,
+)
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 from ctl_merge.processes import launched
 
@@ -50,15 +61,11 @@ def probe(
         Path | None, typer.Option("--output", "-o", help="Folder for the report.", metavar="FOLDER")
     ] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="Windows of each data set. Default: 64.")] = None,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    length: LengthOption = None,
+    batch: BatchOption = 8,
     join: JoinOption = "\\n",
     end: EndOption = "\\n\\n",
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Columns are user and assistant turns: use the template.")
-    ] = False,
+    chat: ChatFlag = False,
     patch: Annotated[
         bool, typer.Option("--patch", help="Also replace each block's features by the linear ones.")
     ] = False,
@@ -69,21 +76,9 @@ def probe(
     special_tokens: Annotated[
         bool, typer.Option("--special-tokens", help="Put each window between the tokenizer's special tokens.")
     ] = False,
-    device_map: Annotated[
-        str | None,
-        typer.Option(
-            help='auto, cpu, cuda:N, disk (weights are read block by block), or JSON {"module": device}.', metavar="MAP"
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory for weights, such as 0=20GiB,cpu=8GiB; the rest is read as needed.", metavar="LIMITS"
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
-    ] = False,
+    device_map: BlocksMapOption = None,
+    max_memory: WeightsMemoryOption = None,
+    trust_remote_code: ModelCodeFlag = False,
     blocks: Annotated[str | None, typer.Option(help="Path of the model's list of blocks, if not found.")] = None,
     as_json: JsonFlag = False,
 ) -> None:

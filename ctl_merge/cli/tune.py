@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctl_merge.cli.arguments import EndOption, JoinOption, JsonFlag, check_folder, require_recipe, unescaped
+from ctl_merge.cli.arguments import JsonFlag, check_folder, require_recipe
+from ctl_merge.cli.running import (
+    BaseOption,
+    BatchOption,
+    ChatFlag,
+    EndOption,
+    JoinOption,
+    LengthOption,
+    MaskPromptFlag,
+    ModelCodeFlag,
+    RowsFlag,
+    unescaped,
+)
 from ctl_merge.cli.terminal import configure, meter, print_document, print_table, say
 from ctl_merge.processes import launched
 
@@ -30,12 +42,10 @@ def tune(
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page: what was lost, where, and what came back.", metavar="FOLDER")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base, where the recipe names none.", metavar="MODEL")] = None,
+    base: BaseOption = None,
     sequences: Annotated[int, typer.Option(min=16, help="Windows of each text, in all.")] = 96,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. Default: 256, or a shorter context.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 8,
+    length: LengthOption = None,
+    batch: BatchOption = 8,
     level: Annotated[
         str, typer.Option(help="What has a coefficient of its own: model, block, part or tensor.")
     ] = "tensor",
@@ -52,17 +62,13 @@ def tune(
         Path | None, typer.Option(help="File that keeps the trials: the same command goes on.", metavar="FILE")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which windows are held out.")] = 0,
-    rows: Annotated[bool, typer.Option("--rows", help="Each row is a sequence of its own.")] = False,
-    mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt", help="Rows, of which the loss of the last column alone counts.")
-    ] = False,
+    rows: RowsFlag = False,
+    mask_prompt: MaskPromptFlag = False,
     join: JoinOption = "\\n",
     end: EndOption = "\\n\\n",
-    chat: Annotated[bool, typer.Option("--chat", help="Columns are turns: use the chat template.")] = False,
+    chat: ChatFlag = False,
     device_map: Annotated[str | None, typer.Option(help="cpu (default) or cuda:N.", metavar="MAP")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it before.")
-    ] = False,
+    trust_remote_code: ModelCodeFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Find coefficients for RECIPE's models on data, and compare the merge with others on data never seen."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctl_merge import hub
+from ctl_merge.bounded import MOST_CONFIG, MOST_INDEX, parse_bounded, read_bounded
 from ctl_merge.card import RECIPE
 from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, OutputError
@@ -75,8 +75,8 @@ def _needed(paths: list[str], listed: list[str], source: str) -> list[str]:
 def _read(folder: Path, source: str) -> tuple[str, dict[str, Any]]:
     """The recipe and the manifest, which belong together."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        recipe = (folder / RECIPE).read_bytes()
+        manifest = parse_bounded(read_bounded(folder / MANIFEST, MOST_INDEX))
+        recipe = read_bounded(folder / RECIPE, MOST_CONFIG)
         if not isinstance(manifest, dict) or not isinstance(manifest["output"], list):
             raise TypeError
         fits = hashlib.sha256(recipe).hexdigest() == manifest["recipe_sha256"]

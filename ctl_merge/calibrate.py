@@ -140,8 +140,8 @@ def _cost_of_kind(
     def run(count: int, shape: tuple[int, ...]) -> tuple[float, float, float]:
         sample = _sample(merged, likely, shape, count, drawn)
         begun = measured = time.perf_counter()
-        if sample.model_passes:
-            sample.measure(mapped)
+        if sample.measures.passes:
+            sample.measures.take(mapped)
             measured = time.perf_counter()
         for _ in mapped(lambda name: _read_whole(sample, name), list(sample.tensors)):
             pass

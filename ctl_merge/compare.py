@@ -70,7 +70,7 @@ def compare(
     origin, parents = roles(opened, base)
     plan = replace(opened.plan, recipe=replace(opened.recipe, allow_nonfinite=True))
     merged = MergedCheckpoint(plan, opened.checkpoints, opened.devices)
-    merged.measure(mapped)  # type: ignore[arg-type]
+    merged.measures.take(mapped)  # type: ignore[arg-type]
     of = partial(
         tensor_statistics, base=origin, parents=list(parents.values()), merged=merged, densities=tuple(densities)
     )

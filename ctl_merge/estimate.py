@@ -39,7 +39,7 @@ def estimate(
 ) -> Estimate:
     """What carrying out the plan with so many workers takes."""
     inputs = input_bytes(plan, checkpoints)
-    passes = merged.model_passes
+    passes = merged.measures.passes
     sources = {ref: source for checkpoint in checkpoints.values() for ref, source in checkpoint.sources().items()}
     return Estimate(
         read=inputs * (1 + passes), passes=passes, download=sum(source.missing_bytes() for source in sources.values()),

@@ -28,8 +28,8 @@ def finish(
     """Make the folder whole once its shards are, with hashes, what is attached, the small files: the manifest."""
     gone = stream.sent if stream else {}
     if merge.plan.method.report:
-        for known in ranks.gather(merge.merged.known()):
-            merge.merged.recall(known)
+        for known in ranks.gather(merge.merged.measures.known()):
+            merge.merged.measures.recall(known)
     with disk_errors(target.path):
         hashes = _hashes(merge, target.path, gone, ranks) if hash_files else None
         attached = attach(target.path) if attach else ""

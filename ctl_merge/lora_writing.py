@@ -32,7 +32,7 @@ def write_merged_adapter(
     folder = target.open(fingerprint)
     try:
         with pool(merge.workers) as mapped:
-            lora.lazy.measure(mapped)
+            lora.lazy.measures.take(mapped)
         fit = lora.fit(next(iter(merge.devices.values()), "cpu"))
         writer = AdapterWriter(folder, fit, lora.wanted, lora.targets)
         held, shard = writer.write(merge.workers, meter, lora.belongs_on, lora.base.config)

@@ -74,7 +74,7 @@ def build_manifest(
 
 def method_notes(merged: MergedCheckpoint) -> list[str]:
     """What the method has to say of its measures, now that they are taken."""
-    note = merged.method.report(merged.measured()) if merged.method.report else None
+    note = merged.method.report(merged.measures.all()) if merged.method.report else None
     return [note] if note else []
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctl_merge.merged import MergedCheckpoint, Results
+from ctl_merge.measures import Results
+from ctl_merge.merged import MergedCheckpoint
 
 MEASURED = "measured"
 
@@ -21,7 +22,7 @@ def keep(merges: Sequence[MergedCheckpoint], folder: Path, process: str = "") ->
     data = [
         {
             tensor: {name: _plain(value) for name, value in results.items()}
-            for tensor, results in merged.known().items()
+            for tensor, results in merged.measures.known().items()
             if results and (tensor == "" or merged.method.report)
         }
         for merged in merges
@@ -38,7 +39,7 @@ def recall(merges: Sequence[MergedCheckpoint], folder: Path) -> None:
     for path in sorted(folder.glob(f"{MEASURED}*")):
         if not path.name.endswith(".new"):
             for merged, known in zip(merges, json.loads(path.read_text("utf-8")), strict=True):
-                merged.recall({tensor: _results(found) for tensor, found in known.items()})
+                merged.measures.recall({tensor: _results(found) for tensor, found in known.items()})
 
 
 def _plain(value: Tensor) -> list[Any]:

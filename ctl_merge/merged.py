@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +18,15 @@ from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, working_byt
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.mapped import MappedFile
+from ctl_merge.measures import Measures, Results
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
-from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.reference import ModelRef
-from ctl_merge.sums import total
 from ctl_merge.token_rows import Input, RowReader
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
 DEVICE_CHUNK = 32 * CHUNK
-
-Results = dict[str, Tensor]
 
 
 class Evidence(Protocol):
@@ -59,11 +56,9 @@ class MergedCheckpoint(Checkpoint):
         self.evidence: Evidence | None = None  # for methods that want a statistic of each model on its own text
         self._accepted = inspect.signature(self.method.function).parameters
         self._columns: dict[int, dict[str, Any]] = {}
-        self._of_model: Results = {}
-        self._of_tensor: dict[str, Results] = {}
         self._loops_wanted = loops
-        self._lock = threading.RLock()
         self._buffers = threading.local()
+        self.measures = Measures(self)
 
     @cached_property
     def has_loops(self) -> bool:
@@ -80,7 +75,7 @@ class MergedCheckpoint(Checkpoint):
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
         if not self.has_loops:
             return None
-        return CompiledLoops.load(self.plan, self._columns_of, self.fill, self._is_plain, self._mapped)
+        return CompiledLoops.load(self.plan, self.columns_of, self.fill, self._is_plain, self._mapped)
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -132,7 +127,7 @@ class MergedCheckpoint(Checkpoint):
         if plan.operation == "copy":
             self._copy(plan, out, start)
             return
-        results, stop = self._results(plan), start + out.numel()
+        results, stop = self.measures.of(plan), start + out.numel()
         if self._by_loop(plan, results, out, start):
             return
         with self._on(self._device(tensor)):
@@ -187,7 +182,7 @@ class MergedCheckpoint(Checkpoint):
         if not self.method.linear or plan.operation == "copy":
             return None
         each = torch.eye(len(plan.inputs), dtype=torch.float64)
-        results = {name: result for name, result in self._results(plan).items() if name in self._accepted}
+        results = {name: result for name, result in self.measures.of(plan).items() if name in self._accepted}
         return self.method.function(each, **self._arguments(plan, each, 0), **results).tolist()
 
     # ---- one chunk
@@ -253,12 +248,22 @@ class MergedCheckpoint(Checkpoint):
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
         ones = [1] * (stack.ndim - 1)
-        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self._columns_of(plan).items()}
+        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self.columns_of(plan).items()}
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
+
+    def columns_of(self, plan: TensorPlan) -> dict[str, Any]:
+        """The parameters, per-model ones as float64 columns (models,)."""
+        key = id(plan.parameters)
+        if key not in self._columns:
+            columns = {
+                n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()
+            }
+            self._columns[key] = columns
+        return self._columns[key]
 
     def _statistic(self, plan: TensorPlan, start: int, count: int) -> Tensor | None:
         """What the method wants to know of each model on its own text: (models, …), None if one has none."""
@@ -281,75 +286,10 @@ class MergedCheckpoint(Checkpoint):
         merged = self.method.function(stack.mT if turned else stack, **arguments, **{name: own})
         return merged.mT.contiguous() if turned else merged
 
-    # ---- statistics beyond a chunk
+    # ---- what runs over a whole tensor
 
-    def measure(
-        self, each: Callable[[Callable[[TensorPlan], Tensor], Iterable[TensorPlan]], Iterable[Tensor]] = map,
-        ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
-        """Take the statistics that run over the whole model; `each` maps over tensors, in order, maybe in parallel.
-
-        Ranks share the tensors, and all come to the same results. Done on the first read if it was not called before.
-        """
-        with self._lock:
-            merged = [plan for plan in self.plan.tensors.values() if plan.operation == "merge" and plan.spec.numel]
-            if not merged:
-                return
-            scopes = self.method.scopes(merged[0].parameters)
-            numel = sum(plan.spec.numel for plan in merged)
-            owners = deal([plan.spec.numel for plan in merged], ranks.count)
-            own = [index for index, owner in enumerate(owners) if owner == ranks.index]
-            for name in (n for n, scope in scopes.items() if scope == "model" and n not in self._of_model):
-                accumulate = partial(self._accumulate, name=name, results=dict(self._of_model))
-                state = total(zip(own, each(accumulate, [merged[index] for index in own]), strict=True), ranks)
-                self._of_model[name] = self._conclude(merged[0], name, state, numel, dict(self._of_model))
-
-    def known(self) -> dict[str, Results]:
-        """The measures' results so far by tensor; those of the whole model under ""."""
-        return {"": self._of_model, **self._of_tensor}
-
-    def recall(self, known: Mapping[str, Results]) -> None:
-        """Take results that were known before, or to another process, for one's own."""
-        self._of_model |= known.get("", {})
-        self._of_tensor |= {name: results for name, results in known.items() if name}
-
-    @property
-    def model_passes(self) -> int:
-        """How many times all inputs are read before the merge itself."""
-        merged = next((plan for plan in self.plan.tensors.values() if plan.operation == "merge"), None)
-        return list(self.method.scopes(merged.parameters).values()).count("model") if merged else 0
-
-    @property
-    def passes_left(self) -> int:
-        """As `model_passes`, without those whose results are known."""
-        return self.model_passes - len(self._of_model)
-
-    def _results(self, plan: TensorPlan) -> Results:
-        """The measures' results for one tensor, those of the whole model included."""
-        scopes = self.method.scopes(plan.parameters)
-        if not scopes or not plan.spec.numel:
-            return {}
-        if any(scope == "model" and name not in self._of_model for name, scope in scopes.items()):
-            self.measure()
-        if plan.name not in self._of_tensor:
-            results = dict(self._of_model)
-            for name in (n for n, scope in scopes.items() if scope == "tensor"):
-                state = self._accumulate(plan, name, results)
-                results[name] = self._conclude(plan, name, state, plan.spec.numel, results)
-            self._of_tensor[plan.name] = results
-        return self._of_tensor[plan.name]
-
-    def _columns_of(self, plan: TensorPlan) -> dict[str, Any]:
-        """The parameters, per-model ones as float64 columns (models,)."""
-        key = id(plan.parameters)
-        if key not in self._columns:
-            columns = {
-                n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()
-            }
-            self._columns[key] = columns
-        return self._columns[key]
-
-    def _accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
+    def accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
+        """The state of one of the method's measures over a whole tensor, given the results of those before it."""
         measure = self.method.measures[name]
         if measure.compiled and self._by_loops(plan) and self._loops is not None:
             return self._counted(plan, measure, results.get(f"{name}_bin"))
@@ -371,14 +311,6 @@ class MergedCheckpoint(Checkpoint):
             if not self._loops.count(measure, plan, bins, start, count, state):
                 self._stack(plan, start, count)  # raises, and says which model
         return state
-
-    def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:
-        measure: Measure = self.method.measures[name]
-        return measure.conclude(state, numel, **self._columns_of(plan), **results)
-
-    def measured(self) -> dict[str, Results]:
-        """The measures' results for every merged tensor; those not read yet are measured now."""
-        return {n: self._results(plan) for n, plan in self.plan.tensors.items() if plan.operation == "merge"}
 
     def parent(self, ref: ModelRef) -> ParentView:
         """One of the models as the merge sees it: under the output's names, with the output's rows."""

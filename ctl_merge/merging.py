@@ -247,11 +247,11 @@ class Merge:
 
     def _measure(self, meter: Meter, ranks: Ranks) -> None:
         """Take the statistics of whole models, those of steps before those of what reads them."""
-        pending = [merged for merged in reversed(self.merges) if merged.passes_left]
-        count = sum(merged.passes_left * len(merged.tensors) for merged in pending) // ranks.count
+        pending = [merged for merged in reversed(self.merges) if merged.measures.passes_left]
+        count = sum(merged.measures.passes_left * len(merged.tensors) for merged in pending) // ranks.count
         with pool(self.workers) as mapped, meter("measuring", count) if count else nullcontext() as told:
             for merged in pending:
-                merged.measure(_telling(mapped, told), ranks)
+                merged.measures.take(_telling(mapped, told), ranks)
 
     def fetch(self) -> None:
         """Download the weights that are not here, and decide what only weights can tell: whether heads are tied."""

@@ -42,7 +42,7 @@ def test_a_prediction_counts_what_a_merge_does(method: str, parameters: dict[str
     assert sorted(tmp_path.iterdir()) == before
     parts = found["parts"]
     assert found["seconds"] == pytest.approx(sum(parts.values()), abs=0.05)
-    assert parts["start"] > 0 and (parts["measure"] == 0 or merge.merged.model_passes > 0)
+    assert parts["start"] > 0 and (parts["measure"] == 0 or merge.merged.measures.passes > 0)
     assert all(value >= 0 for value in parts.values()) and found["notes"] == []
     assert 0 <= found["cached"] <= 1 and found["bytes_per_second"]["write"] > 0
 

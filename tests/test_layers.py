@@ -68,7 +68,7 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "compiled",
+        "compiled measures",
         "identity merged number_policy public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",

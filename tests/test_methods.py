@@ -320,7 +320,7 @@ def test_the_papers_cut_is_the_kth_value_of_the_concatenated_vector(tmp_path: Pa
     family = draw_family(["base", *"abc"], {"model.layers.0.weight": (600, 700), "model.layers.1.weight": (5000,)})
     case = {"weight": (1.0,) * 3, "density": (0.2, 0.05, 0.7), "trim": "model", "elect": "unweighted"}
     merged = open_family(tmp_path, "ties", family, case)
-    for model, density, cut in zip("abc", case["density"], merged.measured()[W]["cut"].flatten(), strict=True):
+    for model, density, cut in zip("abc", case["density"], merged.measures.all()[W]["cut"].flatten(), strict=True):
         deltas = [family[model][name].double() - family["base"][name].double() for name in family["base"]]
         magnitude = torch.cat([delta.flatten() for delta in deltas]).abs().float()
         n, k = len(magnitude), int(density * len(magnitude))
@@ -386,8 +386,8 @@ def test_the_engine_finds_the_cut_exactly_over_chunks_and_tensors(tmp_path: Path
         n: torch.stack([(family[m][n].float() - family["base"][n].float()).flatten() for m in "ab"]) for n in shapes
     }
     own = {"weight": (1.0, 1.0), "density": density}
-    by_tensor = open_family(tmp_path, "ties", family, own).measured()
-    by_model = open_family(tmp_path, "ties", family, {**own, "trim": "model"}).measured()
+    by_tensor = open_family(tmp_path, "ties", family, own).measures.all()
+    by_model = open_family(tmp_path, "ties", family, {**own, "trim": "model"}).measures.all()
     whole = magnitude_cut(torch.cat(list(stacks.values()), dim=1), torch.tensor(density))
     for name, stack in stacks.items():
         assert torch.equal(by_tensor[name]["cut"], magnitude_cut(stack, torch.tensor(density)))
@@ -566,7 +566,7 @@ def test_slerp_of_almost_parallel_models_is_linear(tmp_path: Path, sign: float):
     family["a"][W] *= sign
     merged = open_family(tmp_path, "slerp", family, {"t": 0.25})
     wanted = 0.75 * as_float64(family["base"][W]) + 0.25 * as_float64(family["a"][W])
-    assert abs(merged.measured()[W]["cosine"]) > 0.9995
+    assert abs(merged.measures.all()[W]["cosine"]) > 0.9995
     assert ulps(merged.read(W), wanted, [family["base"][W], family["a"][W]]).max() <= 1
 
 
@@ -574,7 +574,7 @@ def test_slerp_of_models_that_are_near_but_not_parallel_is_an_arc(tmp_path: Path
     family = draw_family(["base", "a"], {W: (100, 10)}, spread=0.1)
     merged = open_family(tmp_path, "slerp", family, {"t": 0.5})
     wanted = expected("slerp", family, {"t": 0.5}, W)
-    assert 0.99 < merged.measured()[W]["cosine"] < 0.9995
+    assert 0.99 < merged.measures.all()[W]["cosine"] < 0.9995
     assert ulps(merged.read(W), wanted, [family["base"][W], family["a"][W]]).max() <= 2
 
 

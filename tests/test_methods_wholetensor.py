@@ -291,7 +291,7 @@ def report(folder: Path, name: str, family: Mapping[str, Mapping[str, Sequence[f
     tensors = {m: {n: torch.tensor(v) for n, v in t.items()} for m, t in family.items()}
     said = METHODS[name].report
     assert said is not None
-    return said(open_family(folder, name, tensors, case).measured())
+    return said(open_family(folder, name, tensors, case).measures.all())
 
 
 PLAIN = {"base": {W: [0.0, 0.0], NORM: [0.0, 0.0]}, "a": {W: [1.0, 0.0], NORM: [1.0, 0.0]}}

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from ctl_merge import identity, merging, parts, processes
 from ctl_merge.cli import app
 from ctl_merge.errors import CtlMergeError, DeviceError, MismatchError, OutputError
+from ctl_merge.measures import Measures
 from ctl_merge.merging import Merge
 from ctl_merge.processes import ALONE, Ranks, check_launcher, deal, launched
 from ctl_merge.recipe_file import parse_recipe
@@ -132,13 +133,13 @@ def test_a_step_is_measured_by_all_ranks(tmp_path: Path, monkeypatch: pytest.Mon
     )
     expected = alone(recipe, tmp_path / "one" / "merged")
     shared: list[int] = []
-    real = merging.MergedCheckpoint.measure
+    real = Measures.take
 
     def measure(self: Any, each: Any = map, ranks: Ranks = ALONE) -> None:
         shared.append(ranks.count)
         real(self, each, ranks)
 
-    monkeypatch.setattr(merging.MergedCheckpoint, "measure", measure)
+    monkeypatch.setattr(Measures, "take", measure)
     together(recipe, tmp_path / "many" / "merged", 2)
     assert shared == [2, 2, 2, 2]
     assert contents(tmp_path / "many" / "merged") == expected
@@ -212,7 +213,7 @@ def test_a_rank_that_ends_ends_the_run_and_another_number_of_ranks_goes_on(
         errors = together(recipe, output, 2)
     assert sorted(str(error) for error in errors) == ["another process of this run has ended", "the disk is gone"]
     assert not output.exists()
-    monkeypatch.setattr(merging.MergedCheckpoint, "_accumulate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(merging.MergedCheckpoint, "accumulate", lambda *_, **__: pytest.fail("measured again"))
     results = together(recipe, output, 3, resume=True)
     assert 0 < results[0].resumed_tensors < 18
     assert contents(output) == expected
@@ -254,7 +255,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     recipe = text("metagpt", family(tmp_path))
     output = tmp_path / "merged"
     part(recipe, output, 0, 2)
-    monkeypatch.setattr(merging.MergedCheckpoint, "_accumulate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(merging.MergedCheckpoint, "accumulate", lambda *_, **__: pytest.fail("measured again"))
     part(recipe, output, 1, 2)
     assert "coefficients: " in finalize(recipe, output)["merge_manifest.json"].decode()
 

@@ -1,4 +1,4 @@
-"""What a method measures of whole tensors, or of the whole model."""
+"""Measures of whole tensors, or of the whole model."""
 
 from __future__ import annotations
 

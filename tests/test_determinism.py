@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from interrupts import interrupted
 from references import METHODS, ROWS, draw_family, members, open_family, write_family
 
 import ctl_merge
 from ctl_merge.errors import NonFiniteError
 from ctl_merge.merging import Merge
-from ctl_merge.writer import ShardWriter
 
 SHAPES = {"model.layers.0.w": (24, 16), "model.layers.1.w": (16, 9), "model.norm.weight": (32,)}
 W = "model.layers.0.w"
@@ -38,9 +38,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @all_methods
-def test_workers_shards_and_interruptions_change_nothing(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workers_shards_and_interruptions_change_nothing(name: str, tmp_path: Path) -> None:
     case = ROWS[name].cases[0]
     recipe = write_family(tmp_path, name, draw_family(members(name, case), SHAPES), case)
     one = Merge(recipe, num_workers=1, max_shard_size=KB).write(tmp_path / "one" / "m").folder
@@ -49,18 +47,8 @@ def test_workers_shards_and_interruptions_change_nothing(
     whole = Merge(recipe, num_workers=2, max_shard_size="1GB").write(tmp_path / "whole").folder
     assert weights(whole) == weights(one)
 
-    real, left = ShardWriter._write_tensor, [2]
-
-    def until(self: ShardWriter, *args: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        real(self, *args)
-
-    monkeypatch.setattr(ShardWriter, "_write_tensor", until)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(after=2):
         Merge(recipe, num_workers=1, max_shard_size=KB).write(tmp_path / "resumed" / "m")
-    monkeypatch.setattr(ShardWriter, "_write_tensor", real)
     resumed = Merge(recipe, num_workers=3, max_shard_size=KB).write(tmp_path / "resumed" / "m", resume=True)
     assert resumed.resumed_tensors == 2 and files(resumed.folder) == files(one)
 

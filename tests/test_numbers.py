@@ -6,18 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from checkpoints import recipe_text, write_checkpoint
 from command import Ctl
+from interrupts import interrupted
 
 from ctl_merge.errors import NonFiniteError
 from ctl_merge.extraction import extract_lora
 from ctl_merge.merging import Merge
 from ctl_merge.recipe_file import parse_recipe
-from ctl_merge.writer import ShardWriter
 
 W = "model.layers.0.w"
 SVD = ["tsv", "iso_c", "iso_cts", "knots", "wudi"]
@@ -123,20 +122,10 @@ def test_what_is_let_through_is_counted_by_tensor(tmp_path: Path, ctl: Ctl) -> N
     assert f"· {line}" in ctl(recipe, "-o", tmp_path / "again").out
 
 
-def test_the_count_is_the_same_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_is_the_same_after_an_interruption(tmp_path: Path) -> None:
     whole = with_holes(tmp_path, nonfinite="allow").write(tmp_path / "whole" / "m").folder
-    real, left = ShardWriter._write_tensor, [2]
-
-    def until(self: ShardWriter, *args: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        real(self, *args)
-
-    monkeypatch.setattr(ShardWriter, "_write_tensor", until)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(after=2):
         with_holes(tmp_path, nonfinite="allow").write(tmp_path / "resumed" / "m")
-    monkeypatch.setattr(ShardWriter, "_write_tensor", real)
     resumed = with_holes(tmp_path, nonfinite="allow").write(tmp_path / "resumed" / "m", resume=True)
     assert resumed.resumed_tensors == 2 and let_through(resumed.folder) == HOLES
     for path in whole.iterdir():

@@ -13,13 +13,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.adapter_changes import Change, Matcher
 from ctl_merge.adapter_config import AdapterConfig, parse_adapter_config
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint
 from ctl_merge.companions import companions, is_tokenizer_file
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
 from ctl_merge.low_rank import LowRank, Recent

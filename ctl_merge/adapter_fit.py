@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from ctl_merge.adapter_files import Form, Held
 from ctl_merge.adapter_targets import Target
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import NonFiniteError
 from ctl_merge.factors import Factors, recompressed, truncated
 

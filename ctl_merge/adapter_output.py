@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from ctl_merge.adapter_files import AdapterLayout, Form, Held
 from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_targets import Target, Targets
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec, local_header
 from ctl_merge.output import OutputFolder, disk_errors
@@ -91,6 +89,8 @@ class AdapterWriter:
         return held
 
     def _save(self, path: Path, held: Held, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
         said = {key: getattr(held, key) for key in ("how", "rank", "scale", "squares", "lost")}
         unfinished = path.with_suffix(".unfinished")
         with disk_errors(self.folder):

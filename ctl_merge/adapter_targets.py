@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
 from ctl_merge.parameter_names import ParameterNames, Place
@@ -153,7 +151,7 @@ def _means_experts(target: Target) -> bool:
     return target.kind == "linear" and target.module.rpartition(".")[2] in _BEFORE_STACKING
 
 
-def _of_module(names: ParameterNames, path: str, module: nn.Module) -> Iterator[Target]:
+def _of_module(names: ParameterNames, path: str, module: torch.nn.Module) -> Iterator[Target]:
     for leaf, parameter in module.named_parameters(recurse=False):
         full = f"{path}.{leaf}" if path else leaf
         shape = tuple(parameter.shape)
@@ -167,17 +165,17 @@ def _of_module(names: ParameterNames, path: str, module: nn.Module) -> Iterator[
         yield Target(path, full, kind, shape, tuple(names.places(full)), transposed, is_head=head, is_norm=norm)
 
 
-def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, bool]:
+def _kind(module: torch.nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, bool]:
     """What PEFT can do with a parameter, and whether its rows are the inputs."""
     if type(module).__name__ in ("MultiheadAttention", "NonDynamicallyQuantizableLinear"):
         return "none", False  # torch's attention reads the weights past its layers' forward
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    known = isinstance(module, nn.Linear | nn.Embedding) or convolution or type(module).__name__ == "Conv1D"
+    convolution = isinstance(module, torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d)
+    known = isinstance(module, torch.nn.Linear | torch.nn.Embedding) or convolution or type(module).__name__ == "Conv1D"
     if leaf == "bias" and known:
         return "bias", False
-    if isinstance(module, nn.Linear) and leaf == "weight":
+    if isinstance(module, torch.nn.Linear) and leaf == "weight":
         return "linear", False
-    if isinstance(module, nn.Embedding) and leaf == "weight":
+    if isinstance(module, torch.nn.Embedding) and leaf == "weight":
         return "embedding", True
     if type(module).__name__ == "Conv1D" and leaf == "weight":
         return "linear", True
@@ -188,7 +186,7 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[Kind, b
     return "parameter", len(shape) == 3 and bool(getattr(module, "is_transposed", False))
 
 
-def _entries(checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    out = torch.empty(count, dtype=dtype)
+def _entries(checkpoint: Checkpoint, tensor: str, start: int, count: int, dtype: torch.dtype | None = None) -> Tensor:
+    out = torch.empty(count, dtype=dtype or torch.float64)
     checkpoint.read_into(tensor, out, start)
     return out

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.estimate import input_bytes
 from ctl_merge.header import TensorSpec
 from ctl_merge.merged import MergedCheckpoint

@@ -11,31 +11,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ctl_merge import hub
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.hub import HubSnapshot
 from ctl_merge.mapped import MappedFile
 from ctl_merge.reference import ModelRef
+from ctl_merge.workers import compute_alone
 
 # Elements of a tensor that are worked on at once. Several float64 copies of it stay in cache, and the allocator hands
 # out temporaries of this size again and again; of twice the size each is fresh pages, six times as slow.
 CHUNK = 1 << 17
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
-    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "C64": torch.complex64,
+_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "C64": "complex64",
 }  # fmt: skip
 
 
 def torch_dtype(code: str) -> torch.dtype:
     """The torch dtype of a safetensors code that is mergeable or plain data; CheckpointError for a quantised one."""
-    if code in _DTYPES:
-        return _DTYPES[code]
     try:
-        return getattr(torch, dtype_name(code))
+        return getattr(torch, _NAMES.get(code) or dtype_name(code))
     except KeyError:
         raise CheckpointError(f"dtype {code} is a quantised format: dequantise the checkpoint first") from None
 
@@ -68,6 +67,11 @@ class Checkpoint(ABC):
         out = torch.empty(spec.numel, dtype=torch_dtype(spec.dtype))
         self.read_into(tensor, out)
         return out.view(spec.shape)
+
+    def bytes_into(self, tensor: str, out: np.ndarray, start: int = 0) -> None:
+        """Fill `out`, uint8, with the bytes that a file has of the tensor's elements from `start` on."""
+        compute_alone()
+        self.read_into(tensor, torch.from_numpy(out).view(torch_dtype(self.tensors[tensor].dtype)), start)
 
     def block(self, tensor: str) -> int:
         """How many elements are best read at once; partial reads are cheapest where they begin at multiples of it."""

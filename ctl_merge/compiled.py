@@ -10,9 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.noise import key_of
@@ -35,7 +34,6 @@ logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
 Mapped = Callable[[Input], MappedFile | None]
-Columns = Callable[[TensorPlan], Mapping[str, Any]]
 Raw = tuple[np.ndarray, np.ndarray]  # as `ctl_merge.methods.kernels` has it
 
 
@@ -66,52 +64,49 @@ def working_bytes(models: int, exact: bool, width: int) -> int:
 class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
-    `columns(tensor)` are a tensor's parameters as the method gets them; `read(row, input, start)` fills a row with an
-    input's values; `exact(input)` says whether these are stored in bfloat16 and read as they are, so that the loop may
-    decode them; `mapped(input)` gives such an input's bytes as they lie in the file, or None. Thread-safe.
+    `read(row, input, start)` fills a row with an input's values; `exact(input)` says whether these are stored in
+    bfloat16 and read as they are, so that the loop may decode them; `mapped(input)` gives such an input's bytes as they
+    lie in the file, or None. Thread-safe. A merge from and to bfloat16 that measures nothing is done without torch.
     """
 
-    def __init__(
-        self, kernels: Any, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped
-    ) -> None:
-        self._kernels, self._plan, self._columns = kernels, plan, columns
+    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> None:
+        self._kernels, self._plan = kernels, plan
         self._read, self._exact, self._mapped = read, exact, mapped
         self._held = threading.local()
 
     @classmethod
-    def load(
-        cls, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped
-    ) -> CompiledLoops | None:
+    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> CompiledLoops | None:
         """None where numba does not work: a merge without it is slower, and the same."""
         try:
             from ctl_merge.methods import kernels
         except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
             logger.info("without compiled loops: %s", error)
             return None
-        return cls(kernels, plan, columns, read, exact, mapped)
+        return cls(kernels, plan, read, exact, mapped)
 
     def merge(
-        self, plan: TensorPlan, results: Mapping[str, Tensor], out: Tensor, start: int, width: int
-    ) -> Tensor | None:
-        """The entries of a tensor from `start` on, as many as `out` has, in rows of `width` that stay whole.
+        self, plan: TensorPlan, results: Mapping[str, Tensor], start: int, count: int, width: int,
+        words: np.ndarray | None = None,
+    ) -> np.ndarray | None:  # fmt: skip
+        """So many entries of a tensor from `start` on, in rows of `width` that stay whole.
 
-        They are `out`, filled, where that is bfloat16 like the tensor itself, else float64, unrounded. None where the
-        plain definition must decide: for what no loop does, parts of rows that stay whole, NaN, infinity, or numbers
-        near the end of the range.
+        They are `words`, filled, where that is given, for bfloat16 as its bits, and the inputs are stored so; else
+        float64, unrounded. None where the plain definition must decide: for what no loop does, parts of rows that stay
+        whole, NaN, infinity, or numbers near the end of the range.
         """
         prepared = self._prepared(plan, results)
-        if prepared is None or start % width or out.numel() % width:
+        if prepared is None or start % width or count % width:
             return None
-        rounded = out.dtype == torch.bfloat16 and plan.spec.dtype == "BF16"
-        raw = self._load(plan, start, out.numel(), decoded=not rounded)
+        raw = self._load(plan, start, count, decoded=words is None)
         # There is a loop from bfloat16 to bfloat16, and one from float64 to float64.
-        merged = out if raw[1].dtype == np.uint16 else self._memory("merged", out.numel(), torch.float64)
+        exact = words is not None and raw[1].dtype == np.uint16
+        merged = words if exact else self._memory("merged", count, np.float64)
+        assert merged is not None
         block, rows = self._kernels.BLOCK, len(plan.everyone) + 4
-        words = self._words("words", block // 2 + 4)
-        scratch = self._memory("scratch", rows * block, torch.float64).view(rows, block).numpy()
         undecided = self._kernels.merge_chunk(
-            raw, plan.base is not None, start, width, _array(merged), scratch, words,
-            self._ranking(len(plan.inputs), width), *prepared,
+            raw, plan.base is not None, start, width, merged,
+            self._memory("scratch", rows * block, np.float64).reshape(rows, block),
+            self._memory("words", block // 2 + 4, np.uint64), self._ranking(len(plan.inputs), width), *prepared,
         )  # fmt: skip
         return None if undecided else merged
 
@@ -154,7 +149,8 @@ class CompiledLoops:
 
     def _prepare(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
         fuse = self._plan.method.fused
-        fused: Fused | None = fuse(**self._columns(plan), **results, models=len(plan.inputs)) if fuse else None
+        columns = {name: np.array(v) if numeric(v) else v for name, v in plan.parameters.items()}
+        fused: Fused | None = fuse(**columns, **results, models=len(plan.inputs)) if fuse else None
         if fused is None:
             return None
         combine = _AGREE if fused.elect else _SUM if fused.anchor is None else _ANCHORED
@@ -173,16 +169,15 @@ class CompiledLoops:
         """The inputs' values, in bfloat16 if they are and need not be `decoded`; good until this thread's next."""
         self._held.raw = None  # whose memory this is
         parts = plan.everyone
-        dtype = torch.float64
-        if not decoded and all(map(self._exact, parts)):
-            dtype = torch.bfloat16
+        exact = not decoded and all(map(self._exact, parts))
+        if exact:
             pieces = [file and file.bytes(2 * start, 2 * count) for file in self._files(plan)]
             if all(piece is not None for piece in pieces):
                 return _addresses(pieces), np.empty(0, np.uint16)
-        rows = self._memory("raw", len(parts) * count, dtype).view(len(parts), count)
+        rows = self._memory("raw", len(parts) * count, np.uint16 if exact else np.float64).reshape(len(parts), count)
         for row, part in zip(rows, parts, strict=True):
-            self._read(row, part, start)
-        return _addresses(_array(rows)), _array(rows)[0, :0]
+            self._read(torch.from_numpy(row).view(torch.bfloat16 if exact else torch.float64), part, start)
+        return _addresses(rows), rows[0, :0]
 
     def _files(self, plan: TensorPlan) -> list[MappedFile | None]:
         """The inputs' bytes in their files: mapped once for all passes over a tensor."""
@@ -194,22 +189,26 @@ class CompiledLoops:
     def _ranking(self, models: int, width: int) -> tuple[np.ndarray, ...]:
         """Memory to find places in, in rows that stay whole."""
         span = width * max(1, self._kernels.BLOCK // width)
-        places = self._memory("places", models * span, torch.float64).view(models, span).numpy()
-        counts = self._memory("counts", 1 << 14, torch.int64).numpy()
-        return places, self._keys(span), self._words("sorted", width), self._words("unsorted", width), counts
+        return (
+            self._memory("places", models * span, np.float64).reshape(models, span), self._keys(span),
+            self._memory("sorted", width, np.uint64), self._memory("unsorted", width, np.uint64),
+            self._memory("counts", 1 << 14, np.int64),
+        )  # fmt: skip
 
     def _keys(self, count: int) -> np.ndarray:
-        return self._memory("keys", count, torch.int32).numpy().view(np.uint32)
+        return self._memory("keys", count, np.uint32)
 
-    def _words(self, use: str, count: int) -> np.ndarray:
-        return self._memory(use, count, torch.int64).numpy().view(np.uint64)
-
-    def _memory(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
+    def _memory(self, use: str, count: int, dtype: type) -> np.ndarray:
         """This thread's memory for a use."""
-        held: dict[Any, Tensor] = self._held.__dict__
-        if (use, dtype) not in held or held[use, dtype].numel() < count:
-            held[use, dtype] = torch.empty(count, dtype=dtype)
+        held: dict[Any, np.ndarray] = self._held.__dict__
+        if (use, dtype) not in held or held[use, dtype].size < count:
+            held[use, dtype] = np.empty(count, dtype)
         return held[use, dtype][:count]
+
+
+def numeric(value: Any) -> bool:
+    """Whether a parameter has a number for each model."""
+    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
 
 
 def _limits(chances: Any) -> np.ndarray:
@@ -219,8 +218,3 @@ def _limits(chances: Any) -> np.ndarray:
 
 def _addresses(rows: Any) -> np.ndarray:
     return np.array([row.ctypes.data for row in rows], np.int64)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """The same memory for numba, bfloat16 as its bits."""
-    return tensor.view(torch.int16).numpy().view(np.uint16) if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -7,8 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from ctl_merge.deferred import torch
 from ctl_merge.errors import DeviceError
 from ctl_merge.header import TensorSpec
 from ctl_merge.processes import deal

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from ctl_merge.deferred import Tensor, torch
 
 ITEMSIZE = 4  # models run in float32
 
@@ -58,16 +57,16 @@ class Unit:
     """Modules whose weights come and go together: a block, or a module outside of the blocks without its children."""
 
     path: str
-    module: nn.Module
+    module: torch.nn.Module
     whole: bool
-    parameters: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, torch.nn.Parameter]
 
     @property
     def prefix(self) -> str:
         return f"{self.path}." if self.path else ""
 
 
-def units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
+def units(model: torch.nn.Module, blocks: Mapping[str, torch.nn.Module]) -> list[Unit]:
     """The units that have weights or buffers, those outside of the blocks first, and the model itself."""
     found = []
     outside = {p: m for p, m in model.named_modules() if not any(f"{p}.".startswith(f"{block}.") for block in blocks)}
@@ -80,7 +79,9 @@ def units(model: nn.Module, blocks: Mapping[str, nn.Module]) -> list[Unit]:
     return found
 
 
-def dispatch(model: Any, weights: Mapping[str, Tensor], placement: Placement, blocks: Mapping[str, nn.Module]) -> Any:
+def dispatch(
+    model: Any, weights: Mapping[str, Tensor], placement: Placement, blocks: Mapping[str, torch.nn.Module]
+) -> Any:
     """Give the model its weights where they stay; accelerate's hooks bring them, and inputs, to where they are used.
 
     `weights`: by the names of parameters, read when asked for. A parameter that modules share is held once a device.
@@ -116,7 +117,7 @@ def twin(model: Any) -> Any:
 
 
 def held_bytes(
-    model: Any, placement: Placement, blocks: Mapping[str, nn.Module]
+    model: Any, placement: Placement, blocks: Mapping[str, torch.nn.Module]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Float32 weights by device: those that stay, and the most that are brought at a time for one unit.
 
@@ -144,25 +145,25 @@ class _Held:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
-        self._tensors: dict[tuple[int, str], nn.Parameter] = {}
-        self._empty: list[nn.Parameter] = []  # kept, so that no other parameter gets the identity of one of them
+        self._tensors: dict[tuple[int, str], torch.nn.Parameter] = {}
+        self._empty: list[torch.nn.Parameter] = []  # kept, so that no other parameter gets the identity of one of them
 
-    def on(self, device: str, name: str, empty: nn.Parameter) -> nn.Parameter:
+    def on(self, device: str, name: str, empty: torch.nn.Parameter) -> torch.nn.Parameter:
         """The parameter on a device, read if it is not there yet."""
         key = (id(empty), device)
         if key not in self._tensors:
             self._empty.append(empty)
-            self._tensors[key] = nn.Parameter(self.weights[name].to(device), requires_grad=False)
+            self._tensors[key] = torch.nn.Parameter(self.weights[name].to(device), requires_grad=False)
         return self._tensors[key]
 
-    def there(self, parameters: Mapping[str, nn.Parameter], devices: tuple[str, ...]) -> dict[str, Tensor]:
+    def there(self, parameters: Mapping[str, torch.nn.Parameter], devices: tuple[str, ...]) -> dict[str, Tensor]:
         """Those of the parameters that are on one of the devices, the first that has it."""
         keys = {name: [(id(p), device) for device in devices] for name, p in parameters.items()}
         found = {name: [self._tensors[key] for key in own if key in self._tensors] for name, own in keys.items()}
         return {name: own[0] for name, own in found.items() if own}
 
 
-def _set(unit: Unit, parameters: Mapping[str, nn.Parameter]) -> None:
+def _set(unit: Unit, parameters: Mapping[str, torch.nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         owner, _, attribute = name.removeprefix(unit.prefix).rpartition(".")
         setattr(unit.module.get_submodule(owner), attribute, parameter)

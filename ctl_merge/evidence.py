@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ctl_merge.architecture import origins
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.devices import physical_memory
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import CheckpointError
@@ -133,7 +131,7 @@ def linear_layers(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[str, bo
     for path, module in model.named_modules():
         conv = type(module).__name__ == "Conv1D"  # GPT-2's linear layer
         name = stored.get(f"{path}.weight")
-        if name is not None and (isinstance(module, nn.Linear) or conv):
+        if name is not None and (isinstance(module, torch.nn.Linear) or conv):
             found[path] = (name, conv)
     return found
 
@@ -143,8 +141,8 @@ def watching(model: Any, layers: Mapping[str, tuple[str, bool]], taken: Taken) -
     """While entered, x xᵀ is added up for those layers; the caller says when a forward is over."""
     seen: list[tuple[Tensor, str]] = []  # the inputs of this forward, held so that none takes another's place
 
-    def watch(tensor: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def watch(tensor: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
             shared = next((name for inputs, name in seen if inputs is args[0]), None)
             taken.alias[tensor] = shared or tensor
             if shared is None:
@@ -163,11 +161,10 @@ def watching(model: Any, layers: Mapping[str, tuple[str, bool]], taken: Taken) -
             handle.remove()
 
 
-@torch.inference_mode()
 def _grams(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> Taken:
     """Σ x xᵀ over all tokens for each linear layer."""
     taken = Taken()
-    with watching(model, linear_layers(model, checkpoint), taken) as finished:
+    with torch.inference_mode(), watching(model, linear_layers(model, checkpoint), taken) as finished:
         for ids in batches(sets):
             forward(model, ids)[0]()
             taken.count += ids.numel()
@@ -185,7 +182,7 @@ def _fishers(model: Any, sets: Sequence[TokenSet], checkpoint: Checkpoint) -> Ta
         run, labels = forward(model, ids)
         if labels is None:
             raise CheckpointError(f"{checkpoint.name} predicts no next token, so that no text has a likelihood")
-        loss = nn.functional.cross_entropy(run()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(run()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         gradients = torch.autograd.grad(loss, [p for _, p in parameters], allow_unused=True)
         for (name, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ctl_merge
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.adapter_card import build_adapter_card
@@ -20,6 +18,7 @@ from ctl_merge.adapter_output import AdapterWriter, Wanted, as_records, complete
 from ctl_merge.adapter_targets import Target, Targets, find_targets
 from ctl_merge.card import RECIPE, recipe_section
 from ctl_merge.checkpoint import Checkpoint, torch_dtype
+from ctl_merge.deferred import torch, torch_version
 from ctl_merge.devices import checked_device
 from ctl_merge.document import Document
 from ctl_merge.errors import CheckpointError, MismatchError, RecipeError
@@ -223,7 +222,7 @@ class _Extractor:
 
     def _fingerprint(self) -> str:
         state = [source.state() for source in self.opened.sources.values()]
-        settings = [self.opened.recipe.text, str(self.how), state, ctl_merge.__version__, torch.__version__]
+        settings = [self.opened.recipe.text, str(self.how), state, ctl_merge.__version__, torch_version()]
         settings.append([recipe.text for recipe in self.opened.recipe.steps.values()])
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from ctl_merge.deferred import Tensor, torch
 
 _SAFETY = 8  # of the rounding of a float64 SVD, eps times the larger side times the largest value
 _EXACT = 1024  # sides up to which an exact SVD takes no longer than a randomised one

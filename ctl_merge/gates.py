@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import CheckpointError, DataError
 from ctl_merge.mixture import Expert, GateMode
@@ -111,7 +109,6 @@ class PromptGates:
             found[i] = piece[i * width - begin : (i + 1) * width - begin].clone()
         return found
 
-    @torch.no_grad()
     def _states(self, tokens: dict[str, list[int]]) -> dict[str, Tensor]:
         """Each prompt's state at the input of each layer: (layers, width) float64."""
         embedded = self._embedded(tokens)
@@ -120,7 +117,8 @@ class PromptGates:
         found: dict[str, Tensor] = {}
         for batch in _batches(tokens):
             inputs, mask = _padded([embedded.pop(prompt).float() for prompt in batch])
-            states = _block_inputs(model, blocks, inputs, mask, average=self.mode == "hidden_avg")
+            with torch.no_grad():
+                states = _block_inputs(model, blocks, inputs, mask, average=self.mode == "hidden_avg")
             found |= {prompt: states[:, row] for row, prompt in enumerate(batch)}
         return_freed_memory()
         return found

@@ -59,6 +59,11 @@ class TensorSpec:
         return self.numel * _DTYPES[self.dtype][0] // 8
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element; those of fewer bits are no tensor that is written."""
+        return _DTYPES[self.dtype][0] // 8
+
+    @property
     def width(self) -> int:
         """How many entries a row has: the last axis; a vector is one row."""
         return max(1, self.shape[-1]) if self.shape else 1

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import torch_version
 from ctl_merge.errors import MismatchError
 from ctl_merge.plan import Plan
 from ctl_merge.processes import Ranks
@@ -29,7 +29,7 @@ def identity(
         "plan": [(t.name, str(t.spec), t.operation, str(t.inputs), str(t.parameters)) for t in plan.tensors.values()],
         "shards": [(shard.file, list(shard.specs)) for shard in shards],
         "devices": sorted({device.partition(":")[0] for device in devices.values()}),
-        "versions": [ctl_merge.__version__, torch.__version__, np.__version__],
+        "versions": [ctl_merge.__version__, torch_version(), np.__version__],
     }
 
 

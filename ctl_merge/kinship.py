@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.deferred import torch
 from ctl_merge.header import MERGEABLE
 
 _TENSORS = 8  # of which a chunk each is read

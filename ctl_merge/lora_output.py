@@ -7,8 +7,6 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-import torch
-
 from ctl_merge import hub
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.adapter_changes import Change
@@ -17,6 +15,7 @@ from ctl_merge.adapter_fit import Fit
 from ctl_merge.adapter_output import WEIGHTS, Wanted, completed
 from ctl_merge.adapter_targets import Target, find_targets
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint, torch_dtype
+from ctl_merge.deferred import torch
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.factors import Factors, concatenated
 from ctl_merge.header import TensorSpec

@@ -7,9 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.header import TensorSpec
 
 _KEPT = 4  # A and B of one module, and of the one that is read in turn with it: experts' matrices alternate

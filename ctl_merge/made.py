@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.header import TensorSpec
 from ctl_merge.methods.noise import uniform
 from ctl_merge.reference import ModelRef

@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
 
 import ctl_merge
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import torch_version
 from ctl_merge.digests import sha256_of
 from ctl_merge.finished import written_files
 from ctl_merge.hub_push import Outgoing
@@ -58,7 +58,7 @@ def build_manifest(
     return {
         "format": 1,
         "versions": {
-            "ctl_merge": ctl_merge.__version__, "torch": torch.__version__, "numpy": np.__version__,
+            "ctl_merge": ctl_merge.__version__, "torch": torch_version(), "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "method": plan.method.name, "parameters": parameter_ranges(plan), "seed": plan.recipe.seed,

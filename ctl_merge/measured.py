@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.measures import Results
 from ctl_merge.merged import MergedCheckpoint
 

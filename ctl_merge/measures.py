@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.processes import ALONE, Ranks, deal
 from ctl_merge.sums import total

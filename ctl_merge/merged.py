@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
-from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, working_bytes, worthwhile
+from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, numeric, working_bytes, worthwhile
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.mapped import MappedFile
@@ -24,6 +24,7 @@ from ctl_merge.methods.registry import Grain, Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 from ctl_merge.token_rows import Input, RowReader
+from ctl_merge.workers import compute_alone
 
 # An accelerator wants larger pieces than a cache does, or launching kernels costs more than running them.
 DEVICE_CHUNK = 32 * CHUNK
@@ -75,7 +76,7 @@ class MergedCheckpoint(Checkpoint):
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
         if not self.has_loops:
             return None
-        return CompiledLoops.load(self.plan, self.columns_of, self.fill, self._is_plain, self._mapped)
+        return CompiledLoops.load(self.plan, self.fill, self._is_plain, self._mapped)
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -99,7 +100,7 @@ class MergedCheckpoint(Checkpoint):
         return max(step, LOOP_CHUNK) if self._grain(plan) == "element" else step * max(1, LOOP_CHUNK // step)
 
     def _by_loops(self, plan: TensorPlan) -> bool:
-        return self.has_loops and self._grain(plan) != "tensor" and self._device(plan.name).type == "cpu"
+        return self.has_loops and self._grain(plan) != "tensor" and self._on_cpu(plan.name)
 
     def _whole(self, plan: TensorPlan) -> int:
         """Entries that stay together: those of a row, for methods that want it whole."""
@@ -109,7 +110,7 @@ class MergedCheckpoint(Checkpoint):
         """How much is computed at once where the plain definition is asked."""
         if self._grain(self.plan.tensors[tensor]) == "tensor":
             return max(1, self.tensors[tensor].numel)
-        most = CHUNK if self._device(tensor).type == "cpu" else DEVICE_CHUNK
+        most = CHUNK if self._on_cpu(tensor) else DEVICE_CHUNK
         most = max(most, *(self._checkpoints[p.model].block(p.tensor) for p in self.plan.tensors[tensor].everyone))
         if self._grain(self.plan.tensors[tensor]) == "element":
             return most
@@ -122,14 +123,20 @@ class MergedCheckpoint(Checkpoint):
         own = working_bytes(len(self._checkpoints), self._all_plain, width) if self.has_loops else 0
         return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
+    def bytes_into(self, tensor: str, out: np.ndarray, start: int = 0) -> None:
+        plan = self.plan.tensors[tensor]
+        if plan.operation == "copy" or plan.spec.dtype != "BF16" or not self._loop(plan, out.view(np.uint16), start):
+            super().bytes_into(tensor, out, start)
+
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         plan = self.plan.tensors[tensor]
         if plan.operation == "copy":
             self._copy(plan, out, start)
             return
-        results, stop = self.measures.of(plan), start + out.numel()
-        if self._by_loop(plan, results, out, start):
+        words = plan.spec.dtype == "BF16" and out.dtype == torch.bfloat16
+        if self._loop(plan, out.view(torch.int16).numpy().view(np.uint16) if words else out, start):
             return
+        results, stop = self.measures.of(plan), start + out.numel()
         with self._on(self._device(tensor)):
             for begin, end in self._pieces(plan, start, stop):
                 merged = self._merge(plan, begin, end - begin, results)
@@ -138,20 +145,23 @@ class MergedCheckpoint(Checkpoint):
                 # Waits for the device, so that the pinned buffer may be filled again.
                 out[max(begin - start, 0) :][: wanted.numel()].copy_(wanted)
 
-    def _by_loop(self, plan: TensorPlan, results: Results, out: Tensor, start: int) -> bool:
-        """Whether a compiled loop did it; else the plain definition is asked."""
+    def _loop(self, plan: TensorPlan, out: Tensor | np.ndarray, start: int) -> bool:
+        """Whether a compiled loop filled `out`, an array of bfloat16's bits; else the plain definition is asked."""
         if not self._by_loops(plan) or self._loops is None:
             return False
-        width = self._whole(plan)
+        results, width = self.measures.of(plan), self._whole(plan)
         step = loop_step(width)
-        for begin in range(0, out.numel(), step):
+        for begin in range(0, len(out), step):
             wanted = out[begin : begin + step]
-            merged = self._loops.merge(plan, results, wanted, start + begin, width)
+            words = wanted if isinstance(wanted, np.ndarray) else None
+            merged = self._loops.merge(plan, results, start + begin, len(wanted), width, words)
             if merged is None:
                 return False
-            if merged is not wanted:
-                self._check_result(plan, merged, start + begin)
-                wanted.copy_(merged)
+            if merged is not words:
+                unrounded = torch.from_numpy(merged)
+                self._check_result(plan, unrounded, start + begin)
+                kept = torch.from_numpy(wanted).view(torch.bfloat16) if isinstance(wanted, np.ndarray) else wanted
+                kept.copy_(unrounded)
         return True
 
     @property
@@ -248,7 +258,9 @@ class MergedCheckpoint(Checkpoint):
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
         ones = [1] * (stack.ndim - 1)
-        arguments = {n: v.view(-1, *ones) if isinstance(v, Tensor) else v for n, v in self.columns_of(plan).items()}
+        arguments = {
+            n: v.view(-1, *ones) if isinstance(v, torch.Tensor) else v for n, v in self.columns_of(plan).items()
+        }
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
@@ -259,9 +271,7 @@ class MergedCheckpoint(Checkpoint):
         """The parameters, per-model ones as float64 columns (models,)."""
         key = id(plan.parameters)
         if key not in self._columns:
-            columns = {
-                n: torch.tensor(v, dtype=torch.float64) if _numeric(v) else v for n, v in plan.parameters.items()
-            }
+            columns = {n: torch.tensor(v, dtype=torch.float64) if numeric(v) else v for n, v in plan.parameters.items()}
             self._columns[key] = columns
         return self._columns[key]
 
@@ -290,6 +300,7 @@ class MergedCheckpoint(Checkpoint):
 
     def accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
         """The state of one of the method's measures over a whole tensor, given the results of those before it."""
+        compute_alone()
         measure = self.method.measures[name]
         if measure.compiled and self._by_loops(plan) and self._loops is not None:
             return self._counted(plan, measure, results.get(f"{name}_bin"))
@@ -353,6 +364,9 @@ class MergedCheckpoint(Checkpoint):
                 f"{_listed(plan)}): set a wider `dtype`, or smaller weights"
             )
 
+    def _on_cpu(self, tensor: str) -> bool:
+        return self._devices.get(tensor, "cpu") == "cpu"
+
     def _device(self, tensor: str) -> torch.device:
         return torch.device(self._devices.get(tensor, "cpu"))
 
@@ -401,7 +415,3 @@ class ParentView(Checkpoint):
 
 def _listed(plan: TensorPlan) -> str:
     return ", ".join(str(part.model) for part in plan.everyone)
-
-
-def _numeric(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.registry import Method, no_objection
 from ctl_merge.reference import ModelRef
 

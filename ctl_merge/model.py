@@ -7,11 +7,9 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.architecture import empty_model, origins, tied_parameters
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.dispatch import Placement, dispatch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.stacks import every_block, find_blocks
@@ -25,9 +23,10 @@ class ModuleWeights(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, as_written: bool = False
+        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype | None = None, as_written: bool = False
     ) -> None:
-        self.model, self.checkpoint, self.dtype, self.as_written = model, checkpoint, dtype, as_written
+        self.model, self.checkpoint, self.as_written = model, checkpoint, as_written
+        self.dtype = dtype or torch.float32
         self._origins = origins(model, checkpoint.tensors)
         self._ties = tied_parameters(model)
         self._tied = {t: s for t, s in self._ties.items() if t not in self._origins}

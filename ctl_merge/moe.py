@@ -11,10 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
-
 from ctl_merge.checkpoint import FileCheckpoint
 from ctl_merge.correspondence import Correspondence, Input, correspond, few
+from ctl_merge.deferred import Tensor
 from ctl_merge.errors import MismatchError
 from ctl_merge.gates import PromptGates
 from ctl_merge.header import TensorSpec, dtype_code

@@ -6,10 +6,8 @@ import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import FileCheckpoint, torch_dtype
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec
 from ctl_merge.hub import HubSnapshot
@@ -61,5 +59,5 @@ class PickledCheckpoint(FileCheckpoint):
 
 
 def _is_plain(name: object, tensor: object) -> bool:
-    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.dtype in _CODES
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.dtype in _CODES
     return isinstance(name, str) and dense

@@ -6,10 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import MismatchError
 from ctl_merge.evidence import Taken, Texts, batches, linear_layers, token_sets, watching
 from ctl_merge.model import ModuleWeights, load_weights
@@ -104,15 +102,14 @@ class _Run:
             )
         own.data.copy_(value)
 
-    @torch.inference_mode()
     def measure(self, stage: int) -> None:
         """Run the text up to the end of the stage."""
         chosen = {path: layer for path, layer in self.layers.items() if self.stages[layer[0]] == stage}
-        block: nn.Module | None = self.model.get_submodule(self.sites[stage]) if stage < len(self.sites) else None
+        block: torch.nn.Module | None = self.model.get_submodule(self.sites[stage]) if stage < len(self.sites) else None
         ending = block.register_forward_hook(_stop) if block is not None else None
         counted = 0
         try:
-            with watching(self.model, chosen, self.taken) as finished:
+            with torch.inference_mode(), watching(self.model, chosen, self.taken) as finished:
                 for ids in batches(self.sets):
                     _until_enough(forward(self.model, ids)[0])
                     counted += ids.numel()

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ctl_merge.deferred import torch
 from ctl_merge.output import disk_errors
 
 _PIECE = 1 << 20  # bytes read or written at once

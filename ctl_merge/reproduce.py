@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ctl_merge import hub
 from ctl_merge.card import RECIPE
 from ctl_merge.checkpoint import Checkpoint
 from ctl_merge.companions import companions
+from ctl_merge.deferred import torch
 from ctl_merge.digests import sha256_of
 from ctl_merge.errors import CheckpointError, DataError, MismatchError
 from ctl_merge.merging import Merge, Meter, no_meter

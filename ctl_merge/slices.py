@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from ctl_merge.architecture import precede_blocks
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import Tensor
 from ctl_merge.errors import MismatchError
 from ctl_merge.header import TensorSpec
 from ctl_merge.layers import block_index

@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from ctl_merge.architecture import is_layer, layer_classes, origins
+from ctl_merge.deferred import torch
 from ctl_merge.errors import ProbeError
 
-Stacks = Mapping[str, Mapping[str, nn.Module]]
+Stacks = Mapping[str, Mapping[str, "torch.nn.Module"]]
 
 
-def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.Module]]:
+def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, torch.nn.Module]]:
     """The model's stacks of transformer blocks: list's path -> {`path.i`: block}.
 
     The topmost ModuleLists whose items are all GradientCheckpointingLayers; else those of the classes that the model
@@ -22,7 +21,9 @@ def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.
     others of that length lie beside it; else, or if there is none, ProbeError asks for `named`, the path of a list.
     """
     lists = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module)
     }
     if named is not None:
         if named not in lists:
@@ -38,7 +39,7 @@ def find_blocks(model: Any, named: str | None = None) -> dict[str, dict[str, nn.
     return {path: {f"{path}.{i}": block for i, block in enumerate(lists[path])} for path in chosen}
 
 
-def every_block(stacks: Stacks) -> dict[str, nn.Module]:
+def every_block(stacks: Stacks) -> dict[str, torch.nn.Module]:
     """The blocks of all stacks by site."""
     return {site: block for stack in stacks.values() for site, block in stack.items()}
 
@@ -64,7 +65,7 @@ def tensors_below(model: Any, names: Iterable[str], modules: Iterable[str]) -> d
     return found
 
 
-def _as_deep_as_the_text_model(model: Any, lists: Mapping[str, nn.ModuleList]) -> list[str]:
+def _as_deep_as_the_text_model(model: Any, lists: Mapping[str, torch.nn.ModuleList]) -> list[str]:
     """The largest list of the text model's depth; none where lists of that length share the work, as in XLM."""
     config = getattr(model, "config", None)
     depth = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None

@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from ctl_merge.checkpoint import FileCheckpoint
+from ctl_merge.deferred import Tensor
 from ctl_merge.header import TensorSpec
 from ctl_merge.reference import ModelRef
 

@@ -10,13 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge import hub
 from ctl_merge.bounded import MOST_CONFIG, MOST_INDEX, parse_bounded, read_bounded
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, chunks, raw_bytes, torch_dtype
 from ctl_merge.companions import is_companion
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError, HubError
 from ctl_merge.header import MAX_HEADER_BYTES, Header, local_header, parse_header, parse_length
 from ctl_merge.mapped import MappedFile

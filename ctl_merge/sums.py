@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import reduce
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.processes import Ranks
 
 

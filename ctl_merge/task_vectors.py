@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from ctl_merge.adapter import AdaptedCheckpoint
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.header import TensorSpec
 from ctl_merge.reference import ModelRef
 

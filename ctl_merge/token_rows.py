@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.reference import ModelRef
 
 # Values of `RowMap.table` for rows that no single row of a file gives; NONE is for `align` alone.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
+from ctl_merge.deferred import torch
 from ctl_merge.plan import Plan
 from ctl_merge.reference import ModelRef
 from ctl_merge.token_rows import Input

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, chunks, torch_dtype
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import NonFiniteError
 from ctl_merge.header import MERGEABLE
 from ctl_merge.methods.order import count_upper, locate

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
+import numpy as np
 
-from ctl_merge.checkpoint import Checkpoint, raw_bytes, torch_dtype
+from ctl_merge.checkpoint import Checkpoint, torch_dtype
+from ctl_merge.deferred import torch
 from ctl_merge.errors import CheckpointError, OutputError
-from ctl_merge.header import TensorSpec, build_header, local_header, total_bytes
+from ctl_merge.header import MERGEABLE, TensorSpec, build_header, local_header, total_bytes
 from ctl_merge.output import disk_errors, lock
 from ctl_merge.processes import deal
 from ctl_merge.workers import pool
@@ -168,19 +169,20 @@ class ShardWriter:
         spec = self.checkpoint.tensors[name]
         file, offset = self._place[name]
         step, crc, nan, infinite = self.checkpoint.block(name), 0, 0, 0
-        dtype = torch_dtype(spec.dtype)
-        out = torch.empty(min(step, spec.numel), dtype=dtype)
+        size = spec.itemsize
+        out = np.empty(min(step, spec.numel) * size, np.uint8)
         descriptor = os.open(self.folder / file, os.O_WRONLY)
         try:
             for start in range(0, spec.numel, step):
-                piece = out[: min(step, spec.numel - start)]
-                self.checkpoint.read_into(name, piece, start)
-                data = raw_bytes(piece)
+                piece = out[: min(step, spec.numel - start) * size]
+                self.checkpoint.bytes_into(name, piece, start)
+                data = piece.data
                 crc = zlib.crc32(data, crc)
-                if self.counted and dtype.is_floating_point:
-                    nan += int(piece.isnan().sum())
-                    infinite += int(piece.isinf().sum())
-                write_at(descriptor, data, offset + start * dtype.itemsize)
+                if self.counted and spec.dtype in MERGEABLE:
+                    values = torch.from_numpy(piece).view(torch_dtype(spec.dtype))
+                    nan += int(values.isnan().sum())
+                    infinite += int(values.isinf().sum())
+                write_at(descriptor, data, offset + start * size)
                 progress(len(data))
         finally:
             os.close(descriptor)

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ctl_merge.deferred import torch
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating.answers import check_answers, measure_answers
 from ctl_merge.evaluating.evaluation import Evaluation

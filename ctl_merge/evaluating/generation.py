@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import ProbeError
 from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.passages import opening
@@ -17,7 +15,6 @@ from ctl_merge.processes import ALONE, Ranks
 _STEPS = 16  # tokens between two looks for a stop text
 
 
-@torch.inference_mode()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, ends: Sequence[int] = (), stop: Sequence[str] = (),
     new_tokens: int = 128, batch: int = 8, samples: int = 1, temperature: float = 0.8, seed: int = 0,
@@ -47,7 +44,7 @@ def generate(
         pad = ending[0] if ending else 0
         tokens, mask = _padded([ids[i] for i in rows], pad)
         ended = [_Stopped(tokenizer, tokens.shape[1], stop)] if stop else []
-        with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
             torch.manual_seed(seed)
             output = model.generate(
                 input_ids=tokens.to(device), attention_mask=mask.to(device), max_new_tokens=new_tokens,

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import NonFiniteError, ProbeError
 from ctl_merge.evaluating.batches import in_batches
 from ctl_merge.evaluating.metrics import binned
@@ -45,7 +43,6 @@ class Predictions:
                 own.extend(more)
 
 
-@torch.inference_mode()
 def predict(
     models: Mapping[str, Any], passages: Sequence[Passage], batch: int = 8, *,
     agreement: Mapping[str, Sequence[str]] | None = None, calibration: bool = False, device: str = "cpu",
@@ -99,13 +96,14 @@ def _logits(name: str, model: Any, ids: Tensor, uneven: bool) -> tuple[Tensor, T
     run, labels = forward(model, ids)
     if labels is None:
         raise ProbeError(f"{name} ({type(model).__name__}) predicts no next token, so that no text has a loss")
-    return run(), labels
+    with torch.inference_mode():
+        return run(), labels
 
 
 def _of(logits: Tensor, labels: Tensor, others: Mapping[str, Tensor], calibration: bool) -> Predictions:
     """One passage: logits (T, V) of the tokens that are counted, labels (T,)."""
     logits = logits.double()
-    found = Predictions([float(cross_entropy(logits, labels, reduction="sum"))], [len(labels)])
+    found = Predictions([float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))], [len(labels)])
     if calibration:
         confidence, top = logits.softmax(-1).max(-1)
         found.bins.append(binned(confidence.cpu().numpy(), (top == labels).cpu().numpy()))

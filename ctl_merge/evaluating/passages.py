@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating.options import TextOptions
 from ctl_merge.probing.data import TokenSet, texts_of, tokenised

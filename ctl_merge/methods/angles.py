@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Scope
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.parameters import Parameters
 
 
@@ -23,6 +22,11 @@ def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
         # Not `add_(tensor, alpha=factor)`: whether that rounds once or twice depends on the processor.
         total.add_(torch.mul(tensor, factor, out=scaled))
     return total
+
+
+def total(weight: Any) -> float:
+    """Σ w, rounded once: in whatever order, and by whatever library, the same."""
+    return math.fsum(weight.flatten().tolist())
 
 
 def anchored_sum(tensors: Tensor, factors: Sequence[float], total: float) -> Tensor:
@@ -42,7 +46,7 @@ def anchored_sum(tensors: Tensor, factors: Sequence[float], total: float) -> Ten
 
 def weighted_mean(tensors: Tensor, weight: Tensor) -> Tensor:
     """Σ w t / Σ w over the first axis: tensors (models, *shape), weight (models, 1, ...) -> (*shape)."""
-    return anchored_sum(tensors, (weight / weight.sum()).flatten().tolist(), 1.0)
+    return anchored_sum(tensors, (weight / total(weight)).flatten().tolist(), 1.0)
 
 
 def cancel(weights: Sequence[float]) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.agreement import merge_agreeing
-from ctl_merge.methods.combine import safe_divisor, weighted_sum
+from ctl_merge.methods.combine import safe_divisor, total, weighted_sum
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, PerModel, Scale, Weight, column
@@ -43,8 +42,8 @@ def drop_and_rescale(
 def _fused_drop(merge: Fused | None, density: Tensor, rescale: bool | str) -> Fused | None:
     if merge is None or rescale == "l1":
         return None
-    divisors = safe_divisor(density).flatten().tolist() if rescale else None
-    return replace(merge, chance=density.flatten().tolist(), divisors=divisors)
+    chance = density.flatten().tolist()
+    return replace(merge, chance=chance, divisors=[share or 1.0 for share in chance] if rescale else None)
 
 
 def _fused(*, density: Tensor, rescale: bool | str, **others: Any) -> Fused | None:
@@ -77,7 +76,7 @@ def dare_linear(
     equal in expectation for large tensors, wild for small ones.
     """
     kept = drop_and_rescale(deltas, density, rescale, noise, l1_ratio)
-    divisor = float(weight.sum()) if normalize else 1.0
+    divisor = total(weight) if normalize else 1.0
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 

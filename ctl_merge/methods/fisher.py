@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.combine import dividing, weighted_mean
 from ctl_merge.methods.parameters import PerModel, Weight, column
 from ctl_merge.methods.registry import merge_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from ctl_merge.deferred import Tensor
 
 
 @dataclass(frozen=True)

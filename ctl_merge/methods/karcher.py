@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.angles import cosines, gram, lengths, whole_tensor
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
 from ctl_merge.methods.fused import Fused, summed

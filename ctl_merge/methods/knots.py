@@ -6,10 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.combine import cancel, weighted_sum
 from ctl_merge.methods.matrices import leading, matrix_by_matrix, rounding

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from ctl_merge.deferred import Tensor, torch
 
 # Of the backward error of a float64 SVD, eps times the larger side times the norm.
 _SAFETY = 8

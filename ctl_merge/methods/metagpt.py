@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
 from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters

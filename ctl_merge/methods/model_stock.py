@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.angles import cosines, gram, whole_tensor
 from ctl_merge.methods.combine import weighted_sum
 from ctl_merge.methods.fused import Fused, summed

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.registry import merge_method
 
 Step = Annotated[

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from ctl_merge.deferred import Tensor, torch
 
 PER_BLOCK = 8  # one Philox4x64 counter value gives four 64-bit words, that is eight of 32 bits
 

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from pydantic import Field, FiniteFloat, TypeAdapter
-from torch import Tensor
+
+from ctl_merge.deferred import Tensor
 
 PER_MODEL = "per model"
 NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")

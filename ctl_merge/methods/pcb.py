@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.combine import safe_divisor
 from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters, Scale, column

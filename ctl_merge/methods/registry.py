@@ -14,10 +14,9 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import RecipeError
 from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.combine import dividing, weighted_mean, weighted_sum
 from ctl_merge.methods.parameters import Fraction, PerModel, Scale, Weight
 from ctl_merge.methods.registry import merge_method

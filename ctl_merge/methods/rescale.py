@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.combine import safe_divisor
 from ctl_merge.methods.parameters import Parameters, column
 from ctl_merge.methods.registry import Measure, Scope

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import merge_agreeing
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.order import count_upper, kth_largest, locate, refinement

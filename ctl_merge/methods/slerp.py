@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.angles import cosine as angle_cosine
 from ctl_merge.methods.angles import gram, whole_tensor
 from ctl_merge.methods.combine import weighted_sum

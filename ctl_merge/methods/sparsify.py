@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters
@@ -59,18 +59,18 @@ def above(delta: Tensor, cut: float) -> Tensor:
     if cut == 0.0:
         return delta
     # hardshrink keeps what is strictly above; it is vectorised, and torch.where is not: thirty times faster.
-    return torch.nn.functional.hardshrink(delta, _just_below(cut, delta.dtype))
+    return torch.nn.functional.hardshrink(delta, _just_below(cut, delta.dtype == torch.float32))
 
 
-def _just_below(cut: float, dtype: torch.dtype) -> float:
-    """The largest magnitude of that dtype that is below the cut once it is rounded to float32."""
-    at = torch.tensor(cut, dtype=torch.float32)
-    below = float(torch.nextafter(at, torch.tensor(0.0)))
-    if dtype == torch.float32 or not math.isfinite(cut):
+def _just_below(cut: float, narrow: bool = False) -> float:
+    """The largest magnitude, float32 if `narrow`, that is below the cut once it is rounded to float32."""
+    at = np.float32(cut)
+    below = float(np.nextafter(at, np.float32(0)))
+    if narrow or not math.isfinite(cut):
         return below
     # What lies halfway is rounded to the even neighbour, the one whose last bit is zero.
     middle = (below + cut) / 2
-    return middle if int(at.view(torch.int32)) & 1 else math.nextafter(middle, 0.0)
+    return middle if int(at.view(np.int32)) & 1 else math.nextafter(middle, 0.0)
 
 
 def fused_trim(
@@ -82,9 +82,9 @@ def fused_trim(
     shares, cuts = density.flatten().tolist(), least.flatten().tolist()
     ends = [math.inf] * len(cuts) if largest is None else largest.flatten().tolist()
     kept = [0.0 if share == 1.0 else math.inf if share == 0.0 else cut for share, cut in zip(shares, cuts, strict=True)]
-    above = [-1.0 if cut == 0.0 else _just_below(cut, torch.float64) for cut in kept]
+    above = [-1.0 if cut == 0.0 else _just_below(cut) for cut in kept]
     upto = [
-        math.inf if share == 1.0 or end == math.inf else _just_below(end, torch.float64)
+        math.inf if share == 1.0 or end == math.inf else _just_below(end)
         for share, end in zip(shares, ends, strict=True)
     ]
     return replace(merge, above=above, upto=upto)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import election, merge_agreeing
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-import torch
 from pydantic import Field, FiniteFloat
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.matrices import matrix_by_matrix
 from ctl_merge.methods.registry import merge_method
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import torch
 from ctl_merge.errors import CheckpointError, HubError, ProbeError, RecipeError
 from ctl_merge.local_paths import without_paths
 from ctl_merge.merging import Merge, Meter, no_meter

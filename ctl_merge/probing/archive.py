@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from ctl_merge.deferred import torch
 from ctl_merge.errors import ProbeError
 from ctl_merge.probing.grams import Grams, SiteGrams
 from ctl_merge.probing.losses import Losses

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from ctl_merge.deferred import torch
 from ctl_merge.probing.grams import SiteGrams
 from ctl_merge.probing.intervals import Draws
 from ctl_merge.probing.metrics import Site, Sources, disagreement, inner, interpolation, ratio, unit

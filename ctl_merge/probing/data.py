@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.bounded import MOST_TOKENIZER, parse_bounded, read_bounded
 from ctl_merge.companions import is_tokenizer_file
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import DataError
 from ctl_merge.probing.rows import DataSpec, read_pieces, read_rows
 from ctl_merge.probing.turns import PROMPT, RESPONSE, Text, is_conversation, joined, templated, turns

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
+from ctl_merge.deferred import Tensor
 from ctl_merge.errors import ProbeError
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from ctl_merge.deferred import Tensor, torch
 
 # Dimensions that the robust variant leaves out: those in which the base's features of the first sequence are largest.
 MASSIVE = 8

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.header import TensorSpec
 from ctl_merge.probing.data import STRATA
 from ctl_merge.probing.observer import BASE, Rider, Subject

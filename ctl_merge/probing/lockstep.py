@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from ctl_merge.deferred import Tensor, torch
 
 # Parts of a block whose outputs are looked at too, by the class names of its children.
 _PARTS = {
@@ -45,7 +44,7 @@ class Lockstep:
     """Models whose blocks are instrumented to meet. `blocks`: for each model, its blocks by site, in order."""
 
     def __init__(
-        self, blocks: Mapping[str, Mapping[str, nn.Module]], on_inputs: OnInputs, on_outputs: OnOutputs
+        self, blocks: Mapping[str, Mapping[str, torch.nn.Module]], on_inputs: OnInputs, on_outputs: OnOutputs
     ) -> None:
         self._names = list(blocks)
         self._on_inputs, self._on_outputs = on_inputs, on_outputs
@@ -53,7 +52,7 @@ class Lockstep:
         self._brought: dict[str, Any] = {}
         self._act_on: Callable[[dict[str, Any]], Any] = lambda brought: None
         self._result: Any = None
-        self._originals: list[tuple[nn.Module, str, Any]] = []
+        self._originals: list[tuple[torch.nn.Module, str, Any]] = []
         for name, own in blocks.items():
             for site, block in own.items():
                 self._instrument(name, site, block)
@@ -101,7 +100,7 @@ class Lockstep:
         with torch.inference_mode():
             self._result = self._act_on({name: brought[name] for name in self._names})
 
-    def _instrument(self, name: str, site: str, block: nn.Module) -> None:
+    def _instrument(self, name: str, site: str, block: torch.nn.Module) -> None:
         # Where weights are streamed, accelerate reads the block's before this and forgets them after.
         attribute = "_old_forward" if hasattr(block, "_hf_hook") else "forward"
         original = getattr(block, attribute)
@@ -139,10 +138,10 @@ def _hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Callable[[Tens
     return kwargs["hidden_states"], lambda other: (args, {**kwargs, "hidden_states": other})
 
 
-def _parts(block: nn.Module) -> dict[str, nn.Module]:
+def _parts(block: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The attention and the MLP among a block's children (or theirs, as in T5): the first whose class is so called."""
     children = [*block.children(), *(grand for child in block.children() for grand in child.children())]
-    found: dict[str, nn.Module] = {}
+    found: dict[str, torch.nn.Module] = {}
     for part, pattern in _PARTS.items():
         left = [child for child in children if child not in found.values()]  # a Qwen3MoeAttention is no mixture
         module = next((child for child in left if pattern.search(type(child).__name__)), None)
@@ -154,7 +153,7 @@ def _parts(block: nn.Module) -> dict[str, nn.Module]:
 class _recording:
     """While entered, the outputs of the parts are kept, as copies: Falcon's block adds to them in place."""
 
-    def __init__(self, parts: Mapping[str, nn.Module], kept: dict[str, Tensor]) -> None:
+    def __init__(self, parts: Mapping[str, torch.nn.Module], kept: dict[str, Tensor]) -> None:
         self.parts, self.kept = parts, kept
 
     def __enter__(self) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.probing.metrics import interpolation
 
 

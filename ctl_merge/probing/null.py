@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.header import MERGEABLE
 from ctl_merge.methods.noise import uniform
 

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.probing.data import STRATA
 from ctl_merge.probing.grams import Grams, SiteGrams
 from ctl_merge.probing.lockstep import Visit

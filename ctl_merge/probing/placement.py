@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import torch
 from ctl_merge.devices import accelerators, by_prefix, checked_device, parse_max_memory, parse_table, physical_memory
 from ctl_merge.dispatch import ITEMSIZE, Placement, held_bytes
 from ctl_merge.errors import DeviceError
@@ -127,7 +126,7 @@ def _checked(table: Mapping[str, Any]) -> dict[str, str]:
     return {path: "disk" if device == "disk" else checked_device(device) for path, device in table.items()}
 
 
-def _check_prefixes(table: Mapping[str, str], model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+def _check_prefixes(table: Mapping[str, str], model: torch.nn.Module, blocks: Mapping[str, torch.nn.Module]) -> None:
     """Every path names a module, none lies inside of a block, and no weight is left out."""
     modules = dict(model.named_modules())
     for path in table:
@@ -143,7 +142,7 @@ def _check_prefixes(table: Mapping[str, str], model: nn.Module, blocks: Mapping[
 
 
 def _check_limits(
-    placement: Placement, limits: Mapping[str, float], model: Any, blocks: Mapping[str, nn.Module],
+    placement: Placement, limits: Mapping[str, float], model: Any, blocks: Mapping[str, torch.nn.Module],
     models: int, holding: int,
 ) -> None:  # fmt: skip
     for device, needed in _bytes(placement, model, blocks, models, holding).items():
@@ -155,7 +154,7 @@ def _check_limits(
 
 
 def _bytes(
-    placement: Placement, model: Any, blocks: Mapping[str, nn.Module], models: int, holding: int
+    placement: Placement, model: Any, blocks: Mapping[str, torch.nn.Module], models: int, holding: int
 ) -> dict[str, int]:
     """Float32 weights on each device at once: those that stay, and what every model has brought for its block."""
     staying, brought = held_bytes(model, placement, blocks)

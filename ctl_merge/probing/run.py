@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.dispatch import Placement, twin
 from ctl_merge.errors import DeviceError, ProbeError
 from ctl_merge.model import load_weights, return_freed_memory

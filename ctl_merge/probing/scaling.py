@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from ctl_merge.deferred import torch
 from ctl_merge.probing.blocks import bounded
 from ctl_merge.probing.intervals import Draws
 from ctl_merge.probing.metrics import cosine, disagreement, inner, interpolation, ratio, unit

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ctl_merge.checkpoint import Checkpoint
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.devices import physical_memory
 from ctl_merge.dispatch import Placement
 from ctl_merge.errors import DeviceError
@@ -60,7 +58,6 @@ class Adjustable:
         """The coefficients of each file tensor."""
         return {tensor: coefficients[place[n]].tolist() for n, own in self.sources.items() for tensor in own}
 
-    @torch.no_grad()
     def set(self, coefficients: Array, place: Mapping[str, int]) -> None:
         """Give the model the weights of these coefficients (groups, parents)."""
         for name, parameter in self.parameters.items():
@@ -68,7 +65,7 @@ class Adjustable:
             mixed = base.clone()
             for own, c in zip(self._weights[1:], coefficients[place[name]], strict=True):
                 mixed.add_(own[name].to(self.device) - base, alpha=float(c))
-            parameter.copy_(mixed)
+            parameter.data.copy_(mixed)
 
     def loss(self, texts: Texts) -> float:
         """Mean over the texts of the loss in nats per token."""
@@ -104,7 +101,7 @@ class Adjustable:
         run, labels = forward(self.model, ids.to(self.device))
         assert labels is not None  # `losses` has refused such a model
         kept = counted[:, -labels.shape[1] :].to(self.device)[:, 1:]
-        return cross_entropy(run()[:, :-1][kept].float(), labels[:, 1:][kept], reduction="sum")
+        return torch.nn.functional.cross_entropy(run()[:, :-1][kept].float(), labels[:, 1:][kept], reduction="sum")
 
     def _project(self, name: str, gradient: Array) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
+from ctl_merge.deferred import torch
 from ctl_merge.tuning.adjustable import Adjustable, Texts
 
 Array = np.ndarray

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
-
+from ctl_merge.deferred import torch
 from ctl_merge.errors import DataError
 from ctl_merge.evaluating.passages import Passage
 from ctl_merge.probing.data import TokenSet, strata_of

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctl_merge.checkpoint import CHUNK, FileCheckpoint, torch_dtype
+import numpy as np
+
+from ctl_merge.checkpoint import CHUNK, FileCheckpoint
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.estimate import input_bytes
 from ctl_merge.header import TensorSpec
@@ -22,6 +24,7 @@ from ctl_merge.workers import pool
 _SMALL, _LARGE = 1 << 12, 8 * CHUNK  # entries of the tensors that are merged to measure
 _SIDE = 768  # of the matrices that methods on whole matrices are measured on
 _KINDS = 4  # of tensors that are measured, those with the most entries
+_LOADING = 1.0  # seconds at most to load compiled loops
 
 
 def predict(opened: Merge, output: Path, hash_files: bool = True) -> dict[str, Any]:
@@ -31,12 +34,12 @@ def predict(opened: Merge, output: Path, hash_files: bool = True) -> dict[str, A
     made-up tensors by the recipe's method, hashes. Raises OutputError where that place cannot be written.
     """
     begun = time.perf_counter()
-    started = _seconds_of_this_process()
+    started = _seconds_of_this_process() + _torch_seconds(opened)
     with pool(opened.workers) as mapped:
-        measuring, merging = _arithmetic(opened, mapped)
+        loading, measuring, merging = _arithmetic(opened, mapped)
         files = [source.folder / file for source in opened.sources.values() for file in source.file_sizes]
         rates = measure_rates(files, output, opened.workers, mapped)
-    parts = {"start": started, **_reading(opened, rates), "measure": measuring, "merge": merging}
+    parts = {"start": started + loading, **_reading(opened, rates), "measure": measuring, "merge": merging}
     written = sum(shard.nbytes for shard in opened.shards)
     parts["write"] = written / rates.write
     throttled = max(0.0, (written - dirty_limit()) / rates.disk)
@@ -70,6 +73,13 @@ def _notes(opened: Merge) -> list[str]:
     return found
 
 
+def _torch_seconds(opened: Merge) -> float:
+    """What the import of torch, which measuring takes in any case, takes of the merge."""
+    begun = time.perf_counter()
+    torch.get_num_threads()
+    return (time.perf_counter() - begun) * any(merged.needs_torch for merged in opened.merges)
+
+
 # ---- arithmetic
 
 
@@ -92,9 +102,12 @@ class Drawn(FileCheckpoint):
             piece.copy_(self._values[: piece.numel()])
 
 
-def _arithmetic(opened: Merge, mapped: Map) -> tuple[float, float]:
-    """Seconds of measuring whole models, and of merging, without reading and writing; steps are merged once."""
-    measuring = merging = 0.0
+def _arithmetic(opened: Merge, mapped: Map) -> tuple[float, float, float]:
+    """Seconds before the first tensor, of measuring whole models, and of merging, without reading and writing.
+
+    Steps are merged once.
+    """
+    loading = measuring = merging = 0.0
     for merged in opened.merges:
         if merged.method.statistic:
             continue
@@ -110,8 +123,9 @@ def _arithmetic(opened: Merge, mapped: Map) -> tuple[float, float]:
         share = sum(sizes[key] for key in measured) / max(1, sum(sizes.values()))
         for key in measured:
             costs = _cost_of_kind(merged, kinds[key], drawn, opened.workers, mapped)
-            measuring, merging = measuring + costs[0] / share, merging + costs[1] / share
-    return measuring, merging
+            loading = max(loading, costs[0])
+            measuring, merging = measuring + costs[1] / share, merging + costs[2] / share
+    return loading, measuring, merging
 
 
 def _kind(merged: MergedCheckpoint, tensor: TensorPlan) -> Any:
@@ -132,8 +146,11 @@ def _work(merged: MergedCheckpoint, tensor: TensorPlan) -> float:
 def _cost_of_kind(
     merged: MergedCheckpoint, tensors: list[TensorPlan], drawn: dict[ModelRef, FileCheckpoint], workers: int,
     mapped: Map,
-) -> tuple[float, float]:  # fmt: skip
-    """Seconds of measuring and of merging tensors of a kind: a fixed part for each, and one that grows."""
+) -> tuple[float, float, float]:  # fmt: skip
+    """Seconds that the first tensor takes more than others, and of measuring and of merging tensors of a kind.
+
+    These have a fixed part for each tensor, and one that grows.
+    """
 
     def run(count: int, shape: tuple[int, ...]) -> tuple[float, float, float]:
         sample = _sample(merged, likely, shape, count, drawn)
@@ -147,7 +164,7 @@ def _cost_of_kind(
 
     likely = max(tensors, key=lambda tensor: _work(merged, tensor))
     small, large = _shape(merged, likely, _SMALL), _shape(merged, likely, _LARGE)
-    run(workers, small)  # buffers, and kernels that are compiled
+    first = sum(run(workers, small)[:2])  # makes buffers, and loads compiled loops
     few, many, big = run(workers, small), run(9 * workers, small), run(workers, large)
     work = sum(_work(merged, tensor) for tensor in tensors)
     found = []
@@ -155,7 +172,8 @@ def _cost_of_kind(
         growing = max(0.0, most - one) / (workers * max(1.0, big[2] - few[2]))
         fixed = max(0.0, (more - one) / (8 * workers) - growing * few[2])
         found.append(fixed * len(tensors) + growing * work)
-    return found[0], found[1]
+    # What had to be compiled is not compiled again.
+    return min(_LOADING, max(0.0, first - sum(few[:2]))), found[0], found[1]
 
 
 def _shape(merged: MergedCheckpoint, tensor: TensorPlan, entries: int) -> tuple[int, ...]:
@@ -190,9 +208,9 @@ def _sample(
 def _read_whole(sample: MergedCheckpoint, name: str) -> None:
     """As the writer reads: block after block."""
     spec, step = sample.tensors[name], sample.block(name)
-    out = torch.empty(min(step, spec.numel), dtype=torch_dtype(spec.dtype))
+    out = np.empty(min(step, spec.numel) * spec.itemsize, np.uint8)
     for start in range(0, spec.numel, step):
-        sample.read_into(name, out[: min(step, spec.numel - start)], start)
+        sample.bytes_into(name, out[: min(step, spec.numel - start) * spec.itemsize], start)
 
 
 # ---- reading and hashing

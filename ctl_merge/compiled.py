@@ -11,20 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from ctl_merge.counting import LOOP_CHUNK, Columns, Counting, Raw, Refuse
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.noise import key_of
-from ctl_merge.methods.registry import Measure
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.token_rows import Input
 
-# Entries of a model from which on the loops are worth the second or two that it takes to load them: for a sum, which
-# torch does well, and for whatever goes over a chunk more often.
-LEAST_SUMMED, LEAST = 1 << 26, 1 << 25
-# Entries of a tensor that are read at once. The loops cut them up themselves; larger pieces than elsewhere, as reading
-# and calling would else take longer than the arithmetic.
-LOOP_CHUNK = 1 << 19
+# Entries of a model from which on the loops are worth the minute that it takes to compile them once.
+LEAST = 1 << 25
 # What `Fused` says, as the kernels number it.
 _ELECT = {"weighted": 0, "unweighted": 1, "count": 2}
 _DIVIDE = {"weights": 0, "count": 1, "none": 2}
@@ -34,7 +30,6 @@ logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
 Mapped = Callable[[Input], MappedFile | None]
-Raw = tuple[np.ndarray, np.ndarray]  # as `ctl_merge.methods.kernels` has it
 
 
 def worthwhile(plan: Plan) -> bool:
@@ -45,9 +40,7 @@ def worthwhile(plan: Plan) -> bool:
     method, parameters = plan.method, merged[0].parameters
     if method.grain_for(parameters) == "tensor":
         return False
-    simple = not (method.scopes(parameters) or method.random or "density" in parameters)
-    entries = sum(tensor.spec.numel for tensor in merged)
-    return entries >= (LEAST_SUMMED if simple else LEAST) and find_spec("numba") is not None
+    return sum(tensor.spec.numel for tensor in merged) >= LEAST and find_spec("numba") is not None
 
 
 def loop_step(width: int) -> int:
@@ -64,25 +57,30 @@ def working_bytes(models: int, exact: bool, width: int) -> int:
 class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
-    `read(row, input, start)` fills a row with an input's values; `exact(input)` says whether these are stored in
-    bfloat16 and read as they are, so that the loop may decode them; `mapped(input)` gives such an input's bytes as they
-    lie in the file, or None. Thread-safe. A merge from and to bfloat16 that measures nothing is done without torch.
+    `columns(tensor)` are a tensor's parameters, per-model ones as arrays; `read(row, input, start)` fills a row with an
+    input's values; `exact(input)` says whether these are stored in bfloat16 and read as they are, so that the loop may
+    decode them; `mapped(input)` gives such an input's bytes as they lie in the file, or None; `refuse(tensor, start,
+    count)` is called where NaN or infinity was met, and raises. Thread-safe; from and to bfloat16 without torch.
     """
 
-    def __init__(self, kernels: Any, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> None:
-        self._kernels, self._plan = kernels, plan
+    def __init__(
+        self, kernels: Any, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped,
+        refuse: Refuse,
+    ) -> None:  # fmt: skip
+        self._kernels, self._plan, self._columns = kernels, plan, columns
         self._read, self._exact, self._mapped = read, exact, mapped
         self._held = threading.local()
+        self.counting = Counting(kernels, plan.method, columns, self._stored, refuse)
 
     @classmethod
-    def load(cls, plan: Plan, read: Read, exact: Callable[[Input], bool], mapped: Mapped) -> CompiledLoops | None:
+    def load(cls, plan: Plan, *access: Any) -> CompiledLoops | None:
         """None where numba does not work: a merge without it is slower, and the same."""
         try:
             from ctl_merge.methods import kernels
         except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
             logger.info("without compiled loops: %s", error)
             return None
-        return cls(kernels, plan, read, exact, mapped)
+        return cls(kernels, plan, *access)
 
     def merge(
         self, plan: TensorPlan, results: Mapping[str, Tensor], start: int, count: int, width: int,
@@ -110,21 +108,11 @@ class CompiledLoops:
         )  # fmt: skip
         return None if undecided else merged
 
-    def count(
-        self, measure: Measure, plan: TensorPlan, results: Tensor | None, start: int, count: int, state: Tensor
-    ) -> bool:
-        """Add a chunk's counts to the state of a measure; false where NaN or infinity is among the inputs."""
-        raw, keys = self._load(plan, start, count, decoded=False), self._keys(self._kernels.BLOCK)
-        with_base = plan.base is not None
-        if measure.compiled == "count_upper":
-            return not self._kernels.count_upper(raw, with_base, count, keys, state.numpy())
-        assert results is not None
-        return not self._kernels.count_lower(raw, with_base, count, keys, results[..., 0].numpy(), state.numpy())
-
     def decode(self, plan: TensorPlan, start: int, stack: Tensor) -> bool:
-        """Fill the float64 `stack` (inputs, n) from `start` on, the base subtracted from the others; false as `count`.
+        """Fill the float64 `stack` (inputs, n) from `start` on, the base subtracted from the others.
 
-        Read are the larger chunks that the pieces lie in, each once where they are asked for in order.
+        False where NaN or infinity is among the inputs. Read are the larger chunks that the pieces lie in, each once
+        where they are asked for in order.
         """
         begin = start - start % LOOP_CHUNK
         count = min(LOOP_CHUNK, plan.spec.numel - begin)
@@ -133,10 +121,13 @@ class CompiledLoops:
         raw = self._raw(plan, begin, count)
         return not self._kernels.decode_chunk(raw, plan.base is not None, start - begin, stack.numpy())
 
+    def _stored(self, plan: TensorPlan, start: int, count: int) -> Raw:
+        return self._load(plan, start, count, decoded=False)
+
     def _raw(self, plan: TensorPlan, start: int, count: int) -> Raw:
         held = getattr(self._held, "raw", None)
         if held is None or held[0] is not plan or held[1:3] != (start, count):
-            raw = self._load(plan, start, count, decoded=False)
+            raw = self._stored(plan, start, count)
             held = self._held.raw = (plan, start, count, raw)
         return held[3]
 
@@ -149,8 +140,7 @@ class CompiledLoops:
 
     def _prepare(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
         fuse = self._plan.method.fused
-        columns = {name: np.array(v) if numeric(v) else v for name, v in plan.parameters.items()}
-        fused: Fused | None = fuse(**columns, **results, models=len(plan.inputs)) if fuse else None
+        fused: Fused | None = fuse(**self._columns(plan), **results, models=len(plan.inputs)) if fuse else None
         if fused is None:
             return None
         combine = _AGREE if fused.elect else _SUM if fused.anchor is None else _ANCHORED
@@ -204,11 +194,6 @@ class CompiledLoops:
         if (use, dtype) not in held or held[use, dtype].size < count:
             held[use, dtype] = np.empty(count, dtype)
         return held[use, dtype][:count]
-
-
-def numeric(value: Any) -> bool:
-    """Whether a parameter has a number for each model."""
-    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)
 
 
 def _limits(chances: Any) -> np.ndarray:

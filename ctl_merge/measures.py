@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
-from ctl_merge.deferred import Tensor
+import numpy as np
+
+from ctl_merge.deferred import torch
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.processes import ALONE, Ranks, deal
-from ctl_merge.sums import total
+from ctl_merge.sums import State, total
 
-Results = dict[str, Tensor]  # by the measure's name
+Results = dict[str, Any]  # tensors or arrays, by the measure's name
 
 
 class Measured(Protocol):
@@ -20,8 +22,8 @@ class Measured(Protocol):
 
     plan: Plan
 
-    def columns_of(self, plan: TensorPlan) -> dict[str, Any]: ...
-    def accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor: ...
+    def arrays_of(self, plan: TensorPlan) -> Mapping[str, Any]: ...
+    def accumulate(self, plan: TensorPlan, name: str, results: Results) -> State: ...
 
 
 class Measures:
@@ -58,7 +60,7 @@ class Measures:
         return {plan.name: self.of(plan) for plan in self._merged}
 
     def take(
-        self, each: Callable[[Callable[[TensorPlan], Tensor], Iterable[TensorPlan]], Iterable[Tensor]] = map,
+        self, each: Callable[[Callable[[TensorPlan], State], Iterable[TensorPlan]], Iterable[State]] = map,
         ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         """Take the measures that run over the whole model; `each` maps over tensors, in order, maybe in parallel.
@@ -97,5 +99,13 @@ class Measures:
         """As `passes`, without those whose results are known."""
         return self.passes - len(self._of_model)
 
-    def _conclude(self, plan: TensorPlan, name: str, state: Tensor, numel: int, results: Results) -> Tensor:
-        return self._method.measures[name].conclude(state, numel, **self._merge.columns_of(plan), **results)
+    def _conclude(self, plan: TensorPlan, name: str, state: State, numel: int, results: Results) -> State:
+        arguments = {**self._merge.arrays_of(plan), **results}
+        if not isinstance(state, np.ndarray):
+            arguments = tensors(arguments)
+        return self._method.measures[name].conclude(state, numel, **arguments)
+
+
+def tensors(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with tensors for arrays, over the same memory."""
+    return {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}

@@ -13,16 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from ctl_merge.checkpoint import CHUNK, Checkpoint, FileCheckpoint, torch_dtype
-from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, numeric, working_bytes, worthwhile
+from ctl_merge.compiled import LOOP_CHUNK, CompiledLoops, loop_step, working_bytes, worthwhile
+from ctl_merge.counting import counting_bytes
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.mapped import MappedFile
-from ctl_merge.measures import Measures, Results
+from ctl_merge.measures import Measures, Results, tensors
 from ctl_merge.methods.noise import uniform
-from ctl_merge.methods.registry import Grain, Measure
+from ctl_merge.methods.registry import Grain
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
+from ctl_merge.sums import State
 from ctl_merge.token_rows import Input, RowReader
 from ctl_merge.workers import compute_alone
 
@@ -56,7 +58,7 @@ class MergedCheckpoint(Checkpoint):
         self._checkpoints, self._devices, self._rows = checkpoints, devices or {}, RowReader(checkpoints)
         self.evidence: Evidence | None = None  # for methods that want a statistic of each model on its own text
         self._accepted = inspect.signature(self.method.function).parameters
-        self._columns: dict[int, dict[str, Any]] = {}
+        self._columns: dict[int, Mapping[str, Any]] = {}
         self._loops_wanted = loops
         self._buffers = threading.local()
         self.measures = Measures(self)
@@ -76,7 +78,7 @@ class MergedCheckpoint(Checkpoint):
         """The compiled loops, where they serve; loading them takes a second, so not before the first read."""
         if not self.has_loops:
             return None
-        return CompiledLoops.load(self.plan, self.fill, self._is_plain, self._mapped)
+        return CompiledLoops.load(self.plan, self.arrays_of, self.fill, self._is_plain, self._mapped, self._stack)
 
     @property
     def checkpoints(self) -> Mapping[ModelRef, FileCheckpoint]:
@@ -117,10 +119,22 @@ class MergedCheckpoint(Checkpoint):
         width = self.tensors[tensor].width
         return width * max(1, most // width)
 
+    @property
+    def needs_torch(self) -> bool:
+        """Whether it takes more than compiled loops from and to bfloat16."""
+        merged = [t for t in self.plan.tensors.values() if t.operation == "merge"]
+        measured = {name for t in merged[:1] for name in self.method.scopes(t.parameters)}
+        return not (
+            self.has_loops and self._all_plain and all(self.method.measures[name].compiled for name in measured)
+            and all(t.spec.dtype == "BF16" and self._by_loops(t) for t in merged)
+        )  # fmt: skip
+
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
-        width = max(map(self._whole, self.plan.tensors.values()), default=1)
-        own = working_bytes(len(self._checkpoints), self._all_plain, width) if self.has_loops else 0
+        width, models = max(map(self._whole, self.plan.tensors.values()), default=1), len(self._checkpoints)
+        own = 0
+        if self.has_loops:
+            own = working_bytes(models, self._all_plain, width) + counting_bytes(self.method, models)
         return own + sum(checkpoint.working_bytes() for checkpoint in self._checkpoints.values())
 
     def bytes_into(self, tensor: str, out: np.ndarray, start: int = 0) -> None:
@@ -192,7 +206,7 @@ class MergedCheckpoint(Checkpoint):
         if not self.method.linear or plan.operation == "copy":
             return None
         each = torch.eye(len(plan.inputs), dtype=torch.float64)
-        results = {name: result for name, result in self.measures.of(plan).items() if name in self._accepted}
+        results = tensors({name: result for name, result in self.measures.of(plan).items() if name in self._accepted})
         return self.method.function(each, **self._arguments(plan, each, 0), **results).tolist()
 
     # ---- one chunk
@@ -202,7 +216,7 @@ class MergedCheckpoint(Checkpoint):
         # First: it may be of inputs that come out of this merge, whose reading uses the same buffers.
         statistic = self._statistic(plan, start, count) if self.method.statistic else None
         stack, base = self._stack(plan, start, count)
-        wanted = {name: result for name, result in results.items() if name in self._accepted}
+        wanted = tensors({name: result for name, result in results.items() if name in self._accepted})
         arguments = {**self._arguments(plan, stack, start), **wanted}
         try:
             if self.method.statistic:
@@ -258,21 +272,19 @@ class MergedCheckpoint(Checkpoint):
     def _arguments(self, plan: TensorPlan, stack: Tensor, start: int) -> dict[str, Any]:
         """The parameters: per-model ones as float64 columns, shared ones as they are; noise where it is due."""
         ones = [1] * (stack.ndim - 1)
-        arguments = {
-            n: v.view(-1, *ones) if isinstance(v, torch.Tensor) else v for n, v in self.columns_of(plan).items()
-        }
+        columns = {n: v.reshape(-1, *ones) if isinstance(v, np.ndarray) else v for n, v in self.arrays_of(plan).items()}
+        arguments = tensors(columns)
         if self.method.random:
             seed, count = self.plan.recipe.seed, stack[0].numel()
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments
 
-    def columns_of(self, plan: TensorPlan) -> dict[str, Any]:
+    def arrays_of(self, plan: TensorPlan) -> Mapping[str, Any]:
         """The parameters, per-model ones as float64 columns (models,)."""
         key = id(plan.parameters)
         if key not in self._columns:
-            columns = {n: torch.tensor(v, dtype=torch.float64) if numeric(v) else v for n, v in plan.parameters.items()}
-            self._columns[key] = columns
+            self._columns[key] = {n: np.array(v, float) if _numeric(v) else v for n, v in plan.parameters.items()}
         return self._columns[key]
 
     def _statistic(self, plan: TensorPlan, start: int, count: int) -> Tensor | None:
@@ -298,12 +310,13 @@ class MergedCheckpoint(Checkpoint):
 
     # ---- what runs over a whole tensor
 
-    def accumulate(self, plan: TensorPlan, name: str, results: Results) -> Tensor:
+    def accumulate(self, plan: TensorPlan, name: str, results: Results) -> State:
         """The state of one of the method's measures over a whole tensor, given the results of those before it."""
-        compute_alone()
         measure = self.method.measures[name]
         if measure.compiled and self._by_loops(plan) and self._loops is not None:
-            return self._counted(plan, measure, results.get(f"{name}_bin"))
+            return self._loops.counting.state(plan, name, results)
+        compute_alone()
+        results = tensors(results)
         state: Tensor | None = None
         with self._on(self._device(plan.name)):
             for start, end in self._pieces(plan, 0, plan.spec.numel):
@@ -311,16 +324,6 @@ class MergedCheckpoint(Checkpoint):
                 part = measure.accumulate(stack, **self._arguments(plan, stack, start), **results).cpu()
                 state = part if state is None else state.add_(part)
         assert state is not None
-        return state
-
-    def _counted(self, plan: TensorPlan, measure: Measure, bins: Tensor | None) -> Tensor:
-        """A measure's state, counted by a compiled loop."""
-        assert self._loops is not None
-        state = measure.zeros(len(plan.inputs))
-        for start in range(0, plan.spec.numel, LOOP_CHUNK):
-            count = min(LOOP_CHUNK, plan.spec.numel - start)
-            if not self._loops.count(measure, plan, bins, start, count, state):
-                self._stack(plan, start, count)  # raises, and says which model
         return state
 
     def parent(self, ref: ModelRef) -> ParentView:
@@ -415,3 +418,7 @@ class ParentView(Checkpoint):
 
 def _listed(plan: TensorPlan) -> str:
     return ", ".join(str(part.model) for part in plan.everyone)
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(v, int | float) for v in value)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctl_merge.deferred import torch
 from ctl_merge.output import disk_errors
 
 _PIECE = 1 << 20  # bytes read or written at once
@@ -66,7 +65,7 @@ def _read_piece(place: tuple[Path, int]) -> tuple[int, float, bool]:
     """Bytes, seconds, and whether they were in the kernel's cache."""
     path, at = place
     descriptor = os.open(path, os.O_RDONLY)
-    buffer = torch.empty(_PIECE, dtype=torch.uint8).fill_(0).numpy().data
+    buffer = memoryview(bytearray(_PIECE))
     try:
         try:
             os.preadv(descriptor, [buffer[:4096]], at + _PIECE // 2, os.RWF_NOWAIT)
@@ -83,7 +82,7 @@ def _read_piece(place: tuple[Path, int]) -> tuple[int, float, bool]:
 def _write_rates(output: Path, workers: int, mapped: Map) -> tuple[float, float]:
     """Bytes a second into a new file beside the output, with their sums; and down to the disk."""
     place = next(parent for parent in Path(os.path.abspath(output)).parents if parent.is_dir())
-    data = torch.zeros(_PIECE, dtype=torch.uint8).random_().numpy().data
+    data = os.urandom(_PIECE)
     with disk_errors(place), tempfile.TemporaryFile(dir=place) as file:
 
         def write(index: int) -> int:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import reduce
+from operator import iadd
+
+import numpy as np
 
 from ctl_merge.deferred import Tensor
 from ctl_merge.processes import Ranks
 
+State = Tensor | np.ndarray
 
-def total(parts: Iterable[tuple[int, Tensor]], ranks: Ranks) -> Tensor:
+
+def total(parts: Iterable[tuple[int, State]], ranks: Ranks) -> State:
     """The sum of all ranks' states, numbered by tensor and in order: the same bits however many ranks there are.
 
     Counts are added up as they come: whole numbers have one sum. Numbers that are rounded are gathered, a few for each
@@ -17,10 +22,10 @@ def total(parts: Iterable[tuple[int, Tensor]], ranks: Ranks) -> Tensor:
     """
     if ranks.count == 1:
         return _sum(state for _, state in parts)
-    rounded: dict[int, Tensor] = {}
-    counted: list[Tensor] = []
+    rounded: dict[int, State] = {}
+    counted: list[State] = []
     for index, state in parts:
-        if state.is_floating_point():
+        if "float" in str(state.dtype):
             rounded[index] = state
         else:
             counted = [_sum([*counted, state])]
@@ -29,6 +34,6 @@ def total(parts: Iterable[tuple[int, Tensor]], ranks: Ranks) -> Tensor:
     return _sum([*(every[index] for index in sorted(every)), *(state for _, own in found for state in own)])
 
 
-def _sum(states: Iterable[Tensor]) -> Tensor:
+def _sum(states: Iterable[State]) -> State:
     """In their order, into the first of them."""
-    return reduce(Tensor.add_, states)
+    return reduce(iadd, states)

@@ -164,9 +164,9 @@ def _cuts(
         counts += count_upper(torch.nan_to_num(stack[:-1].sub_(stack[-1]), 0.0, 0.0, 0.0).abs_())
     for at, density in enumerate(densities):
         if density < 1.0:
-            ranks = kept_ranks(numel, density=torch.full((len(parents),), density, dtype=torch.float64))
+            ranks = kept_ranks(numel, density=np.full(len(parents), density))
             bins = locate(counts, ranks)[:, 0, 0]
-            found[at] = (bins << 16).to(torch.int32).view(torch.float32).numpy()
+            found[at] = (bins << 16).astype(np.int32).view(np.float32)
     return found
 
 

@@ -226,13 +226,16 @@ def test_counts_are_those_of_the_definition(count):
     deltas = torch.stack([values((count,), seed, torch.float64) for seed in (1, 2)])
     keys, raw = np.empty(kernels.BLOCK, np.uint32), rows_of(deltas)
     upper = np.zeros((2, 1 << 15), np.int64)
-    assert not kernels.count_upper(raw, False, count, keys, upper)
     wanted = count_upper(deltas.abs())
+    bins = locate(wanted, [[1, (count + 1) // 2]])
+    near = np.zeros((2, 2, 3, 1 << 16), np.int64)
+    assert not kernels.count_upper(raw, False, count, keys, upper, bins[..., 0] - 1, near)
     np.testing.assert_array_equal(upper, wanted.numpy())
-    bins = locate(wanted, torch.tensor([[1, (count + 1) // 2]]))
     lower = np.zeros((2, 2, 1 << 16), np.int64)
-    assert not kernels.count_lower(raw, False, count, keys, bins[..., 0].numpy(), lower)
+    assert not kernels.count_lower(raw, False, count, keys, bins[..., 0], lower)
     np.testing.assert_array_equal(lower, count_lower(deltas.abs(), bins).numpy())
+    np.testing.assert_array_equal(near[:, :, 1], lower)
+    np.testing.assert_array_equal(near.sum(-1)[:, :, 0], np.take_along_axis(upper, bins[..., 0] - 1, 1))
 
 
 def test_a_numba_that_does_not_work_is_done_without(tmp_path, monkeypatch, caplog):

@@ -21,9 +21,9 @@ def importance(tensors: Tensor, **_: object) -> Tensor:
     return (tensors[1] - tensors[0]).abs_().mul_(divergence).float().unsqueeze(0)
 
 
-def _quartile_ranks(numel: int, **_: object) -> Tensor:
+def _quartile_ranks(numel: int, **_: object) -> list[list[int]]:
     """From above, the ranks of the three quartiles, the lower of two neighbours: (1, 3)."""
-    return torch.tensor([[numel - quarter * (numel - 1) // 4 for quarter in (1, 2, 3)]])
+    return [[numel - quarter * (numel - 1) // 4 for quarter in (1, 2, 3)]]
 
 
 def _per_tensor(parameters: Parameters) -> Scope | None:

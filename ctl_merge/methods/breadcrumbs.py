@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from ctl_merge.deferred import Tensor, torch
@@ -22,14 +22,14 @@ from ctl_merge.methods.task_arithmetic import scaled_sum
 Gamma = Annotated[Fraction, Field(description="share of the task vector's entries, the largest, that is dropped")]
 
 
-def band_ranks(numel: int, *, density: Tensor, gamma: Tensor, **_: object) -> Tensor:
+def band_ranks(numel: int, *, density: Tensor, gamma: Tensor, **_: object) -> list[list[int]]:
     """The ranks of the largest and the least magnitude that each model keeps, 0 where it keeps none: (models, 2)."""
     found = []
     for share, outliers in zip(density.flatten().tolist(), gamma.flatten().tolist(), strict=True):
         kept = int(share * numel)
         dropped = min(int(outliers * numel), numel - kept)
         found.append([dropped + 1, dropped + kept] if kept else [0, 0])
-    return torch.tensor(found)
+    return found
 
 
 def _band_scope(parameters: Parameters) -> Scope | None:
@@ -58,9 +58,9 @@ def keep_band(deltas: Tensor, *, density: Tensor, gamma: Tensor, band: Tensor | 
     return torch.stack(kept)
 
 
-def _outliers(band: Tensor) -> Tensor:
+def _outliers(band: Tensor | np.ndarray) -> np.ndarray:
     """The next float32 after the largest that is kept: from there on everything is an outlier."""
-    return torch.nextafter(band[:, 0], torch.tensor(math.inf))
+    return np.nextafter(np.asarray(band)[:, 0], np.float32(np.inf))
 
 
 def _fused_band(merge: Fused | None, density: Tensor, rescale: bool, band: Tensor | None) -> Fused | None:

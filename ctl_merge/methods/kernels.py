@@ -510,10 +510,11 @@ def merge_chunk(
 
 
 @_compiled
-def count_upper(raw, with_base, size, keys, counts):
+def count_upper(raw, with_base, size, keys, counts, first, near):
     """How often each upper half of the bits of |d| in float32 occurs, added to `counts` (models, 32768).
 
-    Of `size` entries; `keys` (BLOCK,) uint32 is memory to work in.
+    Of `size` entries; `keys` (BLOCK,) uint32 is memory to work in. How often each lower half occurs within the bins
+    from `first` (models, k) on, as many as `near` (models, k, bins, 65536) has, is added to that.
     """
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
@@ -523,6 +524,12 @@ def count_upper(raw, with_base, size, keys, counts):
             found = counts[model]
             for i in range(stop - start):
                 found[keys[i] >> np.uint32(16)] += 1
+            for chosen in range(first.shape[1]):
+                begin, inside, bins = np.uint32(first[model, chosen]), near[model, chosen], np.uint32(near.shape[2])
+                for i in range(stop - start):
+                    place = (keys[i] >> np.uint32(16)) - begin
+                    if place < bins:
+                        inside[place, keys[i] & np.uint32(0xFFFF)] += 1
     return False
 
 

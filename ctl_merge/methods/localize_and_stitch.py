@@ -18,9 +18,9 @@ Sparsity = Annotated[
 ]
 
 
-def _ranks(numel: int, *, sparsity: float, **_: object) -> Tensor:
+def _ranks(numel: int, *, sparsity: float, **_: object) -> list[list[int]]:
     """The rank of the least magnitude that is kept, the same for every model: (1, 1)."""
-    return torch.tensor([[kept_count(sparsity, numel)]])
+    return [[kept_count(sparsity, numel)]]
 
 
 def _whole_model(parameters: Parameters) -> Scope | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.parameters import Parameters
@@ -14,6 +16,9 @@ from ctl_merge.methods.registry import Measure, Scope
 # exactly by counting the upper 16 bits, then the lower 16 within the one bin that holds it: two passes, no sort.
 _UPPER, _LOWER = 1 << 15, 1 << 16
 
+Ranks = Sequence[Sequence[int]] | np.ndarray
+Counts = Tensor | np.ndarray  # those of the plain definition, or of the compiled loops; on the CPU
+
 
 def magnitudes(deltas: Tensor, **_: object) -> Tensor:
     return deltas.abs()
@@ -22,7 +27,7 @@ def magnitudes(deltas: Tensor, **_: object) -> Tensor:
 def order_statistics(
     name: str,
     values: Callable[..., Tensor],
-    ranks: Callable[..., Tensor],
+    ranks: Callable[..., Ranks],
     scope: Callable[[Parameters], Scope | None],
     signed: bool = False,
     count: int = 1,
@@ -30,14 +35,14 @@ def order_statistics(
     """Two measures, the second of which gives the method under `name` the k-th largest values, float32: (rows, k).
 
     `values(tensors, **arguments)` maps a chunk to what is ordered, (rows, ...), not negative unless `signed`;
-    `ranks(numel, **arguments)` says which are wanted of each row: (rows, k) int64, or (1, k) for all rows alike; 1 is
-    the largest, and rank 0 gives infinity. `count` is k.
+    `ranks(numel, **arguments)` says which are wanted of each row: (rows, k), or (1, k) for all rows alike; 1 is the
+    largest, and rank 0 gives infinity. `count` is k.
     """
 
     def accumulate(tensors: Tensor, **arguments: object) -> Tensor:
         return count_upper(values(tensors, **arguments), signed)
 
-    def choose(counts: Tensor, numel: int, **arguments: object) -> Tensor:
+    def choose(counts: Counts, numel: int, **arguments: object) -> np.ndarray:
         return locate(counts, ranks(numel, **arguments))
 
     compiled: Any = "count_upper" if values is magnitudes and not signed else None
@@ -57,19 +62,19 @@ def refinement(
     def accumulate(tensors: Tensor, **arguments: Any) -> Tensor:
         return count_lower(values(tensors, **arguments), arguments[f"{name}_bin"], signed)
 
-    def conclude(counts: Tensor, numel: int, **arguments: Any) -> Tensor:
+    def conclude(counts: Counts, numel: int, **arguments: Any) -> np.ndarray:
         return value_at(counts, arguments[f"{name}_bin"], signed)
 
     compiled: Any = "count_lower" if values is magnitudes and not signed else None
     return Measure(accumulate, conclude, scope, (count, _LOWER), compiled)
 
 
-def kth_largest(values: Tensor, ranks: Tensor) -> Tensor:
+def kth_largest(values: Tensor, ranks: Ranks) -> Tensor:
     """The plain definition: values (rows, ...), ranks (rows, k) or (1, k) -> (rows, k) float32."""
-    flat, ranks = values.flatten(1).float(), ranks.expand(len(values), -1)
+    flat, wanted = values.flatten(1).float(), np.asarray(ranks)
     found = [
-        [torch.inf if rank == 0 else float(row.kthvalue(row.numel() - rank + 1).values) for rank in wanted]
-        for row, wanted in zip(flat, ranks.tolist(), strict=True)
+        [torch.inf if rank == 0 else float(row.kthvalue(row.numel() - rank + 1).values) for rank in own]
+        for row, own in zip(flat, np.broadcast_to(wanted, (len(flat), wanted.shape[1])).tolist(), strict=True)
     ]
     return torch.tensor(found, dtype=torch.float32)
 
@@ -90,25 +95,27 @@ def count_lower(values: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
     return torch.stack(found)
 
 
-def locate(counts: Tensor, ranks: Tensor) -> Tensor:
+def locate(counts: Counts, ranks: Ranks) -> np.ndarray:
     """The bin in which the rank-th value from above lies, and its rank within the bin.
 
     counts (rows, bins), ranks (rows, k) or (1, k) -> (rows, k, 2) int64.
     """
-    from_above = counts.cpu().flip(1).cumsum(1)
-    ranks = ranks.cpu().expand(len(counts), -1).contiguous()
-    position = torch.searchsorted(from_above, ranks)
-    before = torch.where(position > 0, from_above.gather(1, (position - 1).clamp_min(0)), 0)
-    return torch.stack([counts.shape[1] - 1 - position, ranks - before], dim=2)
+    from_above = np.asarray(counts)[:, ::-1].cumsum(1)
+    wanted = np.asarray(ranks)
+    wanted = np.broadcast_to(wanted, (len(from_above), wanted.shape[1]))
+    position = np.stack([np.searchsorted(row, own) for row, own in zip(from_above, wanted, strict=True)])
+    before = np.where(position > 0, np.take_along_axis(from_above, np.maximum(position - 1, 0), 1), 0)
+    return np.stack([from_above.shape[1] - 1 - position, wanted - before], axis=2)
 
 
-def value_at(counts: Tensor, bins: Tensor, signed: bool = False) -> Tensor:
+def value_at(counts: Counts, bins: Counts, signed: bool = False) -> np.ndarray:
     """The values in question, from the counts of lower halves (rows, k, 65536): (rows, k) float32."""
+    lower, bins = np.asarray(counts), np.asarray(bins)
     ranks = bins[..., 1]
-    lower = locate(counts.flatten(0, 1), ranks.reshape(-1, 1))[:, 0, 0].view(ranks.shape)
-    keys = (((bins[..., 0] - signed * _UPPER) << 16) | lower).to(torch.int32)
-    values = (_flip_negative(keys) if signed else keys).view(torch.float32)
-    return torch.where(ranks == 0, torch.inf, values)
+    lower = locate(lower.reshape(-1, lower.shape[-1]), ranks.reshape(-1, 1))[:, 0, 0].reshape(ranks.shape)
+    keys = (((bins[..., 0] - signed * _UPPER) << 16) | lower).astype(np.int32)
+    values = (_flip_negative(keys) if signed else keys).view(np.float32)
+    return np.where(ranks == 0, np.float32(np.inf), values)
 
 
 def _keys(values: Tensor, signed: bool) -> Tensor:
@@ -119,6 +126,6 @@ def _keys(values: Tensor, signed: bool) -> Tensor:
     return flat.view(torch.int32) & 0x7FFFFFFF  # NaN may have a sign
 
 
-def _flip_negative(bits: Tensor) -> Tensor:
+def _flip_negative(bits: Any) -> Any:
     """Bit patterns of negative numbers order the wrong way round; flipped twice they are themselves again."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

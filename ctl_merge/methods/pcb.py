@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, FiniteFloat
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.combine import safe_divisor
 from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
 from ctl_merge.methods.parameters import Parameters, Scale, column
@@ -21,15 +21,15 @@ def _from_below(index: int, numel: int) -> int:
     return numel - min(max(index, 0), numel - 1)
 
 
-def _bound_ranks(numel: int, **_: object) -> Tensor:
+def _bound_ranks(numel: int, **_: object) -> list[list[int]]:
     """Of the least and the largest magnitude after clamping: (1, 2)."""
     low, high = int(numel * _EXTREME), int(numel * (1 - _EXTREME) - 1)
-    return torch.tensor([[_from_below(low, numel), _from_below(high, numel)]])
+    return [[_from_below(low, numel), _from_below(high, numel)]]
 
 
-def _score_ranks(numel: int, *, ratio: float, **_: object) -> Tensor:
+def _score_ranks(numel: int, *, ratio: float, **_: object) -> list[list[int]]:
     """Of the score from which on entries are kept, and of the largest: (1, 2)."""
-    return torch.tensor([[_from_below(int(numel * (1 - ratio)), numel), 1]])
+    return [[_from_below(int(numel * (1 - ratio)), numel), 1]]
 
 
 def score(deltas: Tensor, *, bounds: Tensor, **_: object) -> Tensor:

@@ -14,9 +14,10 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 from pydantic import TypeAdapter
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor
 from ctl_merge.errors import RecipeError
 from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 
@@ -30,14 +31,15 @@ class Measure:
     """A statistic of more than one chunk: a map over chunks, summed, then concluded.
 
     `accumulate(tensors, **arguments) -> Tensor` maps a chunk, shaped as the method gets it, to an additive state;
-    states are summed over all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments) -> Tensor`
-    turns the sum into the value that the method receives under the measure's name. Both receive the method's
-    parameters and the results of the measures before it, as keywords. `scope(parameters)` says over what the sum runs;
+    states are summed over all chunks of the scope, in a fixed order. `conclude(state, numel, **arguments)` turns the
+    sum into the value, a tensor or an array, that the method receives as a tensor under the measure's name. Both
+    receive the method's parameters and the results of the measures before it, as keywords; all are arrays where the
+    state is one, of a compiled loop. `scope(parameters)` says over what the sum runs;
     None: not needed.
     """
 
     accumulate: Callable[..., Tensor]
-    conclude: Callable[..., Tensor]
+    conclude: Callable[..., Tensor | np.ndarray]
     scope: Callable[[Parameters], Scope | None]
     state: tuple[int, ...] = ()  # shape of a model's part of the state, where it is worth counting: of int64
     compiled: Literal["count_upper", "count_lower"] | None = None  # the loop of `methods.kernels` that does the same
@@ -47,9 +49,9 @@ class Measure:
         """Of a model's part of the state."""
         return 8 * math.prod(self.state) if self.state else 0
 
-    def zeros(self, models: int) -> Tensor:
-        """The state before anything is counted."""
-        return torch.zeros(models, *self.state, dtype=torch.int64)
+    def zeros(self, models: int) -> np.ndarray:
+        """The state before a compiled loop has counted anything."""
+        return np.zeros((models, *self.state), np.int64)
 
 
 @dataclass(frozen=True)

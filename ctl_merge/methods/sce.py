@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field
 
 from ctl_merge.deferred import Tensor, torch
@@ -38,8 +39,8 @@ def _count(deltas: Tensor, **_: object) -> Tensor:
     return torch.cat([count_upper(spread), spread.float().count_nonzero().view(1, 1)], dim=1)
 
 
-def _choose(counts: Tensor, numel: int, *, select_topk: float, **_: object) -> Tensor:
-    return locate(counts[:, :-1], torch.tensor([[int(select_topk * int(counts[0, -1]))]]))
+def _choose(counts: Tensor, numel: int, *, select_topk: float, **_: object) -> np.ndarray:
+    return locate(counts[:, :-1], [[int(select_topk * int(counts[0, -1]))]])
 
 
 def _selection_scope(parameters: Parameters) -> Scope | None:
@@ -109,7 +110,7 @@ def sce(
     """
     if cut is None and select_topk < 1:
         spread = deviation(deltas)
-        cut = kth_largest(spread, torch.tensor([[int(select_topk * int(spread.float().count_nonzero()))]]))
+        cut = kth_largest(spread, [[int(select_topk * int(spread.float().count_nonzero()))]])
     if share is None:
         share = _shares(_energy(deltas, cut=cut), deltas[0].numel())
     weight = share.view(-1, *[1] * (deltas.ndim - 1))

@@ -19,9 +19,9 @@ def kept_count(density: float, numel: int) -> int:
     return max(1, int(density * numel))
 
 
-def kept_ranks(numel: int, *, density: Tensor, **_: object) -> Tensor:
+def kept_ranks(numel: int, *, density: Tensor | np.ndarray, **_: object) -> list[list[int]]:
     """The rank of the least magnitude that each model keeps: (models, 1)."""
-    return torch.tensor([[kept_count(share, numel)] for share in density.flatten().tolist()])
+    return [[kept_count(share, numel)] for share in density.flatten().tolist()]
 
 
 def trim_scope(parameters: Parameters) -> Scope | None:
@@ -74,7 +74,7 @@ def _just_below(cut: float, narrow: bool = False) -> float:
 
 
 def fused_trim(
-    merge: Fused | None, density: Tensor, least: Tensor | None, largest: Tensor | None = None
+    merge: Fused | None, density: Tensor, least: Tensor | np.ndarray | None, largest: np.ndarray | None = None
 ) -> Fused | None:
     """`merge` of the entries with magnitudes from `least` (models,) to `largest`; a density of 1 keeps all."""
     if merge is None or least is None:

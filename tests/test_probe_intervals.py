@@ -56,7 +56,8 @@ def resampled(count: int, of: Callable[[np.ndarray], Any]) -> list[Any]:
     The order within a draw changes nothing: of four sequences there are 35 draws, and each is computed once.
     """
     found = cache(lambda index: of(np.array(index)))
-    return [found(tuple(sorted(index))) for index in np.random.default_rng(0).integers(0, count, (DRAWS, count)).tolist()]
+    draws = np.random.default_rng(0).integers(0, count, (DRAWS, count))
+    return [found(tuple(sorted(index))) for index in draws.tolist()]
 
 
 def ends(values: Any) -> list:

@@ -154,6 +154,7 @@ class HubServer:
 class Handler(hub_reading.Reading, hub_writing.Writing, BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait 40 ms for the client's word
 
     def setup(self) -> None:
         super().setup()

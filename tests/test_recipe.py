@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, SchemaError
 
 from ctl_merge.errors import CheckpointError, RecipeError
 from ctl_merge.json_schema import recipe_schema
@@ -516,8 +517,31 @@ def test_only_recipe_errors_come_out_of_damaged_recipes(start: int, length: int,
 
 @pytest.fixture(scope="module")
 def schema() -> Draft202012Validator:
-    Draft202012Validator.check_schema(recipe_schema())
     return Draft202012Validator(recipe_schema())
+
+
+def once(node: Any, seen: set[str], schema: bool = True) -> Any:
+    """A schema with `true` in place of each of its parts that it has had already: what is left is all that it says."""
+    if isinstance(node, list):
+        return [once(part, seen) for part in node]
+    if not isinstance(node, dict):
+        return node
+    if schema:
+        text = json.dumps(node)
+        if text in seen:
+            return True
+        seen.add(text)
+    maps = ("properties", "patternProperties", "$defs")
+    return {key: once(value, seen, not (schema and key in maps)) for key, value in node.items()}
+
+
+def test_the_schema_is_one() -> None:
+    seen: set[str] = set()
+    Draft202012Validator.check_schema(once(recipe_schema(), seen))
+    assert len(seen) > 100
+    broken = once({"properties": {"a": {"type": "string"}, "b": {"items": {"type": "no"}}}}, set())
+    with pytest.raises(SchemaError, match="'no' is not valid"):
+        Draft202012Validator.check_schema(broken)
 
 
 def test_the_schema_knows_every_method_and_parameter() -> None:

@@ -30,10 +30,10 @@ ORDER = """
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
-    methods/ merged measures compiled devices evidence prefix_evidence
+    methods/ merged measures compiled counting devices evidence prefix_evidence
     merging finishing parts processes heartbeat identity measured sums writer workers output together companions
     tokenizer_files manifest number_policy public_recipe local_paths card front_matter markdown bounded sizes shown
-    time_limit
+    time_limit deferred
     publishing finished shard_stream destination hub_push original reproduce
     factors adapter_targets adapter_fit adapter_files adapter_output lora_output lora_writing adapter_card extraction
     model dispatch compare weights findings compare_table probing/ evaluating/ tuning/

@@ -63,7 +63,6 @@ def both(text: str, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Tensor],
     found = []
     for least in (0, 1 << 62):
         monkeypatch.setattr(compiled, "LEAST", least)
-        monkeypatch.setattr(compiled, "LEAST_SUMMED", least)
         merged = open_merge(parse_recipe(text))
         assert merged.has_loops == (least == 0)
         found.append({name: merged.read(name) for name in merged.tensors})
@@ -184,7 +183,6 @@ def test_places_are_those_of_the_definition_for_rows_of_every_kind(width):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_not_finite_is_refused_by_name(bad, method, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "LEAST", 0)
-    monkeypatch.setattr(compiled, "LEAST_SUMMED", 0)
     paths = family(tmp_path, [dtype] * 3, 1)
     broken = {f"t{i}": values(shape, i, dtype) for i, shape in enumerate(SHAPES)}
     broken["t4"][2047] = bad
@@ -201,7 +199,6 @@ def test_results_beyond_the_range_are_refused_and_the_largest_is_not(tmp_path, m
         write_checkpoint(tmp_path / f"m{i}", {"t": torch.full((9,), largest, dtype=torch.bfloat16)}) for i in (0, 1)
     ]
     assert_same_bytes(recipe_of("linear", paths, {}, [1.0, 3.0]), monkeypatch)
-    monkeypatch.setattr(compiled, "LEAST_SUMMED", 0)
     merged = open_merge(parse_recipe(recipe_of("linear", paths, {"normalize": False}, [1.0, 1.0])))
     with pytest.raises(NonFiniteError, match="bfloat16 ends at"):
         merged.read("t")

@@ -14,7 +14,11 @@ PACKAGE = Path(ctl_merge.__file__).parent
 
 # The pipeline, stage by stage; the modules of one row do not import each other.
 STAGES = {
-    "what everything uses": ("__init__ bounded errors problems shown sizes time_limit", "heartbeat", "processes"),
+    "what everything uses": (
+        "__init__ bounded deferred errors problems shown sizes time_limit",
+        "heartbeat workers",
+        "processes",
+    ),
     "methods: pure functions of tensors": (
         "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
@@ -30,7 +34,7 @@ STAGES = {
     ),
     "checkpoints in folders, on the Hub, with an adapter": (
         "adapter_config companions digests factors header hub_client hub_errors layers local_paths mapped markdown "
-        "model_config output reference tokenizer workers",
+        "model_config output reference tokenizer",
         "architecture chat_template devices hub_content rates sums tokenizer_files",
         "hub",
         "checkpoint destination stacks together",
@@ -68,7 +72,8 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "compiled measures",
+        "counting measures",
+        "compiled",
         "identity merged number_policy public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",

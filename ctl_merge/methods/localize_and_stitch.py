@@ -29,7 +29,11 @@ def _whole_model(parameters: Parameters) -> Scope | None:
 
 def _say_cuts(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     found = next((result["cut"] for result in results.values() if "cut" in result), None)
-    return None if found is None else "entries are kept from |d| = " + ", ".join(f"{float(c):.4g}" for c in found)
+    return (
+        None
+        if found is None
+        else "entries are kept from |d| = " + ", ".join(f"{cut:.4g}" for cut in found.flatten().tolist())
+    )
 
 
 @merge_method(

@@ -29,11 +29,9 @@ def _whole_model(parameters: Parameters) -> Scope | None:
 
 def _say_cuts(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     found = next((result["cut"] for result in results.values() if "cut" in result), None)
-    return (
-        None
-        if found is None
-        else "entries are kept from |d| = " + ", ".join(f"{cut:.4g}" for cut in found.flatten().tolist())
-    )
+    if found is None:
+        return None
+    return "entries are kept from |d| = " + ", ".join(f"{cut:.4g}" for cut in found.flatten().tolist())
 
 
 @merge_method(

@@ -51,7 +51,7 @@ def test_arithmetic_is_predicted_within_a_factor(tmp_path: Path) -> None:
     """Loose, as tests run beside other work; benchmarks/plan_against_run.py is exact."""
     merge = opened(tmp_path, "ties", size=1024, density=0.5)
     with calibrate.pool(2) as mapped:
-        predicted = calibrate._arithmetic(merge, mapped)[1]
+        predicted = calibrate._arithmetic(merge, mapped)[2]
         start = time.perf_counter()
         for _ in mapped(merge.merged.read, list(merge.merged.tensors)):
             pass
@@ -69,7 +69,7 @@ def test_twice_the_tensors_take_twice_the_time(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(calibrate, "_read_whole", read)
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock[0])
-    measuring, merging = calibrate._arithmetic(merge, map)
+    _, measuring, merging = calibrate._arithmetic(merge, map)
     assert measuring == 0
     assert merging == pytest.approx(4 * 1e-3 + 1e-6 * 4 * 512 * 512)
 

@@ -335,7 +335,8 @@ def cut_by_counting(chunks: Sequence[torch.Tensor], density: Sequence[float]) ->
     share, numel = torch.tensor(density, dtype=torch.float64), sum(chunk.shape[1] for chunk in chunks)
     upper = sum((count_upper(chunk.abs()) for chunk in chunks), torch.tensor(0))
     found = locate(upper, kept_ranks(numel, density=share))
-    return value_at(sum((count_lower(chunk.abs(), found) for chunk in chunks), torch.tensor(0)), found)
+    lower = sum((count_lower(chunk.abs(), found) for chunk in chunks), torch.tensor(0))
+    return torch.from_numpy(value_at(lower, found))
 
 
 # Few different values make ties; all of float32 makes denormals, zeros of both signs and neighbours in the last bit.
@@ -390,8 +391,8 @@ def test_the_engine_finds_the_cut_exactly_over_chunks_and_tensors(tmp_path: Path
     by_model = open_family(tmp_path, "ties", family, {**own, "trim": "model"}).measures.all()
     whole = magnitude_cut(torch.cat(list(stacks.values()), dim=1), torch.tensor(density))
     for name, stack in stacks.items():
-        assert torch.equal(by_tensor[name]["cut"], magnitude_cut(stack, torch.tensor(density)))
-        assert torch.equal(by_model[name]["cut"], whole)
+        assert torch.equal(torch.from_numpy(by_tensor[name]["cut"]), magnitude_cut(stack, torch.tensor(density)))
+        assert torch.equal(torch.from_numpy(by_model[name]["cut"]), whole)
 
 
 # ---- other implementations

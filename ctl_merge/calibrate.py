@@ -21,7 +21,7 @@ from ctl_merge.rates import Map, Rates, dirty_limit, measure_rates
 from ctl_merge.reference import ModelRef
 from ctl_merge.workers import pool
 
-_SMALL, _LARGE = 1 << 12, 8 * CHUNK  # entries of the tensors that are merged to measure
+_SMALL, _LARGE = 1 << 12, 32 * CHUNK  # entries of the tensors that are merged to measure
 _SIDE = 768  # of the matrices that methods on whole matrices are measured on
 _KINDS = 4  # of tensors that are measured, those with the most entries
 _LOADING = 1.0  # seconds at most to load compiled loops
@@ -98,8 +98,12 @@ class Drawn(FileCheckpoint):
         return self._like.stored_as(tensor.rpartition(".")[0])
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
-        for piece in out.split(CHUNK):
-            piece.copy_(self._values[: piece.numel()])
+        filled = 0
+        while filled < out.numel():
+            at = (start + filled) % CHUNK
+            piece = out[filled : filled + CHUNK - at]
+            piece.copy_(self._values[at : at + piece.numel()])
+            filled += piece.numel()
 
 
 def _arithmetic(opened: Merge, mapped: Map) -> tuple[float, float, float]:

@@ -14,8 +14,8 @@ from ctl_merge.plan import TensorPlan
 # Entries of a tensor that are read at once. The loops cut them up themselves; larger pieces than elsewhere, as reading
 # and calling would else take longer than the arithmetic.
 LOOP_CHUNK = 1 << 19
-# From so many entries on a bin is foretold, by so many pieces of them; below, a second pass finds them in a cache.
-_LARGE, _PIECES = 1 << 20, 128
+# From so many entries on a bin is foretold, by so many pieces of them; below, looking at these takes too large a share.
+_LARGE, _PIECES = 1 << 22, 128
 _NEAR = 3  # bins that are counted for each that is foretold: it, and both its neighbours
 
 Raw = tuple[np.ndarray, np.ndarray]  # as `ctl_merge.methods.kernels` has it

@@ -102,6 +102,7 @@ def test_a_pools_threads_compute_alone_and_give_back_what_was() -> None:
 def test_cuts_are_exact_whether_foretold_or_not(moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`moved`: by how many bins the sample is wrong."""
     monkeypatch.setattr(compiled, "LEAST", 0)
+    monkeypatch.setattr(counting, "_LARGE", 1 << 20)
     paths = family(tmp_path)
     merged = open_merge(parse_recipe(recipe_of("ties", paths, density=0.3)))
     assert merged._loops is not None

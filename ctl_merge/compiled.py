@@ -19,7 +19,7 @@ from ctl_merge.methods.noise import key_of
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.token_rows import Input
 
-# Entries of a model from which on the loops are worth the minute that it takes to compile them once.
+# Entries of a model from which on the loops are worth the time that compiling them takes once.
 LEAST = 1 << 25
 # What `Fused` says, as the kernels number it.
 _ELECT = {"weighted": 0, "unweighted": 1, "count": 2}

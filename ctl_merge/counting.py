@@ -78,9 +78,10 @@ class Counting:
         """The first of the bins to be counted for each rank that is asked for: (models, ranks)."""
         measure, block, models = self._method.measures[name], self._kernels.BLOCK, len(plan.inputs)
         sample, none = measure.zeros(models), np.zeros((models, 0), np.int64)
+        nowhere = np.zeros((models, 0, _NEAR, 1 << 16), np.int64)
         for piece in range(_PIECES):
             start = piece * (plan.spec.numel - block) // (_PIECES - 1)
-            self._count(plan, start, block, none, sample, np.zeros((models, 0, _NEAR, 1 << 16), np.int64))
+            self._count(plan, start, block, none, sample, nowhere)
         bins = measure.conclude(sample, _PIECES * block, **self._columns(plan))
         return np.maximum(np.asarray(bins)[..., 0] - _NEAR // 2, 0)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import merge_agreeing
-from ctl_merge.methods.combine import total, weighted_sum
+from ctl_merge.methods.combine import weight_sum, weighted_sum
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.order import kth_largest, magnitudes, order_statistics
@@ -111,7 +111,7 @@ def breadcrumbs(
     """
     kept = keep_band(deltas, density=density, gamma=gamma, band=band)
     kept = restore_l1(deltas, kept, l1_ratio) if rescale else kept
-    divisor = total(weight) if normalize else 1.0
+    divisor = weight_sum(weight) if normalize else 1.0
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 

@@ -24,7 +24,7 @@ def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def total(weight: Any) -> float:
+def weight_sum(weight: Any) -> float:
     """Σ w, rounded once: in whatever order, and by whatever library, the same."""
     return math.fsum(weight.flatten().tolist())
 
@@ -46,7 +46,7 @@ def anchored_sum(tensors: Tensor, factors: Sequence[float], total: float) -> Ten
 
 def weighted_mean(tensors: Tensor, weight: Tensor) -> Tensor:
     """Σ w t / Σ w over the first axis: tensors (models, *shape), weight (models, 1, ...) -> (*shape)."""
-    return anchored_sum(tensors, (weight / total(weight)).flatten().tolist(), 1.0)
+    return anchored_sum(tensors, (weight / weight_sum(weight)).flatten().tolist(), 1.0)
 
 
 def cancel(weights: Sequence[float]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ctl_merge.deferred import Tensor
 from ctl_merge.methods.agreement import merge_agreeing
-from ctl_merge.methods.combine import safe_divisor, total, weighted_sum
+from ctl_merge.methods.combine import safe_divisor, weight_sum, weighted_sum
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, PerModel, Scale, Weight, column
@@ -76,7 +76,7 @@ def dare_linear(
     equal in expectation for large tensors, wild for small ones.
     """
     kept = drop_and_rescale(deltas, density, rescale, noise, l1_ratio)
-    divisor = total(weight) if normalize else 1.0
+    divisor = weight_sum(weight) if normalize else 1.0
     return weighted_sum(kept, weight * (lambda_ / divisor))
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat
 
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import merge_agreeing
-from ctl_merge.methods.combine import total, weighted_sum
+from ctl_merge.methods.combine import weight_sum, weighted_sum
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.linear import weights_cancel
 from ctl_merge.methods.parameters import Density, Normalize, Parameters, PerModel, Scale, Weight
@@ -177,5 +177,5 @@ def della_linear(
     Arguments as `della`; `normalize` divides by the sum of all weights.
     """
     kept = prune_and_rescale(deltas, density, epsilon, rescale, noise, l1_ratio)
-    divisor = total(weight) if normalize else 1.0
+    divisor = weight_sum(weight) if normalize else 1.0
     return weighted_sum(kept, weight * (lambda_ / divisor))

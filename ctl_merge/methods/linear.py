@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ctl_merge.deferred import Tensor
-from ctl_merge.methods.combine import anchored_sum, cancel, total, weighted_mean
+from ctl_merge.methods.combine import anchored_sum, cancel, weight_sum, weighted_mean
 from ctl_merge.methods.fused import Fused, anchored
 from ctl_merge.methods.parameters import Normalize, Parameters, PerModel, Weight
 from ctl_merge.methods.registry import merge_method
@@ -17,7 +17,7 @@ def weights_cancel(parameters: Parameters, flag: str = "normalize") -> str | Non
 
 
 def _fused(*, weight: Tensor, normalize: bool, **_: object) -> Fused:
-    return anchored(weight / total(weight), 1.0) if normalize else anchored(weight, total(weight))
+    return anchored(weight / weight_sum(weight), 1.0) if normalize else anchored(weight, weight_sum(weight))
 
 
 @merge_method(space="weights", base="optional", linear=True, check=weights_cancel, fused=_fused, paper="2203.05482")
@@ -29,4 +29,4 @@ def linear(tensors: Tensor, *, weight: PerModel[Weight], normalize: Normalize = 
     """
     if normalize:
         return weighted_mean(tensors, weight)
-    return anchored_sum(tensors, weight.flatten().tolist(), total(weight))
+    return anchored_sum(tensors, weight.flatten().tolist(), weight_sum(weight))

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ctl_merge.counting import LOOP_CHUNK, Columns, Counting, Raw, Refuse
+from ctl_merge.checkpoint import CHUNK
+from ctl_merge.counting import LOOP_CHUNK, Columns, Counting, Raw, Refuse, pieces
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.mapped import MappedFile
 from ctl_merge.methods.fused import Fused
@@ -51,7 +52,8 @@ def loop_step(width: int) -> int:
 def working_bytes(models: int, exact: bool, width: int) -> int:
     """What the loops hold for each thread, with so many inputs, and rows of at most so many entries that stay whole."""
     ranking = (8 * models + 20) * max(width, 2048) + (1 << 17)  # places, keys, words to sort, and counts
-    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking
+    products = models * models * CHUNK >> 7  # a number for each pair and 1024 entries
+    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking + products
 
 
 class CompiledLoops:
@@ -69,7 +71,7 @@ class CompiledLoops:
     ) -> None:  # fmt: skip
         self._kernels, self._plan, self._columns = kernels, plan, columns
         self._read, self._exact, self._mapped = read, exact, mapped
-        self._held = threading.local()
+        self._refuse, self._held = refuse, threading.local()
         self.counting = Counting(kernels, plan.method, columns, self._stored, refuse)
 
     @classmethod
@@ -120,6 +122,27 @@ class CompiledLoops:
             begin, count = start, stack.shape[1]
         raw = self._raw(plan, begin, count)
         return not self._kernels.decode_chunk(raw, plan.base is not None, start - begin, stack.numpy())
+
+    def state(self, plan: TensorPlan, name: str, results: Mapping[str, Any]) -> np.ndarray:
+        """What one of the method's measures accumulates over a whole tensor; `results` of those before it."""
+        loop = self._plan.method.measures[name].loop(plan.parameters)
+        if loop == "gram" or loop == "energy":
+            return self._products(plan, loop == "energy")
+        return self.counting.state(plan, name, results)
+
+    def _products(self, plan: TensorPlan, squares: bool) -> np.ndarray:
+        """Inner products over a whole tensor, (models, models); `squares`: those of each with itself, (models,)."""
+        models, block = len(plan.inputs), self._kernels.BLOCK
+        total, scratch = np.zeros((models, models)), self._memory("scratch", (models + 4) * block, np.float64)
+        sums = self._memory("sums", models * models * CHUNK // block, np.float64).reshape(models, models, -1)
+        for start, count in pieces(plan):
+            undecided = self._kernels.add_products(
+                self._stored(plan, start, count), plan.base is not None, count, CHUNK, squares,
+                scratch.reshape(-1, block), sums, total,
+            )  # fmt: skip
+            if undecided:
+                self._refuse(plan, start, count)
+        return total.diagonal().copy() if squares else np.triu(total) + np.triu(total, 1).T
 
     def _stored(self, plan: TensorPlan, start: int, count: int) -> Raw:
         return self._load(plan, start, count, decoded=False)

@@ -56,7 +56,7 @@ class Counting:
         alone = self._method.scopes(plan.parameters)[name] == "tensor"
         first = self._foretold(plan, name) if alone and plan.spec.numel >= _LARGE else np.zeros((models, 0), np.int64)
         lower = np.zeros((*first.shape, _NEAR, 1 << 16), np.int64)
-        for start, count in _pieces(plan):
+        for start, count in pieces(plan):
             self._count(plan, start, count, first, upper, lower)
         self._held.foretold = (plan, first, lower)
         return upper
@@ -69,7 +69,7 @@ class Counting:
                 return np.take_along_axis(lower, place[..., None, None], axis=2)[:, :, 0]
         state = self._method.measures[name].zeros(len(plan.inputs))
         with_base, keys = plan.base is not None, self._keys()
-        for start, count in _pieces(plan):
+        for start, count in pieces(plan):
             if self._kernels.count_lower(self._stored(plan, start, count), with_base, count, keys, bins, state):
                 self._refuse(plan, start, count)
         return state
@@ -100,5 +100,6 @@ class Counting:
         return keys
 
 
-def _pieces(plan: TensorPlan) -> list[tuple[int, int]]:
+def pieces(plan: TensorPlan) -> list[tuple[int, int]]:
+    """What is read at once of a tensor: starts and numbers of entries."""
     return [(start, min(LOOP_CHUNK, plan.spec.numel - start)) for start in range(0, plan.spec.numel, LOOP_CHUNK)]

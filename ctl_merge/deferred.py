@@ -11,6 +11,8 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -28,9 +30,14 @@ else:
     torch = _Deferred("torch")
 
 
+def library(values: Any) -> Any:
+    """NumPy for its arrays, torch for tensors: for what is computed of either alike."""
+    return np if isinstance(values, np.ndarray | np.generic) else torch
+
+
 def torch_version() -> str:
     """What `torch.__version__` says."""
     return version("torch")
 
 
-__all__ = ["Tensor", "torch", "torch_version"]
+__all__ = ["Tensor", "library", "torch", "torch_version"]

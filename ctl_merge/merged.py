@@ -123,9 +123,9 @@ class MergedCheckpoint(Checkpoint):
     def needs_torch(self) -> bool:
         """Whether it takes more than compiled loops from and to bfloat16."""
         merged = [t for t in self.plan.tensors.values() if t.operation == "merge"]
-        measured = {name for t in merged[:1] for name in self.method.scopes(t.parameters)}
+        measured = [(self.method.measures[name], t) for t in merged for name in self.method.scopes(t.parameters)]
         return not (
-            self.has_loops and self._all_plain and all(self.method.measures[name].compiled for name in measured)
+            self.has_loops and self._all_plain and all(measure.loop(t.parameters) for measure, t in measured)
             and all(t.spec.dtype == "BF16" and self._by_loops(t) for t in merged)
         )  # fmt: skip
 
@@ -313,8 +313,8 @@ class MergedCheckpoint(Checkpoint):
     def accumulate(self, plan: TensorPlan, name: str, results: Results) -> State:
         """The state of one of the method's measures over a whole tensor, given the results of those before it."""
         measure = self.method.measures[name]
-        if measure.compiled and self._by_loops(plan) and self._loops is not None:
-            return self._loops.counting.state(plan, name, results)
+        if measure.loop(plan.parameters) and self._by_loops(plan) and self._loops is not None:
+            return self._loops.state(plan, name, results)
         compute_alone()
         results = tensors(results)
         state: Tensor | None = None

@@ -14,6 +14,7 @@ from ctl_merge import compiled, counting
 from ctl_merge.deferred import torch as deferred
 from ctl_merge.deferred import torch_version
 from ctl_merge.merging import open_merge
+from ctl_merge.methods import registry
 from ctl_merge.methods.order import kth_largest
 from ctl_merge.methods.sparsify import kept_ranks
 from ctl_merge.recipe_file import parse_recipe
@@ -34,6 +35,9 @@ from ctl_merge.cli import main
 sys.argv = ["ctl-merge", *sys.argv[1:]]
 main()
 """
+DENSE = (
+    "linear", "task_arithmetic", "slerp", "nuslerp", "model_stock", "sce", "karcher", "multislerp", "metagpt"
+)  # fmt: skip
 SHAPES = ((1500, 1024), (7,), (33, 65))
 
 
@@ -47,17 +51,20 @@ def family(folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Path]:
 
 
 def recipe_of(method: str, paths: list[Path], **parameters: object) -> str:
-    base, *others = paths
-    return recipe_text(method, [(path, {"weight": 0.5}) for path in others], base, parameters)
+    row, (base, *others) = registry()[method], paths
+    if row.base != "required":
+        base, others = None, paths[: row.models[1]]
+    elif row.space == "weights":
+        others = others[:1]
+    own = {"weight": 0.5} if "weight" in row.parameters else {}
+    return recipe_text(method, [(path, own) for path in others], base, parameters)
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "dare_ties", "ties", "breadcrumbs", "della"])
+@pytest.mark.parametrize("method", [*DENSE, "dare_ties", "ties", "breadcrumbs", "della"])
 def test_a_merge_from_and_to_bfloat16_imports_no_torch(method: str, tmp_path: Path) -> None:
     paths = family(tmp_path)
-    parameters = {} if method in ("linear", "task_arithmetic") else {"density": 0.5}
-    text = recipe_of(method, paths, **parameters) if method != "linear" else recipe_text(
-        method, [(path, {"weight": 0.5}) for path in paths]
-    )  # fmt: skip
+    parameters = {"t": 0.3} if method == "slerp" else {} if method in DENSE else {"density": 0.5}
+    text = recipe_of(method, paths, **parameters)
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     command = [sys.executable, "-c", WITHOUT, str(file), "-o", str(tmp_path / "out")]
@@ -79,7 +86,8 @@ def test_what_needs_torch_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words, single = family(tmp_path / "bf16"), family(tmp_path / "f32", torch.float32)
     assert not open_merge(parse_recipe(recipe_of("ties", words, density=0.5))).needs_torch
     assert open_merge(parse_recipe(recipe_of("ties", single, density=0.5))).needs_torch
-    assert open_merge(parse_recipe(recipe_of("sce", words).replace("weight", "#"))).needs_torch
+    assert not open_merge(parse_recipe(recipe_of("sce", words))).needs_torch
+    assert open_merge(parse_recipe(recipe_of("sce", words, select_topk=0.5))).needs_torch
 
 
 def test_the_deferred_module_is_the_module() -> None:

@@ -23,10 +23,10 @@ STAGES = {
         "methods.fused methods.kernels methods.matrices methods.noise methods.parameters",
         "methods.combine",
         "methods.agreement methods.registry",
-        "methods.__init__ methods.angles methods.consensus methods.fisher methods.iso methods.linear "
-        "methods.metagpt methods.nearswap methods.order methods.passthrough methods.ram methods.regmean "
+        "methods.__init__ methods.angles methods.consensus methods.fisher methods.iso methods.linear methods.nearswap "
+        "methods.order methods.passthrough methods.ram methods.regmean "
         "methods.rescale methods.table methods.tsv methods.wudi",
-        "methods.arcee_fusion methods.karcher methods.model_stock methods.multislerp "
+        "methods.arcee_fusion methods.karcher methods.metagpt methods.model_stock methods.multislerp "
         "methods.nuslerp methods.sce methods.slerp methods.sparsify methods.task_arithmetic",
         "methods.breadcrumbs methods.dare methods.della methods.localize_and_stitch methods.pcb methods.ties",
         "methods.knots",

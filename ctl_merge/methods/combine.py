@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ctl_merge.deferred import Tensor, torch
+import numpy as np
+
+from ctl_merge.deferred import Tensor, library, torch
 from ctl_merge.methods.parameters import Parameters
 
 
-def weighted_sum(tensors: Tensor, weight: Tensor) -> Tensor:
+def weighted_sum(tensors: Tensor, weight: Tensor | np.ndarray) -> Tensor:
     """Σ w_i t_i over the first axis: tensors (models, *shape), weight (models, 1, ...) -> (*shape).
 
     One pass per model over memory that a chunk keeps in cache; a broadcast product would write a second stack first.
@@ -59,6 +61,6 @@ def dividing(parameters: Parameters) -> str | None:
     return "the weights sum to zero, and are divided by: change a weight" if cancel(parameters["weight"]) else None
 
 
-def safe_divisor(divisor: Tensor) -> Tensor:
+def safe_divisor(divisor: Any) -> Any:
     """`divisor` with its zeros replaced by one, so that 0 / 0 gives 0."""
-    return torch.where(divisor == 0, 1.0, divisor)
+    return library(divisor).where(divisor == 0, 1.0, divisor)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ctl_merge.deferred import Tensor
+
+Values = Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,19 @@ class Fused:
     scale: float = 1.0
 
 
-def summed(factors: Tensor) -> Fused:
+def summed(factors: Values) -> Fused:
     """What `weighted_sum` computes."""
     return Fused(factors.flatten().tolist())
 
 
-def anchored(factors: Tensor, total: float) -> Fused:
+def anchored(factors: Values, total: float) -> Fused:
     """What `anchored_sum` computes."""
     found = factors.flatten().tolist()
     return Fused(found, anchor=max(range(len(found)), key=lambda index: abs(found[index])), total=total)
 
 
 def agreeing(
-    weight: Tensor, elect: str = "weighted", divide: str = "weights", majority: Tensor | None = None, scale: float = 1.0
+    weight: Values, elect: str = "weighted", divide: str = "weights", majority: Values | None = None, scale: float = 1.0
 ) -> Fused | None:
     """What `merge_agreeing` computes, where it has a fast way: for positive weights."""
     if not bool((weight > 0).all()) or (majority is not None and float(majority) <= 0):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field, FiniteFloat
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.angles import cosines, gram, lengths, whole_tensor
 from ctl_merge.methods.combine import safe_divisor, weighted_sum
 from ctl_merge.methods.fused import Fused, summed
@@ -18,37 +19,38 @@ MaxIter = Annotated[int, Field(ge=0, description="steps at most")]
 Tolerance = Annotated[FiniteFloat, Field(ge=0, description="step length, in radians, that ends the iteration")]
 
 
-def _mix(products: Tensor, numel: int, *, max_iter: int, tol: float, **_: object) -> Tensor:
+def _mix(products: Any, numel: int, *, max_iter: int, tol: float, **_: object) -> np.ndarray:
     """What each tensor is multiplied with, then 1 if the last step was longer than `tol`: (models + 1,)."""
+    products = np.asarray(products)
     norms = lengths(products)
     present = norms != 0  # a zero tensor has no direction, but counts in the mean length
     if not present.any():
-        return torch.zeros(len(norms) + 1, dtype=products.dtype)
+        return np.zeros(len(norms) + 1)
     place, converged = _mean_direction(cosines(products)[present][:, present], max_iter, tol)
-    factors = torch.zeros_like(norms)
+    factors = np.zeros_like(norms)
     factors[present] = place
     factors *= norms.mean() / safe_divisor(norms)
-    return torch.cat([factors, factors.new_tensor([float(not converged)])])
+    return np.append(factors, float(not converged))
 
 
-def _mean_direction(cos: Tensor, max_iter: int, tol: float) -> tuple[Tensor, bool]:
+def _mean_direction(cos: np.ndarray, max_iter: int, tol: float) -> tuple[np.ndarray, bool]:
     """The Karcher mean of unit vectors as a combination of them, from their cosines: (models,), and if it is reached.
 
     Every iterate lies in the span of the inputs, so inner products tell all that the iteration needs.
     """
 
-    def length(combination: Tensor) -> float:
+    def length(combination: np.ndarray) -> float:
         return math.sqrt(max(0.0, float(combination @ cos @ combination)))
 
-    place = torch.full_like(cos[0], 1 / len(cos))
+    place = np.full_like(cos[0], 1 / len(cos))
     start = length(place)
-    place = place / start if start >= tol and start > 0 else torch.eye(len(cos)).to(cos)[0]
+    place = place / start if start >= tol and start > 0 else np.eye(len(cos))[0]
     for _ in range(max_iter):
-        towards = (cos @ place).clamp(-1.0, 1.0)
-        angles = torch.acos(towards)
+        towards = (cos @ place).clip(-1.0, 1.0)
+        angles = np.arccos(towards)
         # A vector where the mean is needs no step, and to one at the antipode no direction is the nearest.
         pulls = (angles > tol) & (angles < math.pi - tol)
-        pull = torch.where(pulls, angles / safe_divisor(torch.sin(angles)), 0.0) / len(cos)
+        pull = np.where(pulls, angles / safe_divisor(np.sin(angles)), 0.0) / len(cos)
         tangent = pull - (pull @ towards) * place
         step = length(tangent)
         if step <= tol:
@@ -63,19 +65,21 @@ def _count_unfinished(results: Mapping[str, Mapping[str, Tensor]]) -> str | None
     return f"{sum(found)} of {len(found)} tensors took all of `max_iter` steps" if any(found) else None
 
 
-def _fused(*, mix: Tensor, **_: object) -> Fused:
+def _fused(*, mix: np.ndarray, **_: object) -> Fused:
     return summed(mix[:-1])
 
 
 @merge_method(
     space="weights",
     base="optional",
-    measures={"mix": Measure(gram, _mix, whole_tensor)},
+    measures={"mix": Measure(gram, _mix, whole_tensor, compiled="gram")},
     fused=_fused,
     report=_count_unfinished,
     paper="2603.04972",
 )
-def karcher(tensors: Tensor, *, max_iter: MaxIter = 10, tol: Tolerance = 1e-5, mix: Tensor | None = None) -> Tensor:
+def karcher(
+    tensors: Tensor, *, max_iter: MaxIter = 10, tol: Tolerance = 1e-5, mix: Tensor | np.ndarray | None = None
+) -> Tensor:
     """The point of the sphere with the least sum of squared angles to the tensors' directions, times their mean length.
 
     tensors (models, *shape) -> (*shape). A base model that the recipe names is an ordinary input. Found by Riemannian
@@ -83,5 +87,5 @@ def karcher(tensors: Tensor, *, max_iter: MaxIter = 10, tol: Tolerance = 1e-5, m
     the tensors, computed from `tensors` if not given.
     """
     if mix is None:
-        mix = _mix(gram(tensors), tensors[0].numel(), max_iter=max_iter, tol=tol)
+        mix = _mix(gram(tensors).cpu(), tensors[0].numel(), max_iter=max_iter, tol=tol)
     return weighted_sum(tensors, mix[:-1])

@@ -506,6 +506,55 @@ def merge_chunk(
     return False
 
 
+# ---- inner products
+
+
+@_compiled
+def _halved(terms, count):
+    """The sum of so many numbers, a power of two, one half added to the other until one is left."""
+    while count > 1:
+        count //= 2
+        for i in range(count):
+            terms[i] += terms[i + count]
+    return terms[0]
+
+
+@_compiled
+def _inner(one, other, terms):
+    """Of a whole block."""
+    half = BLOCK // 2
+    for i in range(half):
+        terms[i] = one[i] * other[i] + one[i + half] * other[i + half]
+    return _halved(terms, half)
+
+
+@_compiled
+def add_products(raw, with_base, size, piece, squares, scratch, sums, total):
+    """Inner products of the models, or only those of each with itself, added to the upper half of `total`.
+
+    total (models, models). In the order of `ctl_merge.methods.angles.inner` for every `piece` of the `size` entries,
+    and one piece after the other. `scratch` (models + 2, BLOCK) and `sums` (models, models, blocks of a piece, a power
+    of two), float64, are memory to work in. True if NaN or infinity is among the entries.
+    """
+    models = total.shape[0]
+    for begin in range(0, size, piece):
+        end = min(begin + piece, size)
+        sums[:] = 0.0
+        for start in range(begin, end, BLOCK):
+            stop = min(start + BLOCK, end)
+            scratch[:models, stop - start :] = 0.0
+            if _load(raw, with_base, start, stop, scratch, scratch[models]):
+                return True
+            for one in range(models):
+                for other in range(one, one + 1 if squares else models):
+                    terms = scratch[models + 1]
+                    sums[one, other, (start - begin) // BLOCK] = _inner(scratch[one], scratch[other], terms)
+        for one in range(models):
+            for other in range(one, one + 1 if squares else models):
+                total[one, other] += _halved(sums[one, other], sums.shape[2])
+    return False
+
+
 # ---- counting
 
 

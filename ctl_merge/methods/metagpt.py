@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ctl_merge.deferred import Tensor, torch
-from ctl_merge.methods.combine import safe_divisor, weighted_sum
+import numpy as np
+
+from ctl_merge.deferred import Tensor
+from ctl_merge.methods.angles import energy, energy_shares
+from ctl_merge.methods.combine import weighted_sum
 from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Measure, Scope, merge_method
-
-
-def _energy(deltas: Tensor, **_: object) -> Tensor:
-    return deltas.flatten(1).square().sum(1, dtype=torch.float64)
-
-
-def _shares(energy: Tensor, numel: int, **_: object) -> Tensor:
-    return energy / safe_divisor(energy.sum())
 
 
 def _whole_model(parameters: Parameters) -> Scope | None:
@@ -28,14 +23,14 @@ def _say_coefficients(results: Mapping[str, Mapping[str, Tensor]]) -> str | None
     return None if found is None else "coefficients: " + ", ".join(f"{float(share):.4g}" for share in found)
 
 
-def _fused(*, coefficient: Tensor, **_: object) -> Fused:
+def _fused(*, coefficient: np.ndarray, **_: object) -> Fused:
     return summed(coefficient)
 
 
 @merge_method(
     space="task_vectors",
     linear=True,
-    measures={"coefficient": Measure(_energy, _shares, _whole_model)},
+    measures={"coefficient": Measure(energy, energy_shares, _whole_model, compiled="energy")},
     report=_say_coefficients,
     fused=_fused,
     paper="2406.11385",
@@ -48,5 +43,5 @@ def metagpt(deltas: Tensor, *, coefficient: Tensor | None = None) -> Tensor:
     orthogonal task vectors.
     """
     if coefficient is None:
-        coefficient = _shares(_energy(deltas), deltas[0].numel())
+        coefficient = energy_shares(energy(deltas), deltas[0].numel())
     return weighted_sum(deltas, coefficient)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from itertools import combinations
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor, library, torch
 from ctl_merge.methods.angles import cosines, gram, whole_tensor
 from ctl_merge.methods.combine import weighted_sum
-from ctl_merge.methods.fused import Fused, summed
+from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Grain, Measure, Scope, merge_method
 
@@ -20,15 +22,15 @@ FilterWise = Annotated[bool, Field(description="one t for every vector of the la
 Clamp = Annotated[bool, Field(description="keep the base where t is negative (mergekit steps away from the mean)")]
 
 
-def _ratio(products: Tensor, numel: int, *, clamp: bool, **_: object) -> Tensor:
-    """t, from inner products of the task vectors: (models, models, *rest) -> (*rest)."""
-    models = len(products)
-    pairs = torch.triu_indices(models, models, 1)
-    mean = cosines(products)[pairs[0], pairs[1]].mean(0)
+def _ratio(products: Any, numel: int, *, clamp: bool, **_: object) -> Any:
+    """t, from inner products of the task vectors: (models, models, *rest) -> (*rest), of the same library."""
+    own, models, found = library(products), len(products), cosines(products)
+    pairs = [found[pair] for pair in combinations(range(models), 2)]
+    mean = sum(pairs[1:], pairs[0]) / len(pairs)
     denominator = 1 + (models - 1) * mean
-    singular = denominator.abs() < _SINGULAR
-    t = torch.where(singular, 0.0, models * mean / torch.where(singular, 1.0, denominator))
-    return t.clamp_min(0.0) if clamp else t
+    singular = abs(denominator) < _SINGULAR
+    t = own.where(singular, 0.0, models * mean / own.where(singular, 1.0, denominator))
+    return t.clip(0.0) if clamp else t
 
 
 def _grain(parameters: Parameters) -> Grain:
@@ -48,15 +50,15 @@ def _say_range(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return said + (f"; it is negative in {below}: `clamp: true` keeps the base there" if below else "")
 
 
-def _fused(*, t: Tensor, models: int, **_: object) -> Fused:
-    return summed((t / models).expand(models))
+def _fused(*, t: np.ndarray, models: int, **_: object) -> Fused:
+    return Fused([float(t) / models] * models)
 
 
 @merge_method(
     space="task_vectors",
     models=(2, None),
     grain=_grain,
-    measures={"t": Measure(gram, _ratio, _scope)},
+    measures={"t": Measure(gram, _ratio, _scope, compiled="gram")},
     report=_say_range,
     fused=_fused,
     paper="2403.19522",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor, library, torch
 from ctl_merge.methods.angles import cosine as angle_cosine
 from ctl_merge.methods.angles import cosines, gram, whole_tensor
+from ctl_merge.methods.combine import weighted_sum
 from ctl_merge.methods.fused import Fused, summed
 from ctl_merge.methods.parameters import Parameters, PerModel, Weight
 from ctl_merge.methods.registry import Grain, Measure, Scope, merge_method
@@ -23,12 +25,12 @@ Flatten = Annotated[bool, Field(description="one angle a tensor; false: one for 
 RowWise = Annotated[bool, Field(description="without flattening, vectors of the first dimension, not the last")]
 
 
-def arc_factors(cos: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def arc_factors(cos: Any, t: float) -> tuple[Any, Any]:
     """What both ends of an arc are multiplied with at place t: cos (*shape) of the angle -> two of (*shape)."""
-    straight = 1 - cos.square() <= COLLINEAR
-    angle = torch.acos(torch.where(straight, 0.0, cos))
-    first, second = (torch.sin(share * angle) / torch.sin(angle) for share in (1 - t, t))
-    return torch.where(straight, 1 - t, first), torch.where(straight, t, second)
+    own, straight = library(cos), 1 - cos * cos <= COLLINEAR
+    angle = own.arccos(own.where(straight, 0.0, cos))
+    first, second = (own.sin(share * angle) / own.sin(angle) for share in (1 - t, t))
+    return own.where(straight, 1 - t, first), own.where(straight, t, second)
 
 
 def _grain(parameters: Parameters) -> Grain:
@@ -47,14 +49,14 @@ def _count_straight(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return f"{straight} of {len(found)} tensors were interpolated linearly, as they are parallel" if straight else None
 
 
-def _place(weight: Tensor) -> float:
+def _place(weight: Tensor | np.ndarray) -> float:
     weights = weight.flatten().tolist()
     total = sum(weights)
     return 0.5 if abs(total) < _NO_WEIGHT else weights[1] / total
 
 
-def _fused(*, weight: Tensor, cosine: Tensor, **_: object) -> Fused:
-    return summed(torch.stack(arc_factors(cosine, _place(weight))))
+def _fused(*, weight: np.ndarray, cosine: np.ndarray, **_: object) -> Fused:
+    return summed(np.stack(arc_factors(cosine, _place(weight))))
 
 
 @merge_method(
@@ -62,7 +64,7 @@ def _fused(*, weight: Tensor, cosine: Tensor, **_: object) -> Fused:
     base="optional",
     models=(2, 2),
     grain=_grain,
-    measures={"cosine": Measure(gram, angle_cosine, _scope)},
+    measures={"cosine": Measure(gram, angle_cosine, _scope, compiled="gram")},
     report=_count_straight,
     fused=_fused,
 )
@@ -72,7 +74,7 @@ def nuslerp(
     weight: PerModel[Weight],
     nuslerp_flatten: Flatten = True,
     nuslerp_row_wise: RowWise = False,
-    cosine: Tensor | None = None,
+    cosine: Tensor | np.ndarray | None = None,
 ) -> Tensor:
     """The point on the arc between two task vectors, or two models without a base, at w_1 / (w_0 + w_1).
 
@@ -83,11 +85,12 @@ def nuslerp(
     """
     first, second = tensors
     if not nuslerp_flatten:
-        cosine = _cosines_along(first, second, 0 if nuslerp_row_wise else -1)
-    elif cosine is None:
-        cosine = angle_cosine(gram(tensors), first.numel())
-    of_first, of_second = arc_factors(cosine, _place(weight))
-    return (first * of_first).add_(second * of_second)
+        along = _cosines_along(first, second, 0 if nuslerp_row_wise else -1)
+        of_first, of_second = arc_factors(along, _place(weight))
+        return (first * of_first).add_(second * of_second)
+    if cosine is None:
+        cosine = angle_cosine(gram(tensors).cpu(), first.numel())
+    return weighted_sum(tensors, np.stack(arc_factors(np.array(float(cosine)), _place(weight))))
 
 
 def _cosines_along(first: Tensor, second: Tensor, dim: int) -> Tensor:

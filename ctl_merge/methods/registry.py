@@ -24,6 +24,7 @@ from ctl_merge.methods.parameters import PER_MODEL, Parameter, Parameters
 Scope = Literal["tensor", "model"]
 Grain = Literal["element", "row", "tensor"]
 Statistic = Literal["gram", "fisher"]
+Loop = Literal["count_upper", "count_lower", "gram", "energy"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Measure:
     conclude: Callable[..., Tensor | np.ndarray]
     scope: Callable[[Parameters], Scope | None]
     state: tuple[int, ...] = ()  # shape of a model's part of the state, where it is worth counting: of int64
-    compiled: Literal["count_upper", "count_lower"] | None = None  # the loop of `methods.kernels` that does the same
+    # The compiled loop that does the same, maybe for some parameters only.
+    compiled: Loop | Callable[[Parameters], Loop | None] | None = None
+
+    def loop(self, parameters: Parameters) -> Loop | None:
+        """The compiled loop that does the same with these parameters."""
+        return self.compiled(parameters) if callable(self.compiled) else self.compiled
 
     @property
     def state_bytes(self) -> int:

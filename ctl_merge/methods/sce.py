@@ -11,10 +11,11 @@ from pydantic import Field
 
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.methods.agreement import merge_agreeing
+from ctl_merge.methods.angles import energy, energy_shares
 from ctl_merge.methods.fused import Fused, agreeing
 from ctl_merge.methods.order import count_upper, kth_largest, locate, refinement
 from ctl_merge.methods.parameters import Fraction, Parameters
-from ctl_merge.methods.registry import Measure, Scope, merge_method
+from ctl_merge.methods.registry import Loop, Measure, Scope, merge_method
 
 TopShare = Annotated[
     Fraction, Field(description="share of the entries in which the models differ that is kept, by their variance")
@@ -66,31 +67,28 @@ def select(deltas: Tensor, cut: Tensor | None) -> Tensor:
 
 def _energy(deltas: Tensor, *, cut: Tensor | None = None, **_: object) -> Tensor:
     """Σ d² over the selected entries: (models, n) -> (models,)."""
-    return select(deltas, cut).flatten(1).square().sum(1, dtype=torch.float64)
+    return energy(select(deltas, cut))
 
 
-def _shares(energy: Tensor, numel: int, **_: object) -> Tensor:
-    """Each model's share of the energy; equal ones where there is none: (models,)."""
-    total = energy.sum()
-    return energy / total if total > 0 else torch.full_like(energy, 1 / len(energy))
+def _loop(parameters: Parameters) -> Loop | None:
+    return "energy" if _selection_scope(parameters) is None else None
 
 
 def _say_shares(results: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    found = [result["share"] for result in results.values() if result]
+    found = [result["share"].tolist() for result in results.values() if result]
     if not found:
         return None
-    low, high = (bound.tolist() for bound in torch.aminmax(torch.stack(found), dim=0))
-    spans = ", ".join(f"{least:.3g} to {most:.3g}" for least, most in zip(low, high, strict=True))
+    spans = ", ".join(f"{min(shares):.3g} to {max(shares):.3g}" for shares in zip(*found, strict=True))
     return f"weights of the models, from tensor to tensor: {spans}"
 
 
-def _fused(*, cut: Tensor | None = None, share: Tensor, **_: object) -> Fused | None:
+def _fused(*, cut: np.ndarray | None = None, share: np.ndarray, **_: object) -> Fused | None:
     return agreeing(share, elect="unweighted", divide="weights") if cut is None else None
 
 
 @merge_method(
     space="task_vectors",
-    measures={**CUT, "share": Measure(_energy, _shares, _per_tensor)},
+    measures={**CUT, "share": Measure(_energy, energy_shares, _per_tensor, compiled=_loop)},
     report=_say_shares,
     fused=_fused,
     paper="2408.07990",
@@ -112,6 +110,6 @@ def sce(
         spread = deviation(deltas)
         cut = kth_largest(spread, [[int(select_topk * int(spread.float().count_nonzero()))]])
     if share is None:
-        share = _shares(_energy(deltas, cut=cut), deltas[0].numel())
+        share = energy_shares(_energy(deltas, cut=cut), deltas[0].numel())
     weight = share.view(-1, *[1] * (deltas.ndim - 1))
     return merge_agreeing(select(deltas, cut), weight, elect="unweighted", divide="weights")

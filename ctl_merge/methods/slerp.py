@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated
 
+import numpy as np
 from pydantic import Field, FiniteFloat
 
-from ctl_merge.deferred import Tensor, torch
+from ctl_merge.deferred import Tensor
 from ctl_merge.methods.angles import cosine as angle_cosine
 from ctl_merge.methods.angles import gram, whole_tensor
 from ctl_merge.methods.combine import weighted_sum
@@ -30,12 +31,12 @@ def _count_fallbacks(results: Mapping[str, Mapping[str, Tensor]]) -> str:
     )
 
 
-def _arc_factors(cos: float, t: float) -> Tensor:
+def _arc_factors(cos: float, t: float) -> np.ndarray:
     angle = math.acos(cos)
-    return torch.tensor([math.sin(share * angle) / math.sin(angle) for share in (1 - t, t)], dtype=torch.float64)
+    return np.array([math.sin(share * angle) / math.sin(angle) for share in (1 - t, t)])
 
 
-def _fused(*, t: float, cosine: Tensor, **_: object) -> Fused:
+def _fused(*, t: float, cosine: np.ndarray, **_: object) -> Fused:
     cos = float(cosine)
     return Fused([1 - t, t], anchor=0) if abs(cos) > PARALLEL else summed(_arc_factors(cos, t))
 
@@ -44,11 +45,11 @@ def _fused(*, t: float, cosine: Tensor, **_: object) -> Fused:
     space="weights",
     base="required",
     models=(2, 2),
-    measures={"cosine": Measure(gram, angle_cosine, whole_tensor)},
+    measures={"cosine": Measure(gram, angle_cosine, whole_tensor, compiled="gram")},
     report=_count_fallbacks,
     fused=_fused,
 )
-def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
+def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | np.ndarray | None = None) -> Tensor:
     """The point at `t` on the arc from the base (t = 0) to the other model (t = 1), tensor by tensor.
 
     tensors (2, *shape), base first -> (*shape). `cosine`: of the angle between the two whole tensors; computed from
@@ -56,7 +57,7 @@ def slerp(tensors: Tensor, *, t: Place, cosine: Tensor | None = None) -> Tensor:
     Where |cos| > 0.9995, which is almost everywhere for finetunes of one base, it is linear interpolation.
     """
     if cosine is None:
-        cosine = angle_cosine(gram(tensors), tensors[0].numel())
+        cosine = angle_cosine(gram(tensors).cpu(), tensors[0].numel())
     first, second = tensors
     cos = float(cosine)
     if abs(cos) > PARALLEL:

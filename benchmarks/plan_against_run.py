@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from synthetic import SIZES, write_family
 
-METHODS = ["linear", "task_arithmetic", "ties", "ties model", "dare_ties", "slerp", "della"]
+METHODS = ["linear", "task_arithmetic", "slerp", "model_stock", "sce", "ties", "ties model", "dare_ties", "della"]
 WITHIN = 0.3
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     for r in rows:
         memory = (f"{r['bound'] / 1e6:.0f}", f"{r['peak'] / 1e6:.0f}", f"{r['peak'] / r['bound']:.2f}")
         table.add_row(r["method"], str(r["predicted"]), str(r["seconds"]), str(r["ratio"]), *memory)
-    Console().print(table)
+    Console(width=100).print(table)
     holds = all(abs(r["ratio"] - 1) <= WITHIN and r["peak"] <= r["bound"] for r in rows)
     print(json.dumps({"benchmark": "plan_against_run", "load": os.getloadavg()[0], "holds": holds, "rows": rows}))
     sys.exit(not holds)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ctl_merge.checkpoint import CHUNK, FileCheckpoint
+from ctl_merge.counting import LOOP_CHUNK
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.estimate import input_bytes
 from ctl_merge.header import TensorSpec
@@ -83,19 +84,37 @@ def _torch_seconds(opened: Merge) -> float:
 # ---- arithmetic
 
 
+@dataclass(frozen=True)
+class Round:
+    """Bytes of a piece of memory whose entries come round after a chunk."""
+
+    memory: np.ndarray
+
+    def bytes(self, start: int, size: int) -> np.ndarray | None:
+        found = self.memory[start % (2 * CHUNK) :][:size]
+        return found if found.size == size else None
+
+
 class Drawn(FileCheckpoint):
-    """Made-up numbers in the place of a model's: near 0, and of no two models the same."""
+    """Made-up numbers in the place of a model's: near 0, and of no two models the same. They come round after a chunk.
+
+    Stored bfloat16 is worked on where it lies, as a mapped file's is.
+    """
 
     def __init__(self, ref: ModelRef, like: FileCheckpoint, seed: int) -> None:
         self.ref, self.name, self.config, self.tensors = ref, str(ref), like.config, {}
         values = torch.randn(CHUNK, generator=torch.Generator().manual_seed(seed))
         self._values, self._like = (values * 0.02).bfloat16(), like
+        self._round = Round(self._values.repeat(1 + LOOP_CHUNK // CHUNK).view(torch.uint8).numpy())
 
     def fetch(self) -> None:
         pass
 
     def stored_as(self, tensor: str) -> str | None:
         return self._like.stored_as(tensor.rpartition(".")[0])
+
+    def mapped(self, tensor: str) -> Round | None:
+        return self._round if self._like.mapped(tensor.rpartition(".")[0]) else None
 
     def read_into(self, tensor: str, out: Tensor, start: int = 0) -> None:
         filled = 0
@@ -225,7 +244,8 @@ def _reading(opened: Merge, rates: Rates) -> dict[str, float]:
     once = copied = 0
     for merged in opened.merges:
         scopes = [merged.method.scopes(t.parameters) for t in merged.plan.tensors.values() if t.operation == "merge"]
-        passes = 1 + max((len(scope) for scope in scopes), default=0)
+        # Bytes that are worked on where they lie stay at hand for all that is measured of one tensor.
+        passes = 1 + max((sum(merged.copies or s == "model" for s in scope.values()) for scope in scopes), default=0)
         inputs = input_bytes(merged.plan, merged.checkpoints)
         once, copied = once + inputs, copied + inputs * passes
     cold = (1 - rates.warm_share) * once / rates.cold if rates.cold else 0.0

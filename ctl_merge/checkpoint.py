@@ -18,7 +18,7 @@ from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import CheckpointError
 from ctl_merge.header import TensorSpec, dtype_name
 from ctl_merge.hub import HubSnapshot
-from ctl_merge.mapped import MappedFile
+from ctl_merge.mapped import InPlace
 from ctl_merge.reference import ModelRef
 from ctl_merge.workers import compute_alone
 
@@ -115,7 +115,7 @@ class FileCheckpoint(Checkpoint):
         """The checkpoint that holds a tensor, and its name there: this one, as a rule."""
         return self.ref, tensor
 
-    def mapped(self, tensor: str) -> MappedFile | None:
+    def mapped(self, tensor: str) -> InPlace | None:
         """The tensor's bytes as they lie in the file; None where they are to be read."""
         return None
 

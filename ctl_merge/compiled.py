@@ -14,7 +14,7 @@ import numpy as np
 from ctl_merge.checkpoint import CHUNK
 from ctl_merge.counting import LOOP_CHUNK, Columns, Counting, Raw, Refuse, pieces
 from ctl_merge.deferred import Tensor, torch
-from ctl_merge.mapped import MappedFile
+from ctl_merge.mapped import InPlace
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.noise import key_of
 from ctl_merge.plan import Plan, TensorPlan
@@ -30,7 +30,7 @@ _SUM, _ANCHORED, _AGREE = range(3)
 logger = logging.getLogger("ctl_merge")
 
 Read = Callable[[Tensor, Input, int], None]
-Mapped = Callable[[Input], MappedFile | None]
+Mapped = Callable[[Input], InPlace | None]
 
 
 def worthwhile(plan: Plan) -> bool:
@@ -192,7 +192,7 @@ class CompiledLoops:
             self._read(torch.from_numpy(row).view(torch.bfloat16 if exact else torch.float64), part, start)
         return _addresses(rows), rows[0, :0]
 
-    def _files(self, plan: TensorPlan) -> list[MappedFile | None]:
+    def _files(self, plan: TensorPlan) -> list[InPlace | None]:
         """The inputs' bytes in their files: mapped once for all passes over a tensor."""
         held = getattr(self._held, "files", None)
         if held is None or held[0] is not plan:

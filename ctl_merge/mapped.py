@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import sys
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,12 @@ def _madvise() -> Any:
     function = ctypes.CDLL(None).madvise
     function.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     return function
+
+
+class InPlace(Protocol):
+    """Bytes that are worked on where they lie."""
+
+    def bytes(self, start: int, size: int) -> np.ndarray | None: ...
 
 
 class MappedFile:

@@ -18,7 +18,7 @@ from ctl_merge.counting import counting_bytes
 from ctl_merge.deferred import Tensor, torch
 from ctl_merge.errors import DeviceError, MismatchError, NonFiniteError
 from ctl_merge.header import TensorSpec, dtype_name
-from ctl_merge.mapped import MappedFile
+from ctl_merge.mapped import InPlace
 from ctl_merge.measures import Measures, Results, tensors
 from ctl_merge.methods.noise import uniform
 from ctl_merge.methods.registry import Grain
@@ -125,9 +125,14 @@ class MergedCheckpoint(Checkpoint):
         merged = [t for t in self.plan.tensors.values() if t.operation == "merge"]
         measured = [(self.method.measures[name], t) for t in merged for name in self.method.scopes(t.parameters)]
         return not (
-            self.has_loops and self._all_plain and all(measure.loop(t.parameters) for measure, t in measured)
+            not self.copies and all(measure.loop(t.parameters) for measure, t in measured)
             and all(t.spec.dtype == "BF16" and self._by_loops(t) for t in merged)
         )  # fmt: skip
+
+    @property
+    def copies(self) -> bool:
+        """Whether what is read is copied out of the files, and not worked on where it lies."""
+        return not (self.has_loops and self._all_plain)
 
     def working_bytes(self) -> int:
         """How much its models keep in memory for each thread."""
@@ -187,7 +192,7 @@ class MergedCheckpoint(Checkpoint):
         """Whether an input's values are stored in bfloat16, and read as they are."""
         return part.rows is None and self._checkpoints[part.model].stored_as(part.tensor) == "BF16"
 
-    def _mapped(self, part: Input) -> MappedFile | None:
+    def _mapped(self, part: Input) -> InPlace | None:
         return self._checkpoints[part.model].mapped(part.tensor)
 
     def _pieces(self, plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -103,6 +103,10 @@ def weights_of(model: Path) -> list[Path]:
     return sorted(model.glob("*.safetensors"))
 
 
+def _bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in weights_of(model))
+
+
 class Bench:
     """The tools, each as a function of a case and a folder to write."""
 
@@ -120,8 +124,7 @@ class Bench:
 
     def floor(self, case: Case) -> Cost:
         inputs = [file for model in case.models for file in weights_of(model)]
-        written = sum(file.stat().st_size for file in weights_of(case.models[0]))
-        return floor(inputs, self.output, written, self.options.workers)
+        return floor(inputs, self.output, _bytes(case.models[0]), self.options.workers)
 
     def ours(self, case: Case, *more: str) -> Cost:
         flags = ["-q", "--num-workers", str(self.options.workers), *self.options.flags.split(), *more]
@@ -146,13 +149,21 @@ class Bench:
         return cost_of(command, self.log)
 
     def clear(self) -> None:
-        """Remove what the run before wrote.
-
-        Right before the next one: memory that has lain free for a few seconds a virtual machine gives back, and having
-        it again takes longer than writing to it (here 9 s for 2.2 GB, not 0.7).
-        """
-        os.sync()  # pages that are still to be written would slow the next run's writing
+        """Remove what the run before wrote."""
         shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink(missing_ok=True)
+
+    def prepare(self, case: Case, cold: bool) -> None:
+        """Inputs in the page cache or out of it, no pages left to be written, and memory at hand.
+
+        A virtual machine gives back what has lain free for a few seconds, and having it again takes longer than
+        anything that is measured here: 9 s for 2.2 GB, not 0.4. So twice the output is written, and removed right
+        before a run.
+        """
+        self.clear()
+        (drop if cold else warm)(file for model in case.models for file in weights_of(model))
+        os.sync()
+        floor([], self.output, 2 * _bytes(case.models[0]), self.options.workers)
+        self.clear()
 
     def bound(self, case: Case) -> int:
         """Anonymous memory at most, as the plan states it."""
@@ -163,13 +174,11 @@ class Bench:
     def measure(self, case: Case, cold: bool = False) -> list[dict[str, Any]]:
         """A row for each tool: medians over the repeats, the tools in turn."""
         tools, found = self.tools(case, cold), {}
-        files = [file for model in case.models for file in weights_of(model)]
         for repeat in range(self.options.repeats):
             for tool, run in tools.items():
                 if tool in ("mergekit", "by hand") and repeat >= (self.options.others_repeats or self.options.repeats):
                     continue
-                (drop if cold else warm)(files)
-                self.clear()
+                self.prepare(case, cold)
                 found.setdefault(tool, []).append(run())
                 print(f"{case.size} {case.label} {tool}: {found[tool][-1].wall:.1f} s", file=sys.stderr)
         about = {"size": case.size, "case": case.label, "cold": cold}
@@ -225,7 +234,6 @@ def main() -> None:
             for tool, run in bench.start_up(made[0]).items():
                 costs = [run() for _ in range(asked.repeats)]
                 rows.append({"size": size, "case": "start-up", "cold": False, "tool": tool} | median(costs))
-            bench.floor(made[0])  # the first run, too, finds what one before it wrote
             for case in made:
                 rows += bench.measure(case)
                 rows += bench.measure(case, cold=True) if asked.cold else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from ctl_merge.merging import Merge, MergeResult, Meter, no_meter
 from ctl_merge.output import OutputFolder, disk_errors
 from ctl_merge.processes import Ranks
 from ctl_merge.workers import pool
-from ctl_merge.writer import JOURNAL, METADATA, Shard, journaled, owned
+from ctl_merge.writer import JOURNAL, METADATA, Shard, checksum_of, journaled, owned
 
-_READ = 1 << 22
 _SHOWN = 8  # of the ranks whose shards are missing
 
 
@@ -70,8 +68,8 @@ def _target(opened: Merge, output: str | Path, overwrite: bool) -> OutputFolder:
 
 def _check_shards(opened: Merge, target: OutputFolder, meter: Meter) -> None:
     sums: dict[str, set[int]] = {}
-    for name, crc in journaled(target.path):
-        sums.setdefault(name, set()).add(crc)
+    for name, checksum in journaled(target.path):
+        sums.setdefault(name, set()).add(checksum)
     missing = []
     with pool(opened.workers) as mapped, meter("checking", sum(s.nbytes for s in opened.shards)) as told:
         for shard, whole in mapped(lambda shard: (shard, _is_whole(target.path, shard, sums, told)), opened.shards):
@@ -95,12 +93,7 @@ def _is_whole(folder: Path, shard: Shard, sums: dict[str, set[int]], told: Calla
         if file.read(len(header)) != header:
             return False
         for name in sorted(offsets, key=lambda name: (offsets[name], shard.specs[name].nbytes)):
-            crc, left = 0, shard.specs[name].nbytes
-            while left:
-                data = file.read(min(left, _READ))
-                crc, left = zlib.crc32(data, crc), left - len(data)
-                told(len(data))
-            if crc not in sums.get(name, ()):
+            if checksum_of(file, shard.specs[name].nbytes, told) not in sums.get(name, ()):
                 return False
     return True
 

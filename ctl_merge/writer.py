@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from xxhash import xxh3_64
 
 from ctl_merge.checkpoint import Checkpoint, torch_dtype
 from ctl_merge.deferred import torch
@@ -25,6 +25,7 @@ from ctl_merge.workers import pool
 
 METADATA = {"format": "pt"}
 JOURNAL = "journal"
+_READ = 1 << 22  # bytes that are read at once to check them
 INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int], object]
@@ -96,7 +97,7 @@ def check_shards(folder: Path, shards: Iterable[Shard]) -> None:
 class ShardWriter:
     """Writes a checkpoint's tensors into preallocated shards in `folder`, and keeps a journal of those that are whole.
 
-    The journal has a line `[name, crc32]` for each tensor, with how many NaN and infinite entries it has where these
+    The journal has a line `[name, xxh3_64]` for each tensor, with how many NaN and infinite entries it has where these
     are `counted` and there are any. Tensors that it lists and whose bytes still have that sum are not written again,
     so an interrupted run goes on where it stopped, to the same bytes. Of several processes
     each writes shards of its own, in a journal of its own; all journals are read.
@@ -117,8 +118,8 @@ class ShardWriter:
     def write(self, workers: int, progress: Progress = lambda count: None) -> int:
         """Write all tensors that are not there yet; `progress` hears the bytes. Returns how many were there already."""
         known: dict[str, set[int]] = {}
-        for name, crc in journaled(self.folder):
-            known.setdefault(name, set()).add(crc)
+        for name, checksum in journaled(self.folder):
+            known.setdefault(name, set()).add(checksum)
         there = 0
         with (
             disk_errors(self.folder), (self.folder / self.journal).open("a", buffering=1, encoding="utf-8") as journal,
@@ -129,7 +130,9 @@ class ShardWriter:
             for shards in [[shard] for shard in self.shards] if self.finished else [self.shards]:
                 self._allocate(shards)
                 names = [name for shard in shards for name in shard.specs]
-                done = {name for name in names if any(self._is_intact(name, crc) for crc in known.get(name, ()))}
+                done = {
+                    name for name in names if any(self._is_intact(name, checksum) for checksum in known.get(name, ()))
+                }
                 for name in done:
                     progress(self.checkpoint.tensors[name].nbytes)
                 todo = [name for name in names if name not in done]
@@ -168,7 +171,7 @@ class ShardWriter:
     def _write_tensor(self, name: str, journal, progress: Progress) -> None:
         spec = self.checkpoint.tensors[name]
         file, offset = self._place[name]
-        step, crc, nan, infinite = self.checkpoint.block(name), 0, 0, 0
+        step, checksum, nan, infinite = self.checkpoint.block(name), xxh3_64(), 0, 0
         size = spec.itemsize
         out = np.empty(min(step, spec.numel) * size, np.uint8)
         descriptor = os.open(self.folder / file, os.O_WRONLY)
@@ -177,7 +180,7 @@ class ShardWriter:
                 piece = out[: min(step, spec.numel - start) * size]
                 self.checkpoint.bytes_into(name, piece, start)
                 data = piece.data
-                crc = zlib.crc32(data, crc)
+                checksum.update(data)
                 if self.counted and spec.dtype in MERGEABLE:
                     values = torch.from_numpy(piece).view(torch_dtype(spec.dtype))
                     nan += int(values.isnan().sum())
@@ -187,23 +190,31 @@ class ShardWriter:
         finally:
             os.close(descriptor)
         with self._lock:
-            journal.write(json.dumps([name, crc, *([nan, infinite] if nan or infinite else [])]) + "\n")
+            journal.write(
+                json.dumps([name, checksum.intdigest(), *([nan, infinite] if nan or infinite else [])]) + "\n"
+            )
 
-    def _is_intact(self, name: str, crc: int) -> bool:
+    def _is_intact(self, name: str, checksum: int) -> bool:
         file, offset = self._place[name]
-        left, found = self.checkpoint.tensors[name].nbytes, 0
         with (self.folder / file).open("rb") as stored:
             stored.seek(offset)
-            while left > 0 and (data := stored.read(min(left, 1 << 22))):
-                found = zlib.crc32(data, found)
-                left -= len(data)
-        return left == 0 and found == crc
+            return checksum_of(stored, self.checkpoint.tensors[name].nbytes) == checksum
+
+
+def checksum_of(file: IO[bytes], size: int, progress: Progress = lambda count: None) -> int | None:
+    """The checksum of the next `size` bytes, as a journal has it; None if there are fewer. `progress` hears of them."""
+    checksum = xxh3_64()
+    while size > 0 and (data := file.read(min(size, _READ))):
+        checksum.update(data)
+        size -= len(data)
+        progress(len(data))
+    return None if size else checksum.intdigest()
 
 
 def journaled(folder: Path) -> Iterator[tuple[str, int]]:
-    """Each tensor that a journal of the folder lists as whole, with the sum of its bytes."""
-    for name, crc, *_ in _journal_lines(folder):
-        yield name, crc
+    """Each tensor that a journal of the folder lists as whole, with the checksum of its bytes."""
+    for name, checksum, *_ in _journal_lines(folder):
+        yield name, checksum
 
 
 def let_through(folder: Path) -> dict[str, dict[str, int]]:

@@ -93,10 +93,10 @@ class Counting:
             self._refuse(plan, start, count)
 
     def _keys(self) -> np.ndarray:
-        """This thread's memory for a block's keys."""
+        """This thread's memory for a block's keys, twice."""
         keys = getattr(self._held, "keys", None)
         if keys is None:
-            keys = self._held.keys = np.empty(self._kernels.BLOCK, np.uint32)
+            keys = self._held.keys = np.empty((2, self._kernels.BLOCK), np.uint32)
         return keys
 
 

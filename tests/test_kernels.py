@@ -221,7 +221,7 @@ def rows_of(stack: Tensor) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("count", [1, 2047, 2048, 6001])
 def test_counts_are_those_of_the_definition(count):
     deltas = torch.stack([values((count,), seed, torch.float64) for seed in (1, 2)])
-    keys, raw = np.empty(kernels.BLOCK, np.uint32), rows_of(deltas)
+    keys, raw = np.empty((2, kernels.BLOCK), np.uint32), rows_of(deltas)
     upper = np.zeros((2, 1 << 15), np.int64)
     wanted = count_upper(deltas.abs())
     bins = locate(wanted, [[1, (count + 1) // 2]])

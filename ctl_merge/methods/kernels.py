@@ -603,26 +603,56 @@ def add_products(raw, with_base, size, piece, squares, scratch, sums, total):
 
 
 @_compiled
+def _pick(keys, begin, span, picked):
+    """The keys that are less than `span` above `begin`, less that, to the front of `picked`; how many there are.
+
+    A branch for each key would be foretold wrongly too often.
+    """
+    count = 0
+    for i in range(keys.size):
+        above = keys[i] - begin
+        picked[count] = above
+        count += above < span
+    return count
+
+
+@_compiled
+def _count_and_pick(keys, found, begin, span, picked):
+    """As `_pick`; counts the keys' upper halves as well, while whose numbers are on the way to memory there is time."""
+    count = 0
+    for i in range(keys.size):
+        found[keys[i] >> np.uint32(16)] += 1
+        above = keys[i] - begin
+        picked[count] = above
+        count += above < span
+    return count
+
+
+@_compiled
 def count_upper(raw, with_base, size, keys, counts, first, near):
     """How often each upper half of the bits of |d| in float32 occurs, added to `counts` (models, 32768).
 
-    Of `size` entries; `keys` (BLOCK,) uint32 is memory to work in. How often each lower half occurs within the bins
+    Of `size` entries; `keys` (2, BLOCK) uint32 is memory to work in. How often each lower half occurs within the bins
     from `first` (models, k) on, as many as `near` (models, k, bins, 65536) has, is added to that.
     """
+    ranks, span = first.shape[1], np.uint32(near.shape[2] << 16)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
+        own = keys[0, : stop - start]
         for model in range(counts.shape[0]):
-            if _keys(raw, model, with_base, start, stop, keys):
+            if _keys(raw, model, with_base, start, stop, own):
                 return True
-            found = counts[model]
-            for i in range(stop - start):
-                found[keys[i] >> np.uint32(16)] += 1
-            for chosen in range(first.shape[1]):
-                begin, inside, bins = np.uint32(first[model, chosen]), near[model, chosen], np.uint32(near.shape[2])
-                for i in range(stop - start):
-                    place = (keys[i] >> np.uint32(16)) - begin
-                    if place < bins:
-                        inside[place, keys[i] & np.uint32(0xFFFF)] += 1
+            if ranks == 0:
+                _count_and_pick(own, counts[model], np.uint32(0), np.uint32(0), keys[1])
+            for rank in range(ranks):
+                begin = np.uint32(first[model, rank] << 16)
+                if rank == 0:
+                    count = _count_and_pick(own, counts[model], begin, span, keys[1])
+                else:
+                    count = _pick(own, begin, span, keys[1])
+                inside = near[model, rank].reshape(-1)
+                for i in range(count):
+                    inside[keys[1, i]] += 1
     return False
 
 
@@ -631,12 +661,12 @@ def count_lower(raw, with_base, size, keys, bins, counts):
     """Within each of the `bins` (models, k), how often each lower half occurs, added to `counts` (models, k, 65536)."""
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
+        own = keys[0, : stop - start]
         for model in range(counts.shape[0]):
-            if _keys(raw, model, with_base, start, stop, keys):
+            if _keys(raw, model, with_base, start, stop, own):
                 return True
-            for chosen in range(bins.shape[1]):
-                wanted, found = np.uint32(bins[model, chosen]), counts[model, chosen]
-                for i in range(stop - start):
-                    if keys[i] >> np.uint32(16) == wanted:
-                        found[keys[i] & np.uint32(0xFFFF)] += 1
+            for rank in range(bins.shape[1]):
+                found = counts[model, rank]
+                for i in range(_pick(own, np.uint32(bins[model, rank] << 16), np.uint32(1 << 16), keys[1])):
+                    found[keys[1, i]] += 1
     return False

@@ -21,6 +21,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, Protocol
 
+import torch
+
 _CHANGES = {f"os.{name}" for name in ("rename", "mkdir", "remove", "rmdir", "link", "symlink", "truncate")}
 _CALLS = ("pwrite", "posix_fallocate", "ftruncate", "fsync", "sendfile")  # of which Python tells no auditor
 _GIVEN_UP = 120.0  # seconds after which a run counts as hanging
@@ -178,6 +180,7 @@ def _forked(run: Run, watch: _Watch | None, seconds: float = _GIVEN_UP) -> tuple
 
 
 def _as_child(run: Run, watch: _Watch | None, writer: int) -> int:
+    torch.set_num_threads(1)  # a team of OpenMP that worked before the fork has no threads here, and is waited for
     try:
         if watch:
             watch.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy as np
 from ctl_merge.checkpoint import CHUNK
 from ctl_merge.counting import LOOP_CHUNK, Columns, Counting, Raw, Refuse, pieces
 from ctl_merge.deferred import Tensor, torch
+from ctl_merge.inputs import Inputs
 from ctl_merge.mapped import InPlace
 from ctl_merge.methods.fused import Fused
 from ctl_merge.methods.noise import key_of
 from ctl_merge.plan import Plan, TensorPlan
-from ctl_merge.token_rows import Input
 
 # Entries of a model from which on the loops are worth the time that compiling them takes once.
 LEAST = 1 << 25
@@ -28,9 +28,6 @@ _DIVIDE = {"weights": 0, "count": 1, "none": 2}
 _SUM, _ANCHORED, _AGREE = range(3)
 
 logger = logging.getLogger("ctl_merge")
-
-Read = Callable[[Tensor, Input, int], None]
-Mapped = Callable[[Input], InPlace | None]
 
 
 def worthwhile(plan: Plan) -> bool:
@@ -59,30 +56,24 @@ def working_bytes(models: int, exact: bool, width: int) -> int:
 class CompiledLoops:
     """The loops of `ctl_merge.methods.kernels` over chunks of a plan's tensors.
 
-    `columns(tensor)` are a tensor's parameters, per-model ones as arrays; `read(row, input, start)` fills a row with an
-    input's values; `exact(input)` says whether these are stored in bfloat16 and read as they are, so that the loop may
-    decode them; `mapped(input)` gives such an input's bytes as they lie in the file, or None; `refuse(tensor, start,
-    count)` is called where NaN or infinity was met, and raises. Thread-safe; from and to bfloat16 without torch.
+    `columns(tensor)` are a tensor's parameters, per-model ones as arrays; `refuse(tensor, start, count)` is called
+    where NaN or infinity was met, and raises. Thread-safe; from and to bfloat16 without torch.
     """
 
-    def __init__(
-        self, kernels: Any, plan: Plan, columns: Columns, read: Read, exact: Callable[[Input], bool], mapped: Mapped,
-        refuse: Refuse,
-    ) -> None:  # fmt: skip
-        self._kernels, self._plan, self._columns = kernels, plan, columns
-        self._read, self._exact, self._mapped = read, exact, mapped
+    def __init__(self, kernels: Any, plan: Plan, inputs: Inputs, columns: Columns, refuse: Refuse) -> None:
+        self._kernels, self._plan, self._inputs, self._columns = kernels, plan, inputs, columns
         self._refuse, self._held = refuse, threading.local()
         self.counting = Counting(kernels, plan.method, columns, self._stored, refuse)
 
     @classmethod
-    def load(cls, plan: Plan, *access: Any) -> CompiledLoops | None:
+    def load(cls, plan: Plan, inputs: Inputs, columns: Columns, refuse: Refuse) -> CompiledLoops | None:
         """None where numba does not work: a merge without it is slower, and the same."""
         try:
             from ctl_merge.methods import kernels
         except Exception as error:  # numba that does not fit NumPy or this processor, or finds no folder for its cache
             logger.info("without compiled loops: %s", error)
             return None
-        return cls(kernels, plan, *access)
+        return cls(kernels, plan, inputs, columns, refuse)
 
     def merge(
         self, plan: TensorPlan, results: Mapping[str, Tensor], start: int, count: int, width: int,
@@ -182,21 +173,21 @@ class CompiledLoops:
         """The inputs' values, in bfloat16 if they are and need not be `decoded`; good until this thread's next."""
         self._held.raw = None  # whose memory this is
         parts = plan.everyone
-        exact = not decoded and all(map(self._exact, parts))
+        exact = not decoded and all(map(self._inputs.are_words, parts))
         if exact:
             pieces = [file and file.bytes(2 * start, 2 * count) for file in self._files(plan)]
             if all(piece is not None for piece in pieces):
                 return _addresses(pieces), np.empty(0, np.uint16)
         rows = self._memory("raw", len(parts) * count, np.uint16 if exact else np.float64).reshape(len(parts), count)
         for row, part in zip(rows, parts, strict=True):
-            self._read(torch.from_numpy(row).view(torch.bfloat16 if exact else torch.float64), part, start)
+            self._inputs.fill(torch.from_numpy(row).view(torch.bfloat16 if exact else torch.float64), part, start)
         return _addresses(rows), rows[0, :0]
 
     def _files(self, plan: TensorPlan) -> list[InPlace | None]:
         """The inputs' bytes in their files: mapped once for all passes over a tensor."""
         held = getattr(self._held, "files", None)
         if held is None or held[0] is not plan:
-            held = self._held.files = (plan, [self._mapped(part) for part in plan.everyone])
+            held = self._held.files = (plan, [self._inputs.mapped(part) for part in plan.everyone])
         return held[1]
 
     def _ranking(self, models: int, width: int) -> tuple[np.ndarray, ...]:

@@ -16,10 +16,11 @@ from ctl_merge.adapter_output import WEIGHTS, Wanted, completed
 from ctl_merge.adapter_targets import Target, find_targets
 from ctl_merge.checkpoint import Checkpoint, FileCheckpoint, torch_dtype
 from ctl_merge.deferred import torch
+from ctl_merge.definition import Evidence
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.factors import Factors, concatenated
 from ctl_merge.header import TensorSpec
-from ctl_merge.merged import Evidence, MergedCheckpoint
+from ctl_merge.merged import MergedCheckpoint
 from ctl_merge.plan import Plan, TensorPlan
 from ctl_merge.reference import ModelRef
 from ctl_merge.task_vectors import AdapterChange, BaseView, Difference
@@ -53,7 +54,7 @@ class LoraOutput:
         if all(tensor.base for tensor in own):
             self.lazy = MergedCheckpoint(plan, self.views, devices)
             if plan.method.statistic:
-                self.lazy.evidence = evidence()
+                self.lazy.definition.evidence = evidence()
         self.targets = find_targets(plan.specs, self.base.config, self.base.name)
         self.wanted = self._wanted()
 

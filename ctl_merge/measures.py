@@ -22,7 +22,7 @@ class Measured(Protocol):
 
     plan: Plan
 
-    def arrays_of(self, plan: TensorPlan) -> Mapping[str, Any]: ...
+    def columns(self, plan: TensorPlan) -> Mapping[str, Any]: ...
     def accumulate(self, plan: TensorPlan, name: str, results: Results) -> State: ...
 
 
@@ -100,7 +100,7 @@ class Measures:
         return self.passes - len(self._of_model)
 
     def _conclude(self, plan: TensorPlan, name: str, state: State, numel: int, results: Results) -> State:
-        arguments = {**self._merge.arrays_of(plan), **results}
+        arguments = {**self._merge.columns(plan), **results}
         if not isinstance(state, np.ndarray):
             arguments = tensors(arguments)
         return self._method.measures[name].conclude(state, numel, **arguments)

@@ -100,7 +100,7 @@ class Merge:
         self.devices = assign_devices(plan.specs, self.device_map, self.max_memory)
         self.merged = MergedCheckpoint(plan, self.checkpoints, self.devices)
         if plan.method.statistic:
-            self.merged.evidence = self._evidence
+            self.merged.definition.evidence = self._evidence
         self.shards = plan_shards(plan.specs, self.shard_bytes)
         self.lora = self._adapter_of(plan) if self.recipe.lora else None
 

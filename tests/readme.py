@@ -30,7 +30,7 @@ ORDER = """
     plan correspondence slices restacked_config tying vocabulary source_vocabularies tokenizer token_rows
     moe moe_families moe_words gates made
     model_config chat_template loadable estimate calibrate rates summary
-    methods/ merged measures compiled counting devices evidence prefix_evidence
+    methods/ merged inputs definition measures compiled counting devices evidence prefix_evidence
     merging finishing parts processes heartbeat identity measured sums writer workers output together companions
     tokenizer_files manifest number_policy public_recipe local_paths card front_matter markdown bounded sizes shown
     time_limit deferred

@@ -72,8 +72,8 @@ STAGES = {
         "moe",
     ),
     "merges: read, written, described": (
-        "counting measures",
-        "compiled",
+        "counting inputs measures",
+        "compiled definition",
         "identity merged number_policy public_recipe step traits",
         "adapter_card card compatibility estimate lora_output manifest measured",
         "check lora_writing original",

@@ -16,6 +16,7 @@ from ctl_merge.checkpoint import CHUNK
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.estimate import memory_bound
 from ctl_merge.merging import Merge
+from ctl_merge.methods.angles import energy, gram
 from ctl_merge.roles import roles
 from ctl_merge.settings import parse_setting
 
@@ -553,3 +554,14 @@ def test_a_merge_is_written_with_what_it_tells(tmp_path: Path):
     family = draw_family(["base", "a", "b"], {W: (30, 40), NORM: (64,)})
     result = ctl_merge.merge(write_family(tmp_path, "model_stock", family, {}), tmp_path / "out")
     assert any(line.startswith("t, the share of the mean task vector") for line in result.manifest["decisions"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 1023, 1024, 1025, 5000, 1 << 17])
+def test_inner_products_are_the_exact_ones_but_for_a_few_roundings(count: int):
+    """Against a sum that is rounded once; a sum in halves rounds a term as often as the count can be halved."""
+    one, other = torch.randn(2, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    products = (one * other).tolist()
+    bound = (math.log2(count) + 2) * 2.0**-53 * sum(map(abs, products))
+    found = gram(torch.stack([one, other]))
+    assert abs(float(found[0, 1]) - math.fsum(products)) <= bound
+    assert torch.equal(found, found.T) and torch.equal(found.diagonal(), energy(torch.stack([one, other])))

@@ -194,11 +194,28 @@ def decode_chunk(raw, with_base, start, stack):
 
 
 @_compiled
-def _trim(row, count, above, upto):
-    """Entries with `above` < |d| <= `upto`, the others zero."""
-    for i in range(count):
-        size = abs(row[i])
-        row[i] = row[i] if (size > above) & (size <= upto) else 0.0
+def _decode_kept(row, base, above, upto, out):
+    """As `_decode_less`, of entries with `above` < |d| <= `upto`; the others zero."""
+    bad = _end(row[0])
+    for i in range(row.size):
+        bad |= _end(row[i])
+        entry = _value(row[i]) - base[i]
+        size = abs(entry)
+        out[i] = entry if (size > above) & (size <= upto) else 0.0
+    return bad != 0
+
+
+@_compiled
+def _load_kept(raw, with_base, start, stop, stack, base, above, upto):
+    """As `_load`, but entries that are trimmed are zero."""
+    models, count, bad = above.size, stop - start, False
+    base[:count] = 0.0
+    if with_base:
+        bad |= _decode(_row(raw, models, start, stop), base[:count])
+    for model in range(models):
+        row = _row(raw, model, start, stop)
+        bad |= _decode_kept(row, base, above[model], upto[model], stack[model])
+    return bad
 
 
 @_compiled
@@ -514,12 +531,13 @@ def merge_chunk(
             if only_summed:
                 if _sum_stored(raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, merged):
                     return True
+            elif trims:
+                if _load_kept(raw, with_base, start, stop, scratch, base, above, upto):
+                    return True
             elif _load(raw, with_base, start, stop, scratch, base):
                 return True
             for model in range(0 if only_summed else models):
                 row = scratch[model]
-                if trims:
-                    _trim(row, count, above[model], upto[model])
                 if drops:
                     drawn = words[: (skipped + count + 7) // 8 * 4]
                     philox(keys[model, 0], keys[model, 1], (first + start) // 8, drawn)

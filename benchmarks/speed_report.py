@@ -19,6 +19,7 @@ from ctl_merge.probing.svg import COLOURS, LEFT, RIGHT, Canvas, Panel
 
 Row = Mapping[str, Any]
 _PARAMETERS = {"20M": 2.2e7, "125M": 1.31e8, "350M": 3.2e8, "1.1B": 1.1e9, "3B": 2.95e9}
+_TOOLS = ("floor", "ctl-merge", "mergekit", "by hand")
 _LINES = (  # tool, case, what the legend calls it
     ("floor", "linear", "floor"),
     ("ctl-merge", "linear", "ctl-merge, linear"), ("ctl-merge", "ties", "ctl-merge, ties"),
@@ -37,11 +38,16 @@ def key(row: Row) -> tuple[Any, ...]:
 
 
 def add(file: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows of the file with these, which replace their like."""
+    """The rows of the file with these, which replace their like, in order."""
     kept = json.loads(file.read_text()) if file.exists() else []
-    found = {key(row): row for row in [*kept, *rows]}
-    file.write_text(json.dumps(list(found.values()), indent=0) + "\n")
-    return list(found.values())
+    found = sorted({key(row): row for row in [*kept, *rows]}.values(), key=_place)
+    file.write_text(json.dumps(found, indent=0) + "\n")
+    return found
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Start-up, then the merges by name; the floor, then the tools."""
+    return _PARAMETERS[row["size"]], row["case"] != "start-up", row["case"], row["cold"], _TOOLS.index(row["tool"])
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -126,14 +132,15 @@ def markdown(rows: Sequence[Row]) -> str:
     """The table of README.md."""
     found = {key(row): row for row in rows}
     lines = [
-        "| size | merge | tool | wall s | CPU s | anonymous MB | GB read | wall after start-up / floor |",
-        "|---|---|---|---|---|---|---|---|",
+        "| size | merge | tool | wall s | CPU s | anonymous MB | GB read | wall after start-up / floor | wall / ours |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         named = row["case"] + (", cold" if row["cold"] else "")
+        ours = found.get((row["size"], row["case"], "ctl-merge", row["cold"]))
         lines.append(
             f"| {row['size']} | {named} | {row['tool']} | {row['wall']:.1f} | {row['cpu']:.1f} | "
-            f"{row['anonymous'] / 1e6:.0f} | {row['read'] / 1e9:.1f} | {_after_start(row, found)} |"
+            f"{row['anonymous'] / 1e6:.0f} | {row['read'] / 1e9:.1f} | {_after_start(row, found)} | {_ratio(row, ours)} |"
         )
     return "\n".join(lines)
 

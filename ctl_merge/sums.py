@@ -8,7 +8,7 @@ from operator import iadd
 
 import numpy as np
 
-from ctl_merge.deferred import Tensor
+from ctl_merge.deferred import Tensor, torch
 from ctl_merge.processes import Ranks
 
 State = Tensor | np.ndarray
@@ -36,4 +36,11 @@ def total(parts: Iterable[tuple[int, State]], ranks: Ranks) -> State:
 
 def _sum(states: Iterable[State]) -> State:
     """In their order, into the first of them."""
-    return reduce(iadd, states)
+    return reduce(_add, states)
+
+
+def _add(total: State, state: State) -> State:
+    # Of ranks whose machines differ some have compiled loops, and arrays, and some have tensors.
+    if isinstance(total, np.ndarray) != isinstance(state, np.ndarray):
+        total, state = torch.as_tensor(total), torch.as_tensor(state)
+    return iadd(total, state)

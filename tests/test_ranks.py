@@ -101,6 +101,13 @@ def test_states_have_the_same_sum_however_many_ranks_add_them_up() -> None:
 
             assert all(torch.equal(found, expected) for found in thread_ranks.run(count, work))
 
+            def mixed(ranks: Ranks, count: int = count, states: list[torch.Tensor] = states) -> torch.Tensor:
+                own = ((i, s.clone()) for i, s in enumerate(states) if i % count == ranks.index)
+                return total(((i, s.numpy() if ranks.index % 2 else s) for i, s in own), ranks)
+
+            found = thread_ranks.run(count, mixed)  # where every other rank has compiled loops
+            assert all(torch.equal(torch.as_tensor(sum_), expected) for sum_ in found)
+
 
 METHODS = {
     "task_arithmetic": {},

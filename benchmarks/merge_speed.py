@@ -160,9 +160,9 @@ class Bench:
         before a run.
         """
         self.clear()
-        (drop if cold else warm)(file for model in case.models for file in weights_of(model))
         os.sync()
         floor([], self.output, 2 * _bytes(case.models[0]), self.options.workers)
+        (drop if cold else warm)(file for model in case.models for file in weights_of(model))
         self.clear()
 
     def bound(self, case: Case) -> int:
@@ -231,6 +231,7 @@ def main() -> None:
         for size in asked.sizes:
             cases = [c for c in chosen(asked) if asked.methods or size in ("20M", "125M") or not whole_matrices(c[1])]
             made = [make_case(folder, size, *case) for case in cases]
+            bench.clear()  # of a run that was broken off
             for tool, run in bench.start_up(made[0]).items():
                 costs = [run() for _ in range(asked.repeats)]
                 rows.append({"size": size, "case": "start-up", "cold": False, "tool": tool} | median(costs))

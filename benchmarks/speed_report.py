@@ -140,7 +140,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ours = found.get((row["size"], row["case"], "ctl-merge", row["cold"]))
         lines.append(
             f"| {row['size']} | {named} | {row['tool']} | {row['wall']:.1f} | {row['cpu']:.1f} | "
-            f"{row['anonymous'] / 1e6:.0f} | {row['read'] / 1e9:.1f} | {_after_start(row, found)} | {_ratio(row, ours)} |"
+            f"{row['anonymous'] / 1e6:.0f} | {row['read'] / 1e9:.1f} | "
+            f"{_after_start(row, found)} | {_ratio(row, ours)} |"
         )
     return "\n".join(lines)
 

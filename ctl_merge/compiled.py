@@ -175,9 +175,9 @@ class CompiledLoops:
         parts = plan.everyone
         exact = not decoded and all(map(self._inputs.are_words, parts))
         if exact:
-            pieces = [file and file.bytes(2 * start, 2 * count) for file in self._files(plan)]
-            if all(piece is not None for piece in pieces):
-                return _addresses(pieces), np.empty(0, np.uint16)
+            found = [file and file.bytes(2 * start, 2 * count) for file in self._files(plan)]
+            if all(piece is not None for piece in found):
+                return _addresses(found), np.empty(0, np.uint16)
         rows = self._memory("raw", len(parts) * count, np.uint16 if exact else np.float64).reshape(len(parts), count)
         for row, part in zip(rows, parts, strict=True):
             self._inputs.fill(torch.from_numpy(row).view(torch.bfloat16 if exact else torch.float64), part, start)

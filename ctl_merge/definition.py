@@ -48,7 +48,7 @@ class Definition:
     def __init__(
         self, plan: Plan, inputs: Inputs, devices: Mapping[str, str], decode: Decode = lambda plan, start, stack: False
     ) -> None:  # fmt: skip
-        self._plan, self._method, self._inputs, self.devices = plan, plan.method, inputs, devices
+        self._recipe, self._method, self._inputs, self.devices = plan.recipe, plan.method, inputs, devices
         self._decode = decode
         self.evidence: Evidence | None = None  # for methods that want a statistic of each model on its own text
         self._accepted = inspect.signature(self._method.function).parameters
@@ -118,7 +118,7 @@ class Definition:
             return self._shaped(stack, plan), base
         for row, part in zip(buffer, parts, strict=True):
             self._inputs.fill(row, part, start)
-        if not self._plan.recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
+        if not self._recipe.allow_nonfinite and not torch.isfinite(buffer.sum()):
             self._refuse_nonfinite(buffer, parts, start)
         if device.type != "cpu":
             buffer = buffer.to(device, non_blocking=True)
@@ -128,7 +128,7 @@ class Definition:
 
     def check(self, plan: TensorPlan, merged: Tensor, start: int) -> None:
         """Refuse a result that its dtype cannot hold; NaN and infinity of the inputs are dealt with before."""
-        if self._plan.recipe.allow_nonfinite:
+        if self._recipe.allow_nonfinite:
             return
         low, high = (float(bound) for bound in torch.aminmax(merged))
         largest = torch.finfo(torch_dtype(plan.spec.dtype)).max
@@ -191,7 +191,7 @@ class Definition:
         columns = {n: v.reshape(-1, *ones) if isinstance(v, np.ndarray) else v for n, v in self.columns(plan).items()}
         arguments = tensors(columns)
         if self._method.random:
-            seed, count = self._plan.recipe.seed, stack[0].numel()
+            seed, count = self._recipe.seed, stack[0].numel()
             rows = [uniform(seed, part.model.short, part.tensor, start, count) for part in plan.inputs]
             arguments["noise"] = torch.stack(rows).view(stack.shape).to(stack.device)
         return arguments

@@ -103,7 +103,9 @@ class Measures:
         arguments = {**self._merge.columns(plan), **results}
         if not isinstance(state, np.ndarray):
             arguments = tensors(arguments)
-        return self._method.measures[name].conclude(state, numel, **arguments)
+        with np.errstate(all="ignore"):  # what is let through may be NaN or infinite, and torch says nothing either
+            found = self._method.measures[name].conclude(state, numel, **arguments)
+        return np.asarray(found) if isinstance(found, np.generic) else found
 
 
 def tensors(arguments: Mapping[str, Any]) -> dict[str, Any]:

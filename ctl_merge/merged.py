@@ -90,8 +90,8 @@ class MergedCheckpoint(Checkpoint):
 
     @property
     def copies(self) -> bool:
-        """Whether what is read is copied out of the files, and not worked on where it lies."""
-        return not (self.has_loops and all(self.inputs.are_words(part) for t in self._merged for part in t.everyone))
+        """Whether some of what is read is copied out of the files, and not worked on where it lies, as on Linux."""
+        return not all(self._by_loops(t) and all(map(self.inputs.are_words, t.everyone)) for t in self._merged)
 
     @property
     def needs_torch(self) -> bool:
@@ -99,7 +99,7 @@ class MergedCheckpoint(Checkpoint):
         measured = [(self.method.measures[name], t) for t in self._merged for name in self.method.scopes(t.parameters)]
         return not (
             not self.copies and all(measure.loop(t.parameters) for measure, t in measured)
-            and all(t.spec.dtype == "BF16" and self._by_loops(t) for t in self._merged)
+            and all(t.spec.dtype == "BF16" for t in self._merged)
         )  # fmt: skip
 
     def working_bytes(self) -> int:

@@ -10,11 +10,12 @@ import torch
 from checkpoints import recipe_text, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctl_merge import compiled, open_merge, parse_recipe
 from ctl_merge.errors import NonFiniteError
-from ctl_merge.methods import registry
+from ctl_merge.methods import angles, registry
 from ctl_merge.methods.della import rank_in_row
 from ctl_merge.methods.order import count_lower, count_upper, locate
 
@@ -118,6 +119,31 @@ def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data)
     with pytest.MonkeyPatch.context() as patch:
         text = recipe_of(method, paths, given_, weights, dtype=data.draw(st.sampled_from(["bfloat16", "float32"])))
         assert_same_bytes(text, patch)
+
+
+@pytest.mark.parametrize("method", FUSED)
+def test_what_loops_do_not_decide_is_as_the_definition_has_it(method, tmp_path, monkeypatch):
+    """The largest number there is: the definition goes on with what the loops measured."""
+    paths = family(tmp_path, [torch.bfloat16] * 4, 7, shapes=((33, 65),))
+    for path in paths:
+        tensors = load_file(path / "model.safetensors")
+        tensors["t0"][0, 0] = torch.finfo(torch.bfloat16).max
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    given_ = {"density": 0.4, "t": 0.3, "clamp": True, "normalize": True, "trim": "model"}
+    text = recipe_of(method, paths, given_, [0.6, 0.3, 0.45, 0.2])
+    found = []
+    for least in (0, 1 << 62):
+        monkeypatch.setattr(compiled, "LEAST", least)
+        merged = open_merge(parse_recipe(text))
+        try:
+            found.append(merged.read("t0").view(torch.int16).tolist())
+        except NonFiniteError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_blocks_of_inner_products_are_those_of_the_definition():
+    assert kernels.BLOCK == angles.BLOCK
 
 
 def test_a_piece_is_a_slice_of_the_whole(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from ctl_merge.checkpoint import CHUNK
 from ctl_merge.errors import MismatchError, RecipeError
 from ctl_merge.estimate import memory_bound
 from ctl_merge.merging import Merge
-from ctl_merge.methods.angles import energy, gram
+from ctl_merge.methods.angles import energy, energy_shares, gram
 from ctl_merge.roles import roles
 from ctl_merge.settings import parse_setting
 
@@ -565,3 +565,9 @@ def test_inner_products_are_the_exact_ones_but_for_a_few_roundings(count: int):
     found = gram(torch.stack([one, other]))
     assert abs(float(found[0, 1]) - math.fsum(products)) <= bound
     assert torch.equal(found, found.T) and torch.equal(found.diagonal(), energy(torch.stack([one, other])))
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_shares_of_energy_are_equal_where_none_can_be_told(make: Any):
+    for energies, wanted in (([1.0, 3.0], [0.25, 0.75]), ([0.0, 0.0], [0.5, 0.5]), ([math.nan, 5.0], [0.5, 0.5])):
+        assert energy_shares(make(energies), 1).tolist() == wanted

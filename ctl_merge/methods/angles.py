@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from ctl_merge.deferred import Tensor, library, torch
 from ctl_merge.methods.parameters import Parameters
 from ctl_merge.methods.registry import Scope
 
-_BLOCK = 1024  # entries that are added up first, as the compiled loops have it
+BLOCK = 1024  # entries that are added up first, as the compiled loops have it
 
 
 def whole_tensor(parameters: Parameters) -> Scope | None:
@@ -24,9 +23,9 @@ def inner(one: Tensor, other: Tensor) -> Tensor:
 
     In an order that a loop can keep to the bit, and that rounds less than one after the other: of blocks of 1024
     entries one half is added to the other until one number is left, and so are the numbers of all blocks; what is
-    missing counts as zeros.
+    missing counts as zeros. (Inner products of whole tensors are those of their chunks, added up one after the other.)
     """
-    blocks = _padded(one * other, -len(one) % _BLOCK).view(-1, _BLOCK)
+    blocks = _padded(one * other, -len(one) % BLOCK).view(-1, BLOCK)
     sums = _halved(blocks)
     return _halved(_padded(sums, (1 << (len(sums) - 1).bit_length()) - len(sums))) + 0.0  # + 0.0: no -0.0
 
@@ -57,10 +56,10 @@ def energy(tensors: Tensor, **_: object) -> Tensor:
     return torch.stack([inner(row, row) for row in tensors.reshape(len(tensors), -1).double()])
 
 
-def energy_shares(energy: Any, numel: int, **_: object) -> Any:
-    """Each model's share of the energy, equal ones where there is none: (models,), of the library that it is given."""
-    total = math.fsum(energy.tolist())
-    return energy / total if total > 0 else (energy + 1) / len(energy)
+def energy_shares(energies: Any, numel: int, **_: object) -> Any:
+    """Each model's share of the energy, equal ones where there is none or NaN: (models,), of the library given."""
+    total = sum(energies.tolist())
+    return energies / total if total > 0 else library(energies).full_like(energies, 1 / len(energies))
 
 
 def lengths(products: Any) -> Any:

@@ -207,7 +207,7 @@ def _decode_kept(row, base, above, upto, out):
 
 @_compiled
 def _load_kept(raw, with_base, start, stop, stack, base, above, upto):
-    """As `_load`, but entries that are trimmed are zero."""
+    """As `_load`, of as many models as there are cuts, but entries that are trimmed are zero."""
     models, count, bad = above.size, stop - start, False
     base[:count] = 0.0
     if with_base:

@@ -38,9 +38,9 @@ def _fused(*, coefficient: np.ndarray, **_: object) -> Fused:
 def metagpt(deltas: Tensor, *, coefficient: Tensor | None = None) -> Tensor:
     """Base plus Σ λ d with λ_i = ‖d_i‖² / Σ ‖d_j‖², the norms of whole task vectors.
 
-    deltas (models, *shape) -> (*shape). `coefficient` (models,): λ, measured over the model; computed from `deltas` if
-    missing. They minimise the bound on the models' mean loss difference of arXiv 2406.11385, to first order and for
-    orthogonal task vectors.
+    deltas (models, *shape) -> (*shape). `coefficient` (models,): λ, measured over the model, equal where all norms
+    are zero; computed from `deltas` if missing. They minimise the bound on the models' mean loss difference of
+    arXiv 2406.11385, to first order and for orthogonal task vectors.
     """
     if coefficient is None:
         coefficient = energy_shares(energy(deltas), deltas[0].numel())

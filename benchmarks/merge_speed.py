@@ -156,8 +156,8 @@ class Bench:
         """Inputs in the page cache or out of it, no pages left to be written, and memory at hand.
 
         A virtual machine gives back what has lain free for a few seconds, and having it again takes longer than
-        anything that is measured here: 9 s for 2.2 GB, not 0.4. So twice the output is written, and removed right
-        before a run.
+        anything that is measured here (README.md has a command that shows it). So twice the output is written, and
+        removed right before a run.
         """
         self.clear()
         os.sync()

@@ -155,8 +155,8 @@ class CompiledLoops:
     def _prepare(self, plan: TensorPlan, results: Mapping[str, Tensor]) -> tuple[Any, ...] | None:
         fuse = self._plan.method.fused
         fused: Fused | None = fuse(**self._columns(plan), **results, models=len(plan.inputs)) if fuse else None
-        if fused is None:
-            return None
+        if fused is None or (fused.anchor is not None and (plan.base or fused.above or fused.chance or fused.divisors)):
+            return None  # the last: an anchored sum is of the models as they are stored
         combine = _AGREE if fused.elect else _SUM if fused.anchor is None else _ANCHORED
         seed = self._plan.recipe.seed
         keys = [key_of(seed, part.model.short, part.tensor) for part in plan.inputs if fused.chance is not None]

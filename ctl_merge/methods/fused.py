@@ -20,7 +20,8 @@ class Fused:
     of these each with a `chance`; divides by `divisors`; adds up over the models, times `factors`; or, with `elect`,
     merges what agrees as `ctl_merge.methods.agreement` has it; multiplies by `scale`. None: that step is left out.
     With a `spread` the chance is `chance` + `spread` times the entry's place by magnitude in its row, 0 to 1, and
-    `by_chance` divides by that. With an `anchor` the sum is that of `anchored_sum`, `total` being Σ of the factors.
+    `by_chance` divides by that. With an `anchor` the sum is that of `anchored_sum`, `total` being Σ of the factors;
+    there is a loop for that where nothing is subtracted, kept or divided before.
     """
 
     factors: Sequence[float]

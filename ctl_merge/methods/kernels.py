@@ -413,19 +413,6 @@ def _sum(stack, count, factors, merged):
 
 
 @_compiled
-def _anchored_sum(stack, count, factors, anchor, total, merged):
-    """Σ f t as f (t - anchor), plus the anchor times Σ f."""
-    first = stack[anchor]
-    for i in range(count):
-        merged[i] = first[i] * total
-    for model in range(factors.size):
-        if model != anchor:
-            row, factor = stack[model], factors[model]
-            for i in range(count):
-                merged[i] += (row[i] - first[i]) * factor
-
-
-@_compiled
 def _add(row, less, factor, first, merged):
     """`factor` times stored values less others in float64, added to `merged`, or in its place if it is the first.
 
@@ -445,9 +432,9 @@ def _add(row, less, factor, first, merged):
 
 @_compiled
 def _sum_stored(raw, with_base, start, stop, factors, anchored, anchor, total, less, merged):
-    """`_sum`, or without a base `_anchored_sum`, of stored values of which nothing else is wanted: in fewer passes.
+    """`_sum` of stored values of which nothing else is wanted, in fewer passes; without a base also an anchored one.
 
-    Leaves the base, the anchor, or zeros in `less`.
+    That is Σ f t as f (t - anchor), plus the anchor times Σ f. Leaves the base, the anchor, or zeros in `less`.
     """
     models, count, bad = factors.size, stop - start, False
     if with_base or anchored:
@@ -520,7 +507,7 @@ def merge_chunk(
     models, places = factors.size, ranking[0]
     base, merged, sign, share = scratch[models], scratch[models + 1], scratch[models + 2], scratch[models + 3]
     span = places.shape[1] if ranks else BLOCK
-    only_summed = not (trims or drops or divides or combine == AGREE or (combine == ANCHORED and with_base))
+    only_summed = combine == ANCHORED or not (trims or drops or divides or combine == AGREE)
     for begin in range(0, out.size, span):
         end = min(begin + span, out.size)
         if ranks and _rank(raw, with_base, begin, end, width, ranking):
@@ -529,12 +516,14 @@ def merge_chunk(
             stop = min(start + BLOCK, end)
             count, skipped = stop - start, (first + start) % 8
             if only_summed:
-                if _sum_stored(raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, merged):
-                    return True
+                bad = _sum_stored(
+                    raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, merged
+                )
             elif trims:
-                if _load_kept(raw, with_base, start, stop, scratch, base, above, upto):
-                    return True
-            elif _load(raw, with_base, start, stop, scratch, base):
+                bad = _load_kept(raw, with_base, start, stop, scratch, base, above, upto)
+            else:
+                bad = _load(raw, with_base, start, stop, scratch, base)
+            if bad:
                 return True
             for model in range(0 if only_summed else models):
                 row = scratch[model]
@@ -550,14 +539,10 @@ def merge_chunk(
                 if divides:
                     for i in range(count):
                         row[i] /= divisors[model]
-            if only_summed:
-                pass
-            elif combine == SUM:
-                _sum(scratch, count, factors, merged)
-            elif combine == ANCHORED:
-                _anchored_sum(scratch, count, factors, anchor, total, merged)
-            else:
+            if combine == AGREE:
                 _agree(scratch, count, factors, elect, divide, merged, sign, share)
+            elif not only_summed:
+                _sum(scratch, count, factors, merged)
             if scale != 1.0:
                 for i in range(count):
                     merged[i] *= scale

@@ -50,7 +50,7 @@ def working_bytes(models: int, exact: bool, width: int) -> int:
     """What the loops hold for each thread, with so many inputs, and rows of at most so many entries that stay whole."""
     ranking = (8 * models + 20) * max(width, 2048) + (1 << 17)  # places, keys, words to sort, and counts
     products = models * models * CHUNK >> 7  # a number for each pair and 1024 entries
-    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking + products
+    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 6) * 2048 + ranking + products
 
 
 class CompiledLoops:
@@ -93,7 +93,7 @@ class CompiledLoops:
         exact = words is not None and raw[1].dtype == np.uint16
         merged = words if exact else self._memory("merged", count, np.float64)
         assert merged is not None
-        block, rows = self._kernels.BLOCK, len(plan.everyone) + 4
+        block, rows = self._kernels.BLOCK, len(plan.inputs) + 5
         undecided = self._kernels.merge_chunk(
             raw, plan.base is not None, start, width, merged,
             self._memory("scratch", rows * block, np.float64).reshape(rows, block),

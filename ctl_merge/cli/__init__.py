@@ -98,3 +98,4 @@ def main() -> None:
         sys.exit(2)
     finally:
         leave()
+        gc.freeze()  # nor is it looked through at the exit

@@ -59,15 +59,27 @@ def _float64_to_bits(context, value):
 
 
 @intrinsic
-def _high_word(context, one, other):
-    """The upper 64 bits of a product of two 64-bit words."""
+def _product(context, one, other):
+    """The upper and the lower 64 bits of a product of two 64-bit words, of one multiplication."""
+
+    def generate(context, builder, signature, arguments):
+        wide = [builder.zext(word, ir.IntType(128)) for word in arguments]
+        product = builder.mul(*wide)
+        upper = builder.lshr(product, ir.Constant(ir.IntType(128), 64))
+        halves = [builder.trunc(part, ir.IntType(64)) for part in (upper, product)]
+        return context.make_tuple(builder, signature.return_type, halves)
+
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def _either(context, one, other):
+    """The bits of two integers of one type together, in that type: the usual one is the widest, of fewer lanes."""
 
     def generate(_, builder, signature, arguments):
-        wide = [builder.zext(word, ir.IntType(128)) for word in arguments]
-        product = builder.lshr(builder.mul(*wide), ir.Constant(ir.IntType(128), 64))
-        return builder.trunc(product, ir.IntType(64))
+        return builder.or_(*arguments)
 
-    return types.uint64(types.uint64, types.uint64), generate
+    return one(one, one), generate
 
 
 @intrinsic
@@ -97,13 +109,13 @@ def _encode_overload(merged, base, out):
     if out.dtype == types.uint16:
 
         def encode(merged, base, out):
-            bad = np.uint16(0)
             for i in range(out.size):
                 bits = _float32_to_bits(np.float32(merged[i] + base[i]))
                 half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-                rounded = np.uint16((bits + half) >> np.uint32(16))
-                bad |= np.uint16((rounded & np.uint16(0x7FFF)) >= np.uint16(0x7F7F))
-                out[i] = rounded
+                out[i] = np.uint16((bits + half) >> np.uint32(16))
+            bad = np.uint16(0)
+            for i in range(out.size):
+                bad = _either(bad, np.uint16((out[i] & np.uint16(0x7FFF)) >= np.uint16(0x7F7F)))
             return bad != 0
     else:
 
@@ -141,38 +153,53 @@ def _end_overload(stored):
 
 
 @_compiled
-def _decode(row, out):
-    """Stored values as float64; whether NaN or infinity is among them."""
+def _has_end(row):
+    """Whether NaN or infinity is among stored values. A loop of its own has more lanes than those of float64."""
     bad = _end(row[0])
     for i in range(row.size):
-        bad |= _end(row[i])
-        out[i] = _value(row[i])
+        bad = _either(bad, _end(row[i]))
     return bad != 0
+
+
+@_compiled
+def _decode(row, out):
+    """Stored values as float64."""
+    for i in range(row.size):
+        out[i] = _value(row[i])
 
 
 @_compiled
 def _decode_less(row, base, out):
     """As `_decode`, less the base."""
-    bad = _end(row[0])
     for i in range(row.size):
-        bad |= _end(row[i])
         out[i] = _value(row[i]) - base[i]
-    return bad != 0
+
+
+@_compiled
+def _any_end(raw, start, stop):
+    """Whether NaN or infinity is in a block of any model, or of the base."""
+    for model in range(raw[0].size):
+        if _has_end(_row(raw, model, start, stop)):
+            return True
+    return False
 
 
 @_compiled
 def _load(raw, with_base, start, stop, stack, base):
-    """A block of every model into `stack`, less the base, which is the last of `raw`."""
+    """A block of every model into `stack`, less the base, which is the last of `raw`; true, and nothing, if it ends."""
     models = raw[0].size - 1 if with_base else raw[0].size
-    count, bad = stop - start, False
+    if _any_end(raw, start, stop):
+        return True
+    count = stop - start
     if with_base:
-        bad |= _decode(_row(raw, models, start, stop), base[:count])
+        _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
-        row = _row(raw, model, start, stop)
-        bad |= (
-            _decode_less(row, base[:count], stack[model, :count]) if with_base else _decode(row, stack[model, :count])
-        )
-    return bad
+        row, out = _row(raw, model, start, stop), stack[model, :count]
+        if with_base:
+            _decode_less(row, base[:count], out)
+        else:
+            _decode(row, out)
+    return False
 
 
 @_compiled
@@ -196,26 +223,24 @@ def decode_chunk(raw, with_base, start, stack):
 @_compiled
 def _decode_kept(row, base, above, upto, out):
     """As `_decode_less`, of entries with `above` < |d| <= `upto`; the others zero."""
-    bad = _end(row[0])
     for i in range(row.size):
-        bad |= _end(row[i])
         entry = _value(row[i]) - base[i]
         size = abs(entry)
         out[i] = entry if (size > above) & (size <= upto) else 0.0
-    return bad != 0
 
 
 @_compiled
-def _load_kept(raw, with_base, start, stop, stack, base, above, upto):
+def _load_kept(raw, with_base, start, stop, stack, base, zero, above, upto):
     """As `_load`, of as many models as there are cuts, but entries that are trimmed are zero."""
-    models, count, bad = above.size, stop - start, False
-    base[:count] = 0.0
+    models, count = above.size, stop - start
+    if _any_end(raw, start, stop):
+        return True
     if with_base:
-        bad |= _decode(_row(raw, models, start, stop), base[:count])
+        _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
-        row = _row(raw, model, start, stop)
-        bad |= _decode_kept(row, base, above[model], upto[model], stack[model])
-    return bad
+        less = base if with_base else zero
+        _decode_kept(_row(raw, model, start, stop), less, above[model], upto[model], stack[model])
+    return False
 
 
 @_compiled
@@ -226,7 +251,8 @@ def philox(key0, key1, counter, words):
         a, b, c, d = np.uint64(counter + block), np.uint64(0), np.uint64(0), np.uint64(0)
         k0, k1 = key0, key1
         for _ in range(10):
-            a, b, c, d = _high_word(other, c) ^ b ^ k0, other * c, _high_word(one, a) ^ d ^ k1, one * a
+            (upper, lower), (upper1, lower1) = _product(one, a), _product(other, c)
+            a, b, c, d = upper1 ^ b ^ k0, lower1, upper ^ d ^ k1, lower
             k0 += np.uint64(0x9E3779B97F4A7C15)
             k1 += np.uint64(0xBB67AE8584CAA73B)
         words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = a, b, c, d
@@ -275,20 +301,16 @@ def _key_overload(value, base):
 
 @_compiled
 def _keys(raw, model, with_base, start, stop, keys):
-    """Those of a block of one model, or of its difference from the base; whether NaN or infinity is among them."""
+    """Those of a block of one model, or of its difference from the base."""
     row = _row(raw, model, start, stop)
-    bad = _end(row[0])
     if with_base:
         base = _row(raw, raw[0].size - 1, start, stop)
         for i in range(row.size):
-            bad |= _end(row[i]) | _end(base[i])
             keys[i] = _key(row[i], base[i])
     else:
         nothing = np.zeros(1, row.dtype)[0]
         for i in range(row.size):
-            bad |= _end(row[i])
             keys[i] = _key(row[i], nothing)
-    return bad != 0
 
 
 # ---- places in a row
@@ -388,9 +410,10 @@ def _rank(raw, with_base, start, stop, width, ranking):
     and counts (1024 × a power of two,) int64. A span is whole rows, at least one, and about a block if it is several.
     """
     places, keys, words, other, counts = ranking
+    if _any_end(raw, start, stop):
+        return True
     for model in range(places.shape[0]):
-        if _keys(raw, model, with_base, start, stop, keys):
-            return True
+        _keys(raw, model, with_base, start, stop, keys)
         for begin in range(0, stop - start, width):
             end = begin + width
             _places(keys[begin:end], words, other, counts, places[model, begin:end])
@@ -400,97 +423,171 @@ def _rank(raw, with_base, start, stop, width, ranking):
 # ---- how the models are combined
 
 
-@_compiled
-def _sum(stack, count, factors, merged):
-    """Σ f t, one model after the other."""
-    first, factor = stack[0], factors[0]
-    for i in range(count):
-        merged[i] = first[i] * factor
-    for model in range(1, factors.size):
-        row, factor = stack[model], factors[model]
-        for i in range(count):
-            merged[i] += row[i] * factor
+def _of(source: Any, model: Any, start: Any, stop: Any) -> Any:
+    """A block of a model: of stored values, or of a stack (models, BLOCK) that holds just this block."""
+    raise NotImplementedError
+
+
+@overload(_of)
+def _of_overload(source, model, start, stop):
+    if isinstance(source, types.Array):
+        return lambda source, model, start, stop: source[model, : stop - start]
+    return lambda source, model, start, stop: _row(source, model, start, stop)
+
+
+def _weighed(before: Any, rows: Any, factors: Any, less: Any, i: Any) -> Any:
+    """Entry i of every row, less a number, times the row's factor, one after the other added to what was before."""
+    raise NotImplementedError
+
+
+@overload(_weighed)
+def _weighed_overload(before, rows, factors, less, i):
+    if len(rows) == 1:
+        return lambda before, rows, factors, less, i: before + (_value(rows[0][i]) - less) * factors[0]
+
+    def weighed(before, rows, factors, less, i):
+        return _weighed(before + (_value(rows[0][i]) - less) * factors[0], rows[1:], factors[1:], less, i)
+
+    return weighed
 
 
 @_compiled
-def _add(row, less, factor, first, merged):
-    """`factor` times stored values less others in float64, added to `merged`, or in its place if it is the first.
-
-    Whether NaN or infinity is among them.
-    """
-    bad = _end(row[0])
-    if first:
-        for i in range(row.size):
-            bad |= _end(row[i])
-            merged[i] = (_value(row[i]) - less[i]) * factor
+def _add_rows(rows, factors, fresh, arrays):
+    less, merged = arrays
+    if fresh:
+        for i in range(merged.size):
+            merged[i] = _weighed(-0.0, rows, factors, less[i], i)  # -0.0 + x is x, which 0.0 + x is not
     else:
-        for i in range(row.size):
-            bad |= _end(row[i])
-            merged[i] += (_value(row[i]) - less[i]) * factor
-    return bad != 0
+        for i in range(merged.size):
+            merged[i] = _weighed(merged[i], rows, factors, less[i], i)
+
+
+def _agreeing(before: Any, rows: Any, factors: Any, by_weights: Any, sign: Any, i: Any) -> Any:
+    """The sum of entries i that have the sign, times it, and that of their parts, added to what was before."""
+    raise NotImplementedError
+
+
+@overload(_agreeing)
+def _agreeing_overload(before, rows, factors, by_weights, sign, i):
+    def one(before, rows, factors, by_weights, sign, i):
+        entry = rows[0][i] * sign
+        agrees = entry > 0
+        part = factors[0] if by_weights else 1.0
+        return before[0] + (entry if agrees else 0.0) * factors[0], before[1] + (part if agrees else 0.0)
+
+    if len(rows) == 1:
+        return one
+    first = njit(one)
+    return lambda before, rows, factors, by_weights, sign, i: _agreeing(
+        first(before, rows, factors, by_weights, sign, i), rows[1:], factors[1:], by_weights, sign, i
+    )
 
 
 @_compiled
-def _sum_stored(raw, with_base, start, stop, factors, anchored, anchor, total, less, merged):
-    """`_sum` of stored values of which nothing else is wanted, in fewer passes; without a base also an anchored one.
-
-    That is Σ f t as f (t - anchor), plus the anchor times Σ f. Leaves the base, the anchor, or zeros in `less`.
-    """
-    models, count, bad = factors.size, stop - start, False
-    if with_base or anchored:
-        bad |= _decode(_row(raw, models if with_base else anchor, start, stop), less[:count])
+def _agree_rows(rows, factors, fresh, arrays):
+    by_weights, sign, merged, share = arrays
+    if fresh:
+        for i in range(merged.size):
+            merged[i], share[i] = _agreeing((0.0, 0.0), rows, factors, by_weights, sign[i], i)
     else:
-        less[:count] = 0.0
-    if anchored:
+        for i in range(merged.size):
+            merged[i], share[i] = _agreeing((merged[i], share[i]), rows, factors, by_weights, sign[i], i)
+
+
+def _rows_into(rows: Any, factors: Any, fresh: Any, arrays: Any) -> Any:
+    """`_add_rows` or `_agree_rows`: functions as arguments would not be kept in numba's cache."""
+    raise NotImplementedError
+
+
+@overload(_rows_into)
+def _rows_into_overload(rows, factors, fresh, arrays):
+    if len(arrays) == 2:
+        return lambda rows, factors, fresh, arrays: _add_rows(rows, factors, fresh, arrays)
+    return lambda rows, factors, fresh, arrays: _agree_rows(rows, factors, fresh, arrays)
+
+
+@_compiled
+def _in_threes(source, first, last, start, stop, factors, arrays):
+    """Have blocks of the models [first, last) worked on, up to three in a pass: what is between stays in registers.
+
+    Which of the two loops above, the arrays tell.
+    """
+    fresh = True
+    while first < last:
+        one = _of(source, first, start, stop)
+        if first + 1 == last:
+            _rows_into((one,), (factors[first],), fresh, arrays)
+            return
+        two = _of(source, first + 1, start, stop)
+        if first + 2 == last:
+            _rows_into((one, two), (factors[first], factors[first + 1]), fresh, arrays)
+            return
+        three = _of(source, first + 2, start, stop)
+        _rows_into((one, two, three), (factors[first], factors[first + 1], factors[first + 2]), fresh, arrays)
+        first, fresh = first + 3, False
+
+
+@_compiled
+def _add(source, first, last, start, stop, factors, less, merged):
+    """Σ f (t - less) of the models [first, last), one after the other, in place of what `merged` holds."""
+    count = stop - start
+    _in_threes(source, first, last, start, stop, factors, (less[:count], merged[:count]))
+
+
+@_compiled
+def _sum_stored(raw, with_base, start, stop, factors, anchored, anchor, total, base, less, merged):
+    """Σ f t of stored values of which nothing else is wanted; without a base also an anchored one.
+
+    That is Σ f t as f (t - anchor), plus the anchor times Σ f. True, and nothing, where there are NaN or infinity.
+    Fills `base` if there is one; `less` is zeros, or memory for the anchor.
+    """
+    models, count = factors.size, stop - start
+    if _any_end(raw, start, stop):
+        return True
+    if with_base:
+        _decode(_row(raw, models, start, stop), base[:count])
+        _add(raw, 0, models, start, stop, factors, base, merged)
+    elif anchored:
+        _decode(_row(raw, anchor, start, stop), less[:count])
         for i in range(count):
             merged[i] = less[i] * total
-    for model in range(models):
-        if not anchored or model != anchor:
-            row = _row(raw, model, start, stop)
-            bad |= _add(row, less, factors[model], model == 0 and not anchored, merged)
-    return bad
+        for model in range(models):
+            if model != anchor:
+                row = (_row(raw, model, start, stop),)
+                _add_rows(row, (factors[model],), False, (less[:count], merged[:count]))
+    else:
+        _add(raw, 0, models, start, stop, factors, less, merged)
+    return False
 
 
 @_compiled
-def _vote(stack, count, factors, elect, sign):
-    """The elected sign of every entry, ±1; zero counts as +."""
-    for i in range(count):
-        sign[i] = 0.0
-    for model in range(factors.size):
-        row = stack[model]
-        if elect == COUNT:
+def _vote(stack, count, factors, elect, zero, sign):
+    """The elected sign of every entry, ±1; zero counts as +. `factors` are ones where they do not count."""
+    if elect == COUNT:
+        sign[:count] = 0.0
+        for model in range(factors.size):
+            row = stack[model]
             for i in range(count):
                 sign[i] += 1.0 if row[i] > 0 else (-1.0 if row[i] < 0 else 0.0)
-        else:
-            factor = factors[model] if elect == WEIGHTED else 1.0
-            for i in range(count):
-                sign[i] += row[i] * factor
+    else:
+        _add(stack, 0, factors.size, 0, count, factors, zero, sign)
     for i in range(count):
         sign[i] = -1.0 if sign[i] < 0 else 1.0
 
 
 @_compiled
-def _agree(stack, count, factors, elect, divide, merged, sign, share):
+def _agree(stack, count, factors, divide, sign, merged, share):
     """The mean over the models that have the elected sign; all factors are positive."""
-    _vote(stack, count, factors, elect, sign)
-    least = np.inf
-    for model in range(factors.size):
-        row, factor = stack[model], factors[model]
-        part = factor if divide == BY_WEIGHTS else 1.0
-        least = min(least, part)
+    by_weights, merged, share = divide == BY_WEIGHTS, merged[:count], share[:count]
+    _in_threes(stack, 0, factors.size, 0, count, factors, (by_weights, sign[:count], merged, share))
+    if divide == BY_NOTHING:
         for i in range(count):
-            entry = row[i] * sign[i]
-            agrees = entry > 0
-            weighed = (entry if agrees else 0.0) * factor
-            counted = part if agrees else 0.0
-            merged[i] = weighed if model == 0 else merged[i] + weighed
-            share[i] = counted if model == 0 else share[i] + counted
-    for i in range(count):
-        merged[i] *= sign[i]
-    if divide != BY_NOTHING:
-        for i in range(count):  # max() would mind NaN, which takes four times as long
-            part = share[i]
-            merged[i] /= part if part > least else least
+            merged[i] *= sign[i]
+        return
+    least = factors.min() if by_weights else 1.0
+    for i in range(count):  # max() would mind NaN, which takes four times as long
+        part = share[i]
+        merged[i] = merged[i] * sign[i] / (part if part > least else least)
 
 
 @_compiled
@@ -501,11 +598,15 @@ def merge_chunk(
     """Merge a chunk of the stored values `raw`, a base as the last of them, into `out` (n,).
 
     `first` is the chunk's first entry in its tensor; where places in a row matter, it is whole rows of `width` entries.
-    `scratch` (models + 4, BLOCK) float64, `words` (BLOCK / 2 + 4,) uint64 and `ranking` (see `_rank`) are memory to
+    `scratch` (models + 5, BLOCK) float64, `words` (BLOCK / 2 + 4,) uint64 and `ranking` (see `_rank`) are memory to
     work in; for the rest see `ctl_merge.methods.fused`. True if the plain definition must decide.
     """
     models, places = factors.size, ranking[0]
     base, merged, sign, share = scratch[models], scratch[models + 1], scratch[models + 2], scratch[models + 3]
+    zero, votes = scratch[models + 4], factors if elect == WEIGHTED else np.ones(models)
+    zero[:] = 0.0
+    if not with_base:
+        base[:] = -0.0  # added to a number it leaves it as it is, 0.0 would not
     span = places.shape[1] if ranks else BLOCK
     only_summed = combine == ANCHORED or not (trims or drops or divides or combine == AGREE)
     for begin in range(0, out.size, span):
@@ -517,10 +618,10 @@ def merge_chunk(
             count, skipped = stop - start, (first + start) % 8
             if only_summed:
                 bad = _sum_stored(
-                    raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, merged
+                    raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, zero, merged
                 )
             elif trims:
-                bad = _load_kept(raw, with_base, start, stop, scratch, base, above, upto)
+                bad = _load_kept(raw, with_base, start, stop, scratch, base, zero, above, upto)
             else:
                 bad = _load(raw, with_base, start, stop, scratch, base)
             if bad:
@@ -540,14 +641,13 @@ def merge_chunk(
                     for i in range(count):
                         row[i] /= divisors[model]
             if combine == AGREE:
-                _agree(scratch, count, factors, elect, divide, merged, sign, share)
+                _vote(scratch, count, votes, elect, zero, sign)
+                _agree(scratch, count, factors, divide, sign, merged, share)
             elif not only_summed:
-                _sum(scratch, count, factors, merged)
+                _add(scratch, 0, models, 0, count, factors, zero, merged)
             if scale != 1.0:
                 for i in range(count):
                     merged[i] *= scale
-            if not with_base:
-                base[:count] = -0.0  # which leaves every number as it is, 0.0 would not
             if _encode(merged[:count], base[:count], out[start:stop]):
                 return True
     return False
@@ -568,11 +668,15 @@ def _halved(terms, count):
 
 @_compiled
 def _inner(one, other, terms):
-    """Of a whole block."""
-    half = BLOCK // 2
-    for i in range(half):
-        terms[i] = one[i] * other[i] + one[i + half] * other[i + half]
-    return _halved(terms, half)
+    """Of a whole block. The first three of its halvings are in one pass."""
+    part = BLOCK // 8
+    for i in range(part):
+        a = one[i] * other[i] + one[i + 4 * part] * other[i + 4 * part]
+        b = one[i + 2 * part] * other[i + 2 * part] + one[i + 6 * part] * other[i + 6 * part]
+        c = one[i + part] * other[i + part] + one[i + 5 * part] * other[i + 5 * part]
+        d = one[i + 3 * part] * other[i + 3 * part] + one[i + 7 * part] * other[i + 7 * part]
+        terms[i] = (a + b) + (c + d)
+    return _halved(terms, part)
 
 
 @_compiled
@@ -642,9 +746,10 @@ def count_upper(raw, with_base, size, keys, counts, first, near):
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         own = keys[0, : stop - start]
+        if _any_end(raw, start, stop):
+            return True
         for model in range(counts.shape[0]):
-            if _keys(raw, model, with_base, start, stop, own):
-                return True
+            _keys(raw, model, with_base, start, stop, own)
             if ranks == 0:
                 _count_and_pick(own, counts[model], np.uint32(0), np.uint32(0), keys[1])
             for rank in range(ranks):
@@ -665,9 +770,10 @@ def count_lower(raw, with_base, size, keys, bins, counts):
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         own = keys[0, : stop - start]
+        if _any_end(raw, start, stop):
+            return True
         for model in range(counts.shape[0]):
-            if _keys(raw, model, with_base, start, stop, own):
-                return True
+            _keys(raw, model, with_base, start, stop, own)
             for rank in range(bins.shape[1]):
                 found = counts[model, rank]
                 for i in range(_pick(own, np.uint32(bins[model, rank] << 16), np.uint32(1 << 16), keys[1])):

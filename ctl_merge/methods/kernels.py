@@ -92,6 +92,29 @@ def _pointer(context, address, like):
     return types.CPointer(like.dtype)(address, like), generate
 
 
+@intrinsic
+def _prefetch(context, address):
+    """Have the processor bring a line of memory into its caches, while it works on something else."""
+
+    def generate(_, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(ir.IntType(8)), *[ir.IntType(32)] * 3])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [ir.PointerType(ir.IntType(8))], kind)
+        place = builder.inttoptr(arguments[0], ir.PointerType(ir.IntType(8)))
+        builder.call(function, [place, *(ir.Constant(ir.IntType(32), value) for value in (0, 2, 1))])
+        return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+    return types.void(address), generate
+
+
+@_compiled
+def _ahead(raw, start, stop):
+    """Have a block of every model on its way from memory."""
+    addresses, like = raw
+    for model in range(addresses.size):
+        for at in range(addresses[model] + start * like.itemsize, addresses[model] + stop * like.itemsize, 64):
+            _prefetch(at)
+
+
 @_compiled
 def _row(raw, model, start, stop):
     """Entries [start, stop) of a model's stored values, `raw` being (addresses, an array of their dtype)."""
@@ -181,16 +204,14 @@ def _any_end(raw, start, stop):
     for model in range(raw[0].size):
         if _has_end(_row(raw, model, start, stop)):
             return True
+    _ahead(raw, stop, stop + stop - start)
     return False
 
 
 @_compiled
 def _load(raw, with_base, start, stop, stack, base):
-    """A block of every model into `stack`, less the base, which is the last of `raw`; true, and nothing, if it ends."""
-    models = raw[0].size - 1 if with_base else raw[0].size
-    if _any_end(raw, start, stop):
-        return True
-    count = stop - start
+    """A block of every model into `stack`, less the base, which is the last of `raw`."""
+    models, count = raw[0].size - with_base, stop - start
     if with_base:
         _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
@@ -199,7 +220,6 @@ def _load(raw, with_base, start, stop, stack, base):
             _decode_less(row, base[:count], out)
         else:
             _decode(row, out)
-    return False
 
 
 @_compiled
@@ -212,8 +232,9 @@ def decode_chunk(raw, with_base, start, stack):
     for begin in range(0, stack.shape[1], BLOCK):
         end = min(begin + BLOCK, stack.shape[1])
         piece = stack[:, begin:end]
-        if _load(raw, with_base, start + begin, start + end, piece, piece[models]):
+        if _any_end(raw, start + begin, start + end):
             return True
+        _load(raw, with_base, start + begin, start + end, piece, piece[models])
     return False
 
 
@@ -233,14 +254,11 @@ def _decode_kept(row, base, above, upto, out):
 def _load_kept(raw, with_base, start, stop, stack, base, zero, above, upto):
     """As `_load`, of as many models as there are cuts, but entries that are trimmed are zero."""
     models, count = above.size, stop - start
-    if _any_end(raw, start, stop):
-        return True
     if with_base:
         _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
         less = base if with_base else zero
         _decode_kept(_row(raw, model, start, stop), less, above[model], upto[model], stack[model])
-    return False
 
 
 @_compiled
@@ -452,14 +470,10 @@ def _weighed_overload(before, rows, factors, less, i):
 
 
 @_compiled
-def _add_rows(rows, factors, fresh, arrays):
+def _add_rows(rows, factors, arrays):
     less, merged = arrays
-    if fresh:
-        for i in range(merged.size):
-            merged[i] = _weighed(-0.0, rows, factors, less[i], i)  # -0.0 + x is x, which 0.0 + x is not
-    else:
-        for i in range(merged.size):
-            merged[i] = _weighed(merged[i], rows, factors, less[i], i)
+    for i in range(merged.size):
+        merged[i] = _weighed(merged[i], rows, factors, less[i], i)
 
 
 def _agreeing(before: Any, rows: Any, factors: Any, by_weights: Any, sign: Any, i: Any) -> Any:
@@ -484,26 +498,22 @@ def _agreeing_overload(before, rows, factors, by_weights, sign, i):
 
 
 @_compiled
-def _agree_rows(rows, factors, fresh, arrays):
+def _agree_rows(rows, factors, arrays):
     by_weights, sign, merged, share = arrays
-    if fresh:
-        for i in range(merged.size):
-            merged[i], share[i] = _agreeing((0.0, 0.0), rows, factors, by_weights, sign[i], i)
-    else:
-        for i in range(merged.size):
-            merged[i], share[i] = _agreeing((merged[i], share[i]), rows, factors, by_weights, sign[i], i)
+    for i in range(merged.size):
+        merged[i], share[i] = _agreeing((merged[i], share[i]), rows, factors, by_weights, sign[i], i)
 
 
-def _rows_into(rows: Any, factors: Any, fresh: Any, arrays: Any) -> Any:
+def _rows_into(rows: Any, factors: Any, arrays: Any) -> Any:
     """`_add_rows` or `_agree_rows`: functions as arguments would not be kept in numba's cache."""
     raise NotImplementedError
 
 
 @overload(_rows_into)
-def _rows_into_overload(rows, factors, fresh, arrays):
+def _rows_into_overload(rows, factors, arrays):
     if len(arrays) == 2:
-        return lambda rows, factors, fresh, arrays: _add_rows(rows, factors, fresh, arrays)
-    return lambda rows, factors, fresh, arrays: _agree_rows(rows, factors, fresh, arrays)
+        return lambda rows, factors, arrays: _add_rows(rows, factors, arrays)
+    return lambda rows, factors, arrays: _agree_rows(rows, factors, arrays)
 
 
 @_compiled
@@ -512,24 +522,23 @@ def _in_threes(source, first, last, start, stop, factors, arrays):
 
     Which of the two loops above, the arrays tell.
     """
-    fresh = True
     while first < last:
         one = _of(source, first, start, stop)
         if first + 1 == last:
-            _rows_into((one,), (factors[first],), fresh, arrays)
+            _rows_into((one,), (factors[first],), arrays)
             return
         two = _of(source, first + 1, start, stop)
         if first + 2 == last:
-            _rows_into((one, two), (factors[first], factors[first + 1]), fresh, arrays)
+            _rows_into((one, two), (factors[first], factors[first + 1]), arrays)
             return
         three = _of(source, first + 2, start, stop)
-        _rows_into((one, two, three), (factors[first], factors[first + 1], factors[first + 2]), fresh, arrays)
-        first, fresh = first + 3, False
+        _rows_into((one, two, three), (factors[first], factors[first + 1], factors[first + 2]), arrays)
+        first += 3
 
 
 @_compiled
 def _add(source, first, last, start, stop, factors, less, merged):
-    """Σ f (t - less) of the models [first, last), one after the other, in place of what `merged` holds."""
+    """Σ f (t - less) of the models [first, last), one after the other added to what `merged` holds."""
     count = stop - start
     _in_threes(source, first, last, start, stop, factors, (less[:count], merged[:count]))
 
@@ -538,33 +547,27 @@ def _add(source, first, last, start, stop, factors, less, merged):
 def _sum_stored(raw, with_base, start, stop, factors, anchored, anchor, total, base, less, merged):
     """Σ f t of stored values of which nothing else is wanted; without a base also an anchored one.
 
-    That is Σ f t as f (t - anchor), plus the anchor times Σ f. True, and nothing, where there are NaN or infinity.
+    That is Σ f t as f (t - anchor), plus the anchor times Σ f.
     Fills `base` if there is one; `less` is zeros, or memory for the anchor.
     """
     models, count = factors.size, stop - start
-    if _any_end(raw, start, stop):
-        return True
+    merged[:count] = -0.0  # -0.0 + x is x, which 0.0 + x is not
     if with_base:
-        _decode(_row(raw, models, start, stop), base[:count])
-        _add(raw, 0, models, start, stop, factors, base, merged)
+        less = base
+        _decode(_row(raw, models, start, stop), less[:count])
     elif anchored:
         _decode(_row(raw, anchor, start, stop), less[:count])
         for i in range(count):
             merged[i] = less[i] * total
-        for model in range(models):
-            if model != anchor:
-                row = (_row(raw, model, start, stop),)
-                _add_rows(row, (factors[model],), False, (less[:count], merged[:count]))
-    else:
-        _add(raw, 0, models, start, stop, factors, less, merged)
-    return False
+    for first, last in ((0, anchor), (anchor + 1, models)) if anchored else ((0, models), (models, models)):
+        _add(raw, first, last, start, stop, factors, less, merged)
 
 
 @_compiled
 def _vote(stack, count, factors, elect, zero, sign):
     """The elected sign of every entry, ±1; zero counts as +. `factors` are ones where they do not count."""
+    sign[:count] = 0.0
     if elect == COUNT:
-        sign[:count] = 0.0
         for model in range(factors.size):
             row = stack[model]
             for i in range(count):
@@ -579,6 +582,7 @@ def _vote(stack, count, factors, elect, zero, sign):
 def _agree(stack, count, factors, divide, sign, merged, share):
     """The mean over the models that have the elected sign; all factors are positive."""
     by_weights, merged, share = divide == BY_WEIGHTS, merged[:count], share[:count]
+    merged[:], share[:] = 0.0, 0.0
     _in_threes(stack, 0, factors.size, 0, count, factors, (by_weights, sign[:count], merged, share))
     if divide == BY_NOTHING:
         for i in range(count):
@@ -616,16 +620,16 @@ def merge_chunk(
         for start in range(begin, end, BLOCK):
             stop = min(start + BLOCK, end)
             count, skipped = stop - start, (first + start) % 8
+            if _any_end(raw, start, stop):
+                return True
             if only_summed:
-                bad = _sum_stored(
+                _sum_stored(
                     raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, zero, merged
                 )
             elif trims:
-                bad = _load_kept(raw, with_base, start, stop, scratch, base, zero, above, upto)
+                _load_kept(raw, with_base, start, stop, scratch, base, zero, above, upto)
             else:
-                bad = _load(raw, with_base, start, stop, scratch, base)
-            if bad:
-                return True
+                _load(raw, with_base, start, stop, scratch, base)
             for model in range(0 if only_summed else models):
                 row = scratch[model]
                 if drops:
@@ -644,6 +648,7 @@ def merge_chunk(
                 _vote(scratch, count, votes, elect, zero, sign)
                 _agree(scratch, count, factors, divide, sign, merged, share)
             elif not only_summed:
+                merged[:count] = -0.0
                 _add(scratch, 0, models, 0, count, factors, zero, merged)
             if scale != 1.0:
                 for i in range(count):
@@ -694,8 +699,9 @@ def add_products(raw, with_base, size, piece, squares, scratch, sums, total):
         for start in range(begin, end, BLOCK):
             stop = min(start + BLOCK, end)
             scratch[:models, stop - start :] = 0.0
-            if _load(raw, with_base, start, stop, scratch, scratch[models]):
+            if _any_end(raw, start, stop):
                 return True
+            _load(raw, with_base, start, stop, scratch, scratch[models])
             for one in range(models):
                 for other in range(one, one + 1 if squares else models):
                     terms = scratch[models + 1]

@@ -200,7 +200,7 @@ def _decode_less(row, base, out):
 
 @_compiled
 def _any_end(raw, start, stop):
-    """Whether NaN or infinity is in a block of any model, or of the base."""
+    """Whether NaN or infinity is in a block of any model, or of the base. The next block is then on its way."""
     for model in range(raw[0].size):
         if _has_end(_row(raw, model, start, stop)):
             return True
@@ -547,8 +547,8 @@ def _add(source, first, last, start, stop, factors, less, merged):
 def _sum_stored(raw, with_base, start, stop, factors, anchored, anchor, total, base, less, merged):
     """Σ f t of stored values of which nothing else is wanted; without a base also an anchored one.
 
-    That is Σ f t as f (t - anchor), plus the anchor times Σ f.
-    Fills `base` if there is one; `less` is zeros, or memory for the anchor.
+    That is Σ f t as f (t - anchor), plus the anchor times Σ f. Fills `base` if there is one; `less` is zeros, or memory
+    for the anchor where there is one.
     """
     models, count = factors.size, stop - start
     merged[:count] = -0.0  # -0.0 + x is x, which 0.0 + x is not

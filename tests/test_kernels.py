@@ -88,7 +88,7 @@ def test_every_method_has_the_bytes_of_its_definition(method, dtypes, tmp_path, 
         assert_same_bytes(recipe_of(method, paths, given_ | extra, [0.6, 0.3, 0.45, 0.2]), monkeypatch)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data):
     method = data.draw(
@@ -110,15 +110,25 @@ def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data)
         given_["epsilon"] = data.draw(st.floats(0, 0.5)) * 2 * min(given_["density"][0], 1 - given_["density"][0])
     if method.startswith(("dare", "della")):
         given_["rescale"] = data.draw(st.sampled_from([True, False, "l1"]))
-    weights = data.draw(st.lists(st.floats(0.05, 2), min_size=4, max_size=4))
+    count = data.draw(st.integers(3, 9))  # with the base: loops take up to three models in a pass
+    weights = data.draw(st.lists(st.floats(0.05, 2), min_size=count, max_size=count))
     weights[0] *= data.draw(st.sampled_from([1, -1]))
     shapes = ((data.draw(st.integers(1, 5000)),), (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))))
     folder = tmp_path_factory.mktemp("family")
-    paths = family(folder, [kind] * 4, data.draw(st.integers(0, 10**6)), shapes)
+    paths = family(folder, [kind] * count, data.draw(st.integers(0, 10**6)), shapes)
     given_["density"] = given_["density"][0]
     with pytest.MonkeyPatch.context() as patch:
         text = recipe_of(method, paths, given_, weights, dtype=data.draw(st.sampled_from(["bfloat16", "float32"])))
         assert_same_bytes(text, patch)
+
+
+@pytest.mark.parametrize("method", sorted(name for name in FUSED if registry()[name].models[1] is None))
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 8])
+def test_any_number_of_models_has_the_bytes_of_the_definition(method, count, tmp_path, monkeypatch):
+    """Of sums, elections, and anchored sums, of which the anchor may be any of the models."""
+    paths = family(tmp_path, [torch.bfloat16] * (count + 1), seed=count, shapes=((33, 65),))
+    weights = [0.1 + (7 * i % 5) / 4 for i in range(count + 1)]
+    assert_same_bytes(recipe_of(method, paths, {"density": 0.4}, weights), monkeypatch)
 
 
 @pytest.mark.parametrize("method", FUSED)

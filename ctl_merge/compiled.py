@@ -50,7 +50,7 @@ def working_bytes(models: int, exact: bool, width: int) -> int:
     """What the loops hold for each thread, with so many inputs, and rows of at most so many entries that stay whole."""
     ranking = (8 * models + 20) * max(width, 2048) + (1 << 17)  # places, keys, words to sort, and counts
     products = models * models * CHUNK >> 7  # a number for each pair and 1024 entries
-    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 6) * 2048 + ranking + products
+    return max(width, LOOP_CHUNK) * (models * (2 if exact else 8) + 8) + 8 * (models + 5) * 2048 + ranking + products
 
 
 class CompiledLoops:

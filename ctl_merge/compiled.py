@@ -124,7 +124,7 @@ class CompiledLoops:
     def _products(self, plan: TensorPlan, squares: bool) -> np.ndarray:
         """Inner products over a whole tensor, (models, models); `squares`: those of each with itself, (models,)."""
         models, block = len(plan.inputs), self._kernels.BLOCK
-        total, scratch = np.zeros((models, models)), self._memory("scratch", (models + 4) * block, np.float64)
+        total, scratch = np.zeros((models, models)), self._memory("scratch", (models + 2) * block, np.float64)
         sums = self._memory("sums", models * models * CHUNK // block, np.float64).reshape(models, models, -1)
         for start, count in pieces(plan):
             undecided = self._kernels.add_products(

@@ -125,10 +125,12 @@ def test_any_parameters_have_the_bytes_of_the_definition(tmp_path_factory, data)
 @pytest.mark.parametrize("method", sorted(name for name in FUSED if registry()[name].models[1] is None))
 @pytest.mark.parametrize("count", [2, 3, 5, 6, 8])
 def test_any_number_of_models_has_the_bytes_of_the_definition(method, count, tmp_path, monkeypatch):
-    """Of sums, elections, and anchored sums, of which the anchor may be any of the models."""
+    """Of sums, elections, and anchored sums, whose anchor is the heaviest model: the first, the last, between."""
     paths = family(tmp_path, [torch.bfloat16] * (count + 1), seed=count, shapes=((33, 65),))
-    weights = [0.1 + (7 * i % 5) / 4 for i in range(count + 1)]
-    assert_same_bytes(recipe_of(method, paths, {"density": 0.4}, weights), monkeypatch)
+    for heaviest in (0, count // 2, count - 1, count):
+        weights = [0.1 + (7 * i % 5) / 4 for i in range(count + 1)]
+        weights[heaviest] = 3.0
+        assert_same_bytes(recipe_of(method, paths, {"density": 0.4}, weights), monkeypatch)
 
 
 @pytest.mark.parametrize("method", FUSED)

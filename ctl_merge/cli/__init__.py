@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import gc
 import os
@@ -91,6 +92,7 @@ def main() -> None:
     """Run the command line: exits 0 when done, 2 for what the user can fix, 1 (and a traceback) for a bug."""
     # What is imported stays: looking through it for garbage took half a second.
     gc.set_threshold(100_000, 20, 20)
+    atexit.register(gc.freeze)  # nor is it looked through at the exit, for as long again
     try:
         app()
     except CtlMergeError as error:
@@ -98,4 +100,3 @@ def main() -> None:
         sys.exit(2)
     finally:
         leave()
-        gc.freeze()  # nor is it looked through at the exit

@@ -1,6 +1,6 @@
 """Compiled loops over chunks, bit for bit the plain definitions.
 
-Each goes once over the models' stored values, in blocks that stay in cache: decode to float64, subtract the base,
+Each reads the stored values from memory once, in blocks that stay in cache: decode to float64, subtract the base,
 keep, combine, add the base, round. `raw` is (addresses, array): where the values of each model begin, the base's last,
 and an array of their dtype, bfloat16 as uint16. The loops do the same operations in the same order as the torch
 functions beside which they stand. What those treat specially (NaN and infinity, values near the end of the output's
@@ -108,10 +108,11 @@ def _prefetch(context, address):
 
 @_compiled
 def _ahead(raw, start, stop):
-    """Have a block of every model on its way from memory."""
+    """Have a block of every model on its way from memory, while the one before it is worked on."""
     addresses, like = raw
     for model in range(addresses.size):
-        for at in range(addresses[model] + start * like.itemsize, addresses[model] + stop * like.itemsize, 64):
+        begin = addresses[model] + start * like.itemsize
+        for at in range(begin - begin % 64, addresses[model] + stop * like.itemsize, 64):
             _prefetch(at)
 
 
@@ -200,11 +201,10 @@ def _decode_less(row, base, out):
 
 @_compiled
 def _any_end(raw, start, stop):
-    """Whether NaN or infinity is in a block of any model, or of the base. The next block is then on its way."""
+    """Whether NaN or infinity is in a block of any model, or of the base."""
     for model in range(raw[0].size):
         if _has_end(_row(raw, model, start, stop)):
             return True
-    _ahead(raw, stop, stop + stop - start)
     return False
 
 
@@ -234,6 +234,7 @@ def decode_chunk(raw, with_base, start, stack):
         piece = stack[:, begin:end]
         if _any_end(raw, start + begin, start + end):
             return True
+        _ahead(raw, start + end, start + end + BLOCK)
         _load(raw, with_base, start + begin, start + end, piece, piece[models])
     return False
 
@@ -620,8 +621,9 @@ def merge_chunk(
         for start in range(begin, end, BLOCK):
             stop = min(start + BLOCK, end)
             count, skipped = stop - start, (first + start) % 8
-            if _any_end(raw, start, stop):
+            if not ranks and _any_end(raw, start, stop):  # of whole rows it has been asked already
                 return True
+            _ahead(raw, stop, stop + BLOCK)
             if only_summed:
                 _sum_stored(
                     raw, with_base, start, stop, factors, combine == ANCHORED, anchor, total, base, zero, merged
@@ -701,6 +703,7 @@ def add_products(raw, with_base, size, piece, squares, scratch, sums, total):
             scratch[:models, stop - start :] = 0.0
             if _any_end(raw, start, stop):
                 return True
+            _ahead(raw, stop, stop + BLOCK)
             _load(raw, with_base, start, stop, scratch, scratch[models])
             for one in range(models):
                 for other in range(one, one + 1 if squares else models):
@@ -754,6 +757,7 @@ def count_upper(raw, with_base, size, keys, counts, first, near):
         own = keys[0, : stop - start]
         if _any_end(raw, start, stop):
             return True
+        _ahead(raw, stop, stop + BLOCK)
         for model in range(counts.shape[0]):
             _keys(raw, model, with_base, start, stop, own)
             if ranks == 0:
@@ -778,6 +782,7 @@ def count_lower(raw, with_base, size, keys, bins, counts):
         own = keys[0, : stop - start]
         if _any_end(raw, start, stop):
             return True
+        _ahead(raw, stop, stop + BLOCK)
         for model in range(counts.shape[0]):
             _keys(raw, model, with_base, start, stop, own)
             for rank in range(bins.shape[1]):

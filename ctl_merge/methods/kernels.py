@@ -254,11 +254,10 @@ def _decode_kept(row, base, above, upto, out):
 @_compiled
 def _load_kept(raw, with_base, start, stop, stack, base, zero, above, upto):
     """As `_load`, of as many models as there are cuts, but entries that are trimmed are zero."""
-    models, count = above.size, stop - start
+    models, count, less = above.size, stop - start, base if with_base else zero
     if with_base:
         _decode(_row(raw, models, start, stop), base[:count])
     for model in range(models):
-        less = base if with_base else zero
         _decode_kept(_row(raw, model, start, stop), less, above[model], upto[model], stack[model])
 
 
